@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+# The short verbs. Each makes what it needs: the first `make serve` or `make test` builds everything.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
+MODEL   ?=
+PREFILL ?= 1
+DECODE  ?= 1
+SERVE_ARGS ?=
+TEST_ARGS  ?=
+BIN     := $(VENV)/bin
+JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
+
+NATIVE  := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+CPP     := $(shell find csrc tests/cpp -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PY_DIRS := python tests bench tools examples
+
+.DEFAULT_GOAL := help
+.PHONY: help build serve test test-all test-cpp sanitize lint format typecheck bench doctor clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+serve: $(VENV)/.built  ## Router + prefill + decode with the bundled model. PORT= MODEL= PREFILL= DECODE= change it
+	@$(BIN)/kvxfer serve $(MODEL) --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(SERVE_ARGS)
+
+test: $(VENV)/.tested-deps  ## The ordinary test suite, on any machine
+	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-all: $(VENV)/.tested-deps  ## The long runs too
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-cpp: | $(VENV)/.venv  ## The C++ tests (needs doctest: apt-get install doctest-dev)
+	@tools/cpp_tests.sh plain
+
+sanitize: | $(VENV)/.venv  ## The C++ tests under ASan+UBSan and under TSan
+	@tools/cpp_tests.sh asan tsan
+
+lint: $(VENV)/.linted-deps  ## ruff and clang-format, as CI runs them
+	$(BIN)/ruff check $(PY_DIRS)
+	$(BIN)/ruff format --check $(PY_DIRS)
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(VENV)/.linted-deps  ## Rewrites the sources in house style
+	$(BIN)/ruff check --fix $(PY_DIRS)
+	$(BIN)/ruff format $(PY_DIRS)
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+typecheck: $(VENV)/.linted-deps $(VENV)/.built  ## mypy --strict on the package
+	$(BIN)/mypy
+
+bench: $(VENV)/.built  ## The microbenchmarks, each with its bound from the same run
+	$(BIN)/python bench/bench_transfer.py
+	$(BIN)/python bench/bench_kernels.py
+
+doctor: $(VENV)/.built  ## What works on this machine, what does not, and why
+	@$(BIN)/kvxfer doctor
+
+build: $(VENV)/.built  ## The virtual environment and the extension modules
+
+clean:  ## Removes the virtual environment and every build folder
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.venv:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" tools/make_venv.sh
+	@touch $@
+
+$(VENV)/.deps: pyproject.toml constraints.txt | $(VENV)/.venv
+	@echo "==> 2/3 Installing what the server needs (torch is the large one)"
+	$(BIN)/python -m pip install -c constraints.txt --group build --group server
+	@touch $@
+
+$(VENV)/.built: $(NATIVE) $(VENV)/.deps
+	@echo "==> 3/3 Building the C++ extensions (a minute or two)"
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip install -v --no-build-isolation --no-deps -e . > build.log 2>&1 & pid=$$!; \
+	  while kill -0 $$pid 2>/dev/null; do printf '\r    %s' "$$(grep -o '^ *\[[0-9]*/[0-9]*\]' build.log 2>/dev/null | tail -1)"; sleep 1; done; \
+	  wait $$pid && printf '\r    done      \n' || { tail -40 build.log; echo "The build failed; the whole log is in build.log"; exit 1; }
+	@touch $@
+
+$(VENV)/.tested-deps: $(VENV)/.built
+	@echo "==> Installing what the tests need"
+	$(BIN)/python -m pip install -c constraints.txt --group test
+	@touch $@
+
+$(VENV)/.linted-deps: pyproject.toml | $(VENV)/.venv
+	$(BIN)/python -m pip install -c constraints.txt --group lint
+	@touch $@

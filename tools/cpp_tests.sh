@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+# Builds and runs the C++ tests: cpp_tests.sh [plain] [asan] [tsan]. Warnings are errors here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if ! printf '#include <doctest/doctest.h>\n' | "${CXX:-c++}" -x c++ -fsyntax-only - 2>/dev/null; then
+  echo "The C++ tests need doctest. Debian, Ubuntu: apt-get install doctest-dev; Fedora: dnf install doctest-devel" >&2
+  exit 1
+fi
+command -v cmake >/dev/null || PATH="$PWD/${VENV:-.venv}/bin:$PATH"
+command -v cmake >/dev/null || { echo "The C++ tests need cmake. Debian, Ubuntu: apt-get install cmake" >&2; exit 1; }
+for kind in "$@"; do
+  case $kind in
+    plain) sanitize="" ;;
+    asan) sanitize=address,undefined ;;
+    tsan) sanitize=thread ;;
+    *) echo "unknown kind '$kind': plain, asan or tsan" >&2; exit 2 ;;
+  esac
+  echo "==> C++ tests: $kind"
+  cmake -S . -B "build/cpp-$kind" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVXFER_SANITIZE="$sanitize" \
+    -DKVXFER_TESTS=ON -DKVXFER_PYTHON=OFF -DKVXFER_CUDA=OFF -DKVXFER_WERROR=ON >"build-$kind.log" || { cat "build-$kind.log"; exit 1; }
+  cmake --build "build/cpp-$kind" --parallel "${JOBS:-2}"
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
+    ctest --test-dir "build/cpp-$kind" --output-on-failure --timeout 300
+done
