@@ -14,10 +14,21 @@ import numpy as np
 
 # Tests and tables: much text, little that reads like ordinary Python. Site-packages is not the library.
 EXCLUDED_DIRECTORIES = frozenset(
-    "site-packages __pycache__ test tests idlelib idle_test lib2to3 pydoc_data encodings turtledemo".split()
+    [
+        "site-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "turtledemo",
+    ]
 )
 # Written when the interpreter is built, so different on each machine though the release is the same.
-EXCLUDED_FILE_PREFIX = "_sysconfigdata"
+BUILD_PREFIXES = ("_sysconfigdata", "config-")
 
 HELD_OUT_FRACTION = 0.03
 
@@ -41,9 +52,9 @@ def _source_files(root: Path) -> list[tuple[str, Path]]:
     found = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        if EXCLUDED_DIRECTORIES.isdisjoint(relative.parts[:-1]) and not path.name.startswith(
-            EXCLUDED_FILE_PREFIX
-        ):
+        if EXCLUDED_DIRECTORIES.isdisjoint(relative.parts[:-1]) and not relative.parts[
+            0
+        ].startswith(BUILD_PREFIXES):
             found.append((relative.as_posix(), path))
     return sorted(found)
 
