@@ -1,0 +1,34 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention and KV-cache kernels: one set of functions, several backends, one truth (``reference``).
+
+Arrays are NumPy (bfloat16 as ``uint16``) or torch tensors; what goes in comes out. torch is never
+imported here: a caller who holds a tensor has imported it already.
+"""
+
+from __future__ import annotations
+
+from kvxfer.kernels._dispatch import (
+    backend_reasons,
+    build_info,
+    explain,
+    get_num_threads,
+    set_num_threads,
+)
+from kvxfer.kernels.attention import merge_states, paged_decode, paged_prefill
+from kvxfer.kernels.cache import append_kv, copy_blocks, pack_blocks, unpack_blocks
+
+__all__ = [
+    "append_kv",
+    "backend_reasons",
+    "build_info",
+    "copy_blocks",
+    "explain",
+    "get_num_threads",
+    "merge_states",
+    "pack_blocks",
+    "paged_decode",
+    "paged_prefill",
+    "set_num_threads",
+    "unpack_blocks",
+]

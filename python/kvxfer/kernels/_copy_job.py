@@ -1,0 +1,425 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""A block copy, resolved: which rows of which memory go where. Every backend executes the same job.
+
+A row is the channels of one (layer, part, head, token). The job is factored: a table of base addresses per
+(layer, part), strides per part, and segments (runs of tokens within one source and one destination block).
+A KVLayout is read by its fields alone; ``kernels`` does not import ``layout``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvxfer.errors import InvalidArgumentError, LayoutError
+from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, as_numpy, device_of, is_torch, same_memory
+
+__all__ = ["CopyJob", "LayoutLike", "PartCopy", "Side", "make_job", "wire_side"]
+
+ITEMSIZE = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+
+
+class PartLike(Protocol):
+    """One part of a KVLayout; strides and bases in bytes, one base per held layer."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def stride_block(self) -> int: ...
+    @property
+    def stride_token(self) -> int: ...
+    @property
+    def stride_head(self) -> int: ...
+    @property
+    def bases(self) -> Sequence[int]: ...
+
+
+class LayoutLike(Protocol):
+    """What a copy reads of a KVLayout."""
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def head_range(self) -> tuple[int, int]: ...
+    @property
+    def parts(self) -> Sequence[PartLike]: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def atom(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a copy: a layout over memory that is given as pieces of one linear offset space."""
+
+    layout: LayoutLike
+    pieces: tuple[Array, ...]  # uint8, one-dimensional, contiguous; laid end to end
+
+    @property
+    def device(self) -> str:
+        return device_of(self.pieces[0])
+
+
+@dataclass(frozen=True)
+class PartCopy:
+    """One part: strides in bytes, and per layer the (piece, offset) where its block 0 starts."""
+
+    name: str
+    width: int
+    src_dtype: str
+    dst_dtype: str
+    src_strides: tuple[int, int, int]  # block, token, head
+    dst_strides: tuple[int, int, int]
+    src_bases: tuple[tuple[int, int], ...]  # the copied heads' first one included in the offset
+    dst_bases: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Rows to copy: for each part, layer, segment, head and token of the segment."""
+
+    parts: tuple[PartCopy, ...]
+    src_pieces: tuple[Array, ...]
+    dst_pieces: tuple[Array, ...]
+    segments: npt.NDArray[np.int64]  # [n, 5]: src block, src slot, dst block, dst slot, tokens
+    num_heads: int
+    src_extent: tuple[int, int]  # num_blocks, block_size
+    dst_extent: tuple[int, int]
+    max_ctas: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        tokens = int(self.segments[:, 4].sum())
+        row = sum(p.width * ITEMSIZE[p.dst_dtype] * len(p.dst_bases) for p in self.parts)
+        return tokens * self.num_heads * row
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    width: int
+    dtype: str
+    stride_block: int
+    stride_token: int
+    stride_head: int
+    bases: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Wire:
+    layers: tuple[int, ...]
+    num_blocks: int
+    block_size: int
+    head_range: tuple[int, int]
+    parts: tuple[_Part, ...]
+    nbytes: int
+    format: str
+    atom: str = "element"
+
+
+def wire_side(
+    layout: LayoutLike, num_tokens: int, layers: Sequence[int], heads: tuple[int, int]
+) -> _Wire:
+    """The packed form of ``num_tokens`` tokens: order LKHNC, one block that holds them all."""
+    num_heads = heads[1] - heads[0]
+    rows = [p.width * ITEMSIZE[p.dtype] for p in layout.parts]
+    per_layer = num_heads * num_tokens * sum(rows)
+    parts = []
+    start = 0
+    for part, row in zip(layout.parts, rows, strict=True):
+        bases = tuple(start + index * per_layer for index in range(len(layers)))
+        parts.append(
+            _Part(part.name, part.width, part.dtype, per_layer, row, row * num_tokens, bases)
+        )
+        start += num_heads * num_tokens * row
+    return _Wire(
+        layers=tuple(layers),
+        num_blocks=1,
+        block_size=num_tokens,
+        head_range=heads,
+        parts=tuple(parts),
+        nbytes=per_layer * len(layers),
+        format=layout.format,
+    )
+
+
+def make_side(name: str, layout: LayoutLike, memory: Array | Sequence[Array]) -> Side:
+    """Check and flatten the memory of one side."""
+    arrays = list(memory) if isinstance(memory, list | tuple) else [memory]
+    if not arrays:
+        raise InvalidArgumentError(f"{name}: expected at least one array, given none")
+    return Side(layout, tuple(_flat_bytes(name, array) for array in arrays))
+
+
+def _flat_bytes(name: str, array: Array) -> Array:
+    if is_torch(array):
+        if not array.is_contiguous():
+            raise InvalidArgumentError(f"{name}: expected a contiguous tensor, given strides")
+        torch = sys.modules["torch"]
+        flat = array.detach().reshape(-1).view(torch.uint8)
+        return as_numpy(flat) if device_of(array) == "cpu" else flat
+    if not isinstance(array, np.ndarray):
+        raise InvalidArgumentError(
+            f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
+        )
+    if not array.flags.c_contiguous:
+        raise InvalidArgumentError(
+            f"{name}: expected a C-contiguous array, given strides {list(array.strides)}"
+        )
+    return array.reshape(-1).view(np.uint8)
+
+
+def make_job(
+    src: Side,
+    dst: Side,
+    src_blocks: Any,
+    dst_blocks: Any,
+    *,
+    num_tokens: int | None,
+    first_token: int,
+    layers: Sequence[int] | None,
+    heads: tuple[int, int] | None = None,
+    src_origin: int = 0,
+    dst_origin: int = 0,
+    max_ctas: int = 0,
+) -> CopyJob:
+    """Resolve a copy; every mistake is refused here, before a byte is touched.
+
+    ``src_origin`` and ``dst_origin`` are the sequence positions of the first token of each block list.
+    """
+    a, b = src.layout, dst.layout
+    if src.device != dst.device:
+        raise InvalidArgumentError(
+            f"dst: expected memory on {src.device} like src, given {dst.device}"
+        )
+    if a.format != b.format:
+        raise LayoutError("format", f"source {a.format!r}, destination {b.format!r}")
+    _check_atom(a, b)
+    src_ids, dst_ids = _block_ids("src_blocks", src_blocks), _block_ids("dst_blocks", dst_blocks)
+    held = min(src_origin + len(src_ids) * a.block_size, dst_origin + len(dst_ids) * b.block_size)
+    end = held if num_tokens is None else int(num_tokens)
+    if not 0 <= first_token <= end or end > held:
+        raise InvalidArgumentError(
+            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(src_ids)} source "
+            f"blocks of {a.block_size} and {len(dst_ids)} destination blocks of {b.block_size} hold), "
+            f"given first_token {first_token}, num_tokens {end}"
+        )
+    ends = (
+        _End(src_ids, a.block_size, a.num_blocks, src_origin, "src_blocks"),
+        _End(dst_ids, b.block_size, b.num_blocks, dst_origin, "dst_blocks"),
+    )
+    segments = _segments(*ends, int(first_token), end)
+    chosen = _layers(a, b, layers)
+    low, high = max(a.head_range[0], b.head_range[0]), min(a.head_range[1], b.head_range[1])
+    if heads is not None:
+        if not low <= heads[0] <= heads[1] <= high:
+            raise InvalidArgumentError(
+                f"heads: expected a range within [{low}, {high}), given {tuple(heads)}"
+            )
+        low, high = heads
+    parts = _parts(src, dst, chosen, low, max(0, high - low)) if len(segments) else ()
+    job = CopyJob(
+        parts=parts,
+        src_pieces=src.pieces,
+        dst_pieces=dst.pieces,
+        segments=segments,
+        num_heads=max(0, high - low),
+        src_extent=(a.num_blocks, a.block_size),
+        dst_extent=(b.num_blocks, b.block_size),
+        max_ctas=max_ctas,
+    )
+    if job.nbytes:
+        _check_overlap(src, dst, segments)
+    return job
+
+
+def _check_atom(a: LayoutLike, b: LayoutLike) -> None:
+    if a.atom != b.atom and "block" in (a.atom, b.atom):
+        raise LayoutError("atom", f"source {a.atom!r}, destination {b.atom!r}")
+    if a.atom == "block" and (a.block_size, a.head_range) != (b.block_size, b.head_range):
+        raise LayoutError(
+            "atom",
+            "blocks of this format cannot be cut, so block_size and heads must be equal: source "
+            f"{a.block_size}, {a.head_range}; destination {b.block_size}, {b.head_range}",
+        )
+
+
+def _block_ids(name: str, ids: Any) -> npt.NDArray[np.int64]:
+    array = np.asarray(as_numpy(ids) if is_torch(ids) else ids)
+    if array.size == 0:
+        return np.zeros(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidArgumentError(
+            f"{name}: expected a list of block ids, given shape {list(array.shape)}, dtype {array.dtype}"
+        )
+    return array.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _End:
+    """A block list and where its tokens stand in the sequence."""
+
+    ids: npt.NDArray[np.int64]
+    block_size: int
+    num_blocks: int
+    origin: int
+    name: str
+
+    def cuts(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        size = self.block_size
+        low, high = first - self.origin, end - self.origin
+        return np.arange(low // size + 1, -(-high // size), dtype=np.int64) * size + self.origin
+
+    def locate(
+        self, tokens: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        index = (tokens - self.origin) // self.block_size
+        return index, tokens - self.origin - index * self.block_size
+
+    def check(self, index: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_]) -> None:
+        ids = self.ids[index]
+        wrong = wanted & ((ids < 0) | (ids >= self.num_blocks))
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise InvalidArgumentError(
+                f"{self.name}[{int(index[at])}]: expected a block id from 0 to {self.num_blocks - 1}, "
+                f"given {int(ids[at])}"
+            )
+
+
+def _segments(src: _End, dst: _End, first: int, end: int) -> npt.NDArray[np.int64]:
+    """Runs of tokens that lie in one source and one destination block each."""
+    if first == end:
+        return np.zeros((0, 5), np.int64)
+    edges = np.array([first, end], np.int64)
+    cuts = np.unique(np.concatenate([edges, src.cuts(first, end), dst.cuts(first, end)]))
+    starts = cuts[:-1]
+    (src_index, src_slot), (dst_index, dst_slot) = src.locate(starts), dst.locate(starts)
+    wanted = dst.ids[dst_index] != -1
+    src.check(src_index, wanted)
+    dst.check(dst_index, wanted)
+    used = dst.ids[np.unique(dst_index[wanted])]
+    ids, counts = np.unique(used, return_counts=True)
+    if (counts > 1).any():
+        raise InvalidArgumentError(
+            f"{dst.name}: expected each block at most once, given {int(ids[counts.argmax()])} "
+            f"{int(counts.max())} times"
+        )
+    columns = [src.ids[src_index], src_slot, dst.ids[dst_index], dst_slot, cuts[1:] - starts]
+    return np.ascontiguousarray(np.stack(columns, axis=1)[wanted])
+
+
+def _layers(a: LayoutLike, b: LayoutLike, layers: Sequence[int] | None) -> list[int]:
+    both = [layer for layer in a.layers if layer in set(b.layers)]
+    if layers is None:
+        return both
+    for layer in layers:
+        if layer not in both:
+            raise LayoutError(
+                "layers",
+                f"layer {layer} is not held by both: source {list(a.layers)}, destination {list(b.layers)}",
+            )
+    return list(layers)
+
+
+def _parts(
+    src: Side, dst: Side, layers: list[int], first_head: int, num_heads: int
+) -> tuple[PartCopy, ...]:
+    a, b = src.layout, dst.layout
+    names_a, names_b = [p.name for p in a.parts], [p.name for p in b.parts]
+    if sorted(names_a) != sorted(names_b):
+        raise LayoutError("parts", f"source {names_a}, destination {names_b}")
+    targets = {p.name: p for p in b.parts}
+    result = []
+    for part in a.parts:
+        target = targets[part.name]
+        if part.width != target.width:
+            raise LayoutError(
+                "head_dim", f"part {part.name}: source {part.width}, destination {target.width}"
+            )
+        both = (part.dtype, target.dtype)
+        if part.dtype != target.dtype and not all(d in FLOAT_DTYPES for d in both):
+            raise LayoutError(
+                "dtype",
+                f"part {part.name}: expected equal dtypes, or a conversion among "
+                f"{', '.join(FLOAT_DTYPES)}; source {part.dtype}, destination {target.dtype}",
+            )
+        result.append(
+            PartCopy(
+                name=part.name,
+                width=part.width,
+                src_dtype=part.dtype,
+                dst_dtype=target.dtype,
+                src_strides=(part.stride_block, part.stride_token, part.stride_head),
+                dst_strides=(target.stride_block, target.stride_token, target.stride_head),
+                src_bases=_bases("src", src, part, layers, first_head, num_heads),
+                dst_bases=_bases("dst", dst, target, layers, first_head, num_heads),
+            )
+        )
+    return tuple(result)
+
+
+def _bases(
+    name: str, side: Side, part: PartLike, layers: list[int], first_head: int, num_heads: int
+) -> tuple[tuple[int, int], ...]:
+    """Per layer the piece that holds it and the offset there; all of the layer must lie in that piece."""
+    layout = side.layout
+    sizes = [int(piece.shape[0]) for piece in side.pieces]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    row = part.width * ITEMSIZE[part.dtype]
+    heads_here = layout.head_range[1] - layout.head_range[0]
+    reach = row + (layout.num_blocks - 1) * part.stride_block
+    reach += (layout.block_size - 1) * part.stride_token + (heads_here - 1) * part.stride_head
+    found = []
+    held = list(layout.layers)
+    for layer in layers:
+        base = int(part.bases[held.index(layer)])
+        piece = int(np.searchsorted(starts, base, side="right")) - 1
+        if piece >= len(sizes) or base + reach > starts[piece + 1]:
+            raise InvalidArgumentError(
+                f"{name}: layer {layer}, part {part.name} needs bytes [{base}, {base + reach}) in one piece, "
+                f"given pieces of {sizes} bytes"
+            )
+        shift = (first_head - layout.head_range[0]) * part.stride_head if num_heads else 0
+        found.append((piece, base - int(starts[piece]) + shift))
+    return tuple(found)
+
+
+def _check_overlap(src: Side, dst: Side, segments: npt.NDArray[np.int64]) -> None:
+    """Source and destination may be one cache (copy-on-write), but not the same blocks of it."""
+    if not any(same_memory(x, y) for x in src.pieces for y in dst.pieces):
+        return
+    same = [p is q or same_memory(p, q) for p, q in zip(src.pieces, dst.pieces, strict=False)]
+    if src.layout != dst.layout or len(src.pieces) != len(dst.pieces) or not all(same):
+        raise InvalidArgumentError(
+            "dst: expected memory apart from src (or the same memory under the same layout), given an overlap"
+        )
+    shared = np.intersect1d(segments[:, 0], segments[:, 2])
+    if shared.size:
+        raise InvalidArgumentError(
+            f"dst_blocks: expected blocks that are not read by the same copy, given {shared[:8].tolist()}"
+        )

@@ -1,0 +1,180 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a call, and why not the others.
+
+A backend is a module with any of the functions in ``OPS`` and ``unavailable(op, device)``, which gives
+the reason why it cannot run that op on that device here, or None. The public functions have checked and
+normalised everything before a backend is called:
+
+- caches are views ``[block, token, head, channel]`` with any strides, last axis contiguous (an HND cache
+  is the same view with other strides); ``reference`` and ``cpu`` get NumPy views (bfloat16 as ``uint16``),
+  ``triton`` and ``cuda`` get torch tensors;
+- outputs are allocated; ``lse`` is a float32 array or None; ``k_scale`` is folded into ``sm_scale``.
+
+    append_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale, v_scale)
+    paged_decode(q, k_cache, v_cache, block_table, seq_lens, out, lse, *,
+                 sm_scale, v_scale, window_left, logits_soft_cap, sinks, split_size)
+    paged_prefill(q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens, out, lse, *,
+                  causal, sm_scale, v_scale, window_left, logits_soft_cap, sinks)
+    merge_states(v_a, lse_a, v_b, lse_b, out, lse)
+    copy_blocks(job: kvxfer.kernels._copy_job.CopyJob)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from kvxfer.errors import InvalidArgumentError, UnavailableError
+from kvxfer.kernels._arrays import Array, device_of
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "backend_reasons",
+    "build_info",
+    "choose",
+    "explain",
+    "get_num_threads",
+    "set_num_threads",
+]
+
+OPS = ("append_kv", "paged_decode", "paged_prefill", "merge_states", "copy_blocks")
+
+# In the order in which "auto" prefers them.
+BACKENDS = {
+    "cuda": "kvxfer.kernels._cuda",
+    "triton": "kvxfer.kernels.triton",
+    "cpu": "kvxfer.kernels._cpu",
+    "reference": "kvxfer.kernels.reference",
+}
+
+_ALIASES = {"pack_blocks": "copy_blocks", "unpack_blocks": "copy_blocks"}
+_logger = logging.getLogger("kvxfer.kernels")
+_said: set[str] = set()
+
+
+@cache
+def _load(backend: str) -> ModuleType | str:
+    """The backend's module, or the reason why it cannot be imported."""
+    name = BACKENDS[backend]
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not part of this installation"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported: {error}"
+
+
+def _why_not(backend: str, op: str, device: str) -> str | None:
+    module = _load(backend)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, op):
+        return f"the {backend} backend has no {op}"
+    reason: str | None = module.unavailable(op, device)
+    return reason
+
+
+def _auto_why_not(backend: str, op: str, device: str) -> str | None:
+    if backend == "triton" and device == "cpu":
+        return "on CPU arrays Triton means its interpreter, which auto never takes"
+    return _why_not(backend, op, device)
+
+
+def choose(op: str, device: str, backend: str) -> ModuleType:
+    """The module that runs ``op`` for arrays on ``device``.
+
+    Raises:
+        InvalidArgumentError: no such backend.
+        UnavailableError: it cannot run here; carries the reason.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            names = ", ".join(["auto", *BACKENDS])
+            raise InvalidArgumentError(f"backend: expected one of {names}, given {backend!r}")
+        reason = _why_not(backend, op, device)
+        if reason is not None:
+            raise UnavailableError(
+                f"{op}: backend {backend!r} is unavailable: {reason}", reason=reason
+            )
+        return _loaded(backend)
+    reasons: dict[str, str] = {}
+    for name in BACKENDS:
+        reason = _auto_why_not(name, op, device)
+        if reason is None:
+            if name == "reference":
+                _say_slow(op, reasons["cpu"])
+            return _loaded(name)
+        reasons[name] = reason
+    text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UnavailableError(f"{op}: no backend for arrays on {device}: {text}", reason=text)
+
+
+def _loaded(backend: str) -> ModuleType:
+    module = _load(backend)
+    assert isinstance(module, ModuleType)
+    return module
+
+
+def _say_slow(op: str, reason: str) -> None:
+    """A slower path is never taken silently: once per op."""
+    if op not in _said:
+        _said.add(op)
+        _logger.warning("%s runs on the slow NumPy reference: %s", op, reason)
+
+
+def backend_reasons(op: str, device: str = "cpu") -> dict[str, str | None]:
+    """For each backend the reason why it cannot run ``op`` on ``device``, None where it can."""
+    op = _ALIASES.get(op, op)
+    if op not in OPS:
+        raise InvalidArgumentError(f"op: expected one of {', '.join(OPS)}, given {op!r}")
+    return {name: _why_not(name, op, device) for name in BACKENDS}
+
+
+def explain(op: str, *arrays: Array) -> str:
+    """Which backend ``auto`` takes for ``op`` on these arrays (none: host arrays), and why no other."""
+    op_name = _ALIASES.get(op, op)
+    if op_name not in OPS:
+        raise InvalidArgumentError(f"op: expected one of {', '.join(OPS)}, given {op!r}")
+    device = device_of(arrays[0]) if arrays else "cpu"
+    lines = []
+    taken = None
+    for name in BACKENDS:
+        reason = _auto_why_not(name, op_name, device)
+        if reason is not None:
+            lines.append(f"  {name}: no: {reason}")
+        elif taken is None:
+            taken = name
+            detail = getattr(_loaded(name), "describe", lambda: "")()
+            lines.append(f"  {name}: taken" + (f": {detail}" if detail else ""))
+        else:
+            lines.append(f"  {name}: possible, but slower than {taken}")
+    head = f"{op} on {device}: {taken if taken else 'no backend can run it'}"
+    return "\n".join([head, *lines])
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of the C++ backend, the caller's own included; results do not depend on it."""
+    module = _load("cpu")
+    if isinstance(module, str):
+        raise UnavailableError(f"set_num_threads: {module}", reason=module)
+    module.set_num_threads(num_threads)
+
+
+def get_num_threads() -> int:
+    """Threads the C++ backend uses; 1 where only the reference is installed."""
+    module = _load("cpu")
+    return 1 if isinstance(module, str) else int(module.get_num_threads())
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation was built with: ``compiler``, ``isa``, ``cuda``, ``cuda_reason``, ..."""
+    module = _load("cpu")
+    if isinstance(module, str):
+        return {"cpu": False, "cpu_reason": module, "cuda": False, "cuda_reason": module}
+    return dict(module.build_info())

@@ -1,0 +1,255 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writing to and moving between paged KV caches: append, copy, pack, unpack."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvxfer.errors import InvalidArgumentError
+from kvxfer.kernels._arrays import (
+    FLOAT_DTYPES,
+    Array,
+    as_numpy,
+    check_array,
+    check_same_place,
+    dtype_of,
+    is_torch,
+)
+from kvxfer.kernels._copy_job import LayoutLike, Side, make_job, make_side, wire_side
+from kvxfer.kernels._dispatch import choose
+from kvxfer.kernels.attention import check_caches
+
+_ONE_BLOCK = np.zeros(1, np.int64)  # the block list of a packed buffer, which starts at first_token
+
+__all__ = ["append_kv", "copy_blocks", "pack_blocks", "unpack_blocks"]
+
+
+def append_kv(
+    key: Array,
+    value: Array,
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+    *,
+    kv_layout: str = "NHD",
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    backend: str = "auto",
+) -> None:
+    """Write new keys and values into their slots, converting to the cache's dtype (round to nearest even).
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_dim]``, float32, float16 or bfloat16, channels adjacent.
+        value: ``[num_tokens, num_kv_heads, head_dim_v]``, dtype of ``key``.
+        k_cache, v_cache: written in place; axes by ``kv_layout`` as in :func:`paged_decode`.
+        slot_mapping: ``[num_tokens]`` int64, ``block_id * block_size + offset``; -1 skips the token.
+            Two tokens with one slot: which of them stays is undefined.
+        k_scale, v_scale: stored = value / scale, per tensor.
+    Raises:
+        InvalidArgumentError: a shape, dtype, stride or device disagrees, or on the host a slot is out of range;
+            the message names it, the expected and the given value. The cache is untouched then.
+        UnavailableError: no kernel for this device; carries the reason.
+    Source: reshape_and_cache (vLLM).
+    """
+    num_tokens, num_kv_heads, head_dim = check_array(
+        "key", key, shape=["num_tokens", "num_kv_heads", "head_dim"], dtypes=FLOAT_DTYPES
+    )
+    k_cache, v_cache = check_caches(k_cache, v_cache, kv_layout, head_dim)
+    if int(k_cache.shape[2]) != num_kv_heads:
+        raise InvalidArgumentError(
+            f"key: expected num_kv_heads {int(k_cache.shape[2])} like k_cache (kv_layout {kv_layout}), "
+            f"given {num_kv_heads}"
+        )
+    check_array(
+        "value",
+        value,
+        shape=[num_tokens, num_kv_heads, int(v_cache.shape[3])],
+        dtypes=(dtype_of(key),),
+    )
+    check_array("slot_mapping", slot_mapping, shape=[num_tokens], dtypes=("int64",))
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if not (scale > 0 and math.isfinite(scale)):
+            raise InvalidArgumentError(f"{name}: expected a finite value > 0, given {scale}")
+    arrays: tuple[Array, ...] = (key, value, k_cache, v_cache, slot_mapping)
+    names = ("key", "value", "k_cache", "v_cache", "slot_mapping")
+    device = check_same_place(dict(zip(names, arrays, strict=True)))
+    module = choose("append_kv", device, backend)
+    if module.__name__ in ("kvxfer.kernels.reference", "kvxfer.kernels._cpu"):
+        arrays = tuple(as_numpy(array) for array in arrays)
+        for name, array in zip(("k_cache", "v_cache"), arrays[2:4], strict=True):
+            if not array.flags.writeable:
+                raise InvalidArgumentError(
+                    f"{name}: expected a writable array, given a read-only one"
+                )
+    module.append_kv(*arrays, k_scale=float(k_scale), v_scale=float(v_scale))
+
+
+def copy_blocks(
+    src_layout: LayoutLike,
+    src: Array | Sequence[Array],
+    dst_layout: LayoutLike,
+    dst: Array | Sequence[Array],
+    src_blocks: Any,
+    dst_blocks: Any,
+    *,
+    num_tokens: int | None = None,
+    first_token: int = 0,
+    layers: Sequence[int] | None = None,
+    max_ctas: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Copy tokens between two caches of any two layouts: order, block size, heads and dtype may differ.
+
+    Args:
+        src_layout, dst_layout: ``KVLayout`` of each side; the heads and layers that both hold are copied.
+        src, dst: the memory: one contiguous array, or several that form one linear offset space in the order
+            given (as in ``engine.register``). May be one cache under one layout, with disjoint blocks.
+        src_blocks, dst_blocks: block ids, indexed from token 0 of the sequence; a destination id of -1 skips
+            its tokens.
+        num_tokens, first_token: tokens ``[first_token, num_tokens)`` are copied; None: all that both hold.
+        layers: global layer ids; None: those that both hold.
+        max_ctas: on a GPU, the most thread blocks to use (0: no limit). Of no effect on the host.
+    Raises:
+        LayoutError: the layouts cannot be mapped; names the field.
+        InvalidArgumentError: a block id out of range or repeated, a list too short, an overlap; nothing copied.
+    """
+    a, b = make_side("src", src_layout, src), make_side("dst", dst_layout, dst)
+    _run(a, b, src_blocks, dst_blocks, num_tokens, first_token, layers, None, max_ctas, backend)
+
+
+def pack_blocks(
+    layout: LayoutLike,
+    tensors: Array | Sequence[Array],
+    block_ids: Any,
+    out: Array | None = None,
+    *,
+    num_tokens: int | None = None,
+    first_token: int = 0,
+    layers: Sequence[int] | None = None,
+    heads: tuple[int, int] | None = None,
+    out_layout: LayoutLike | None = None,
+    max_ctas: int = 0,
+    backend: str = "auto",
+) -> Array:
+    """Gather tokens of a sequence into one contiguous buffer, and return it.
+
+    Args:
+        layout, tensors: the cache, as ``src`` of :func:`copy_blocks`.
+        out: bytes to fill from the front; allocated when None. Its order is layer, part, head, token, channel
+            in the cache's dtype, unless ``out_layout`` (with one block for all tokens) says otherwise.
+        heads: global head range ``(first, end)``; None: all that the layout holds.
+        num_tokens, first_token, layers, max_ctas: as in :func:`copy_blocks`.
+    """
+    side = make_side("tensors", layout, tensors)
+    first, end = _token_range(layout, block_ids, num_tokens, first_token)
+    wire = out_layout or _wire(layout, end - first, layers, heads)
+    if out is None:
+        out = _allocate(tensors, wire)
+    target = make_side("out", wire, out)
+    _check_wire(wire, target, end - first, "out")
+    _run(side, target, block_ids, _ONE_BLOCK, end, first, layers, heads, max_ctas, backend)
+    return out
+
+
+def unpack_blocks(
+    src: Array,
+    layout: LayoutLike,
+    tensors: Array | Sequence[Array],
+    block_ids: Any,
+    *,
+    num_tokens: int | None = None,
+    first_token: int = 0,
+    layers: Sequence[int] | None = None,
+    heads: tuple[int, int] | None = None,
+    src_layout: LayoutLike | None = None,
+    max_ctas: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Scatter what :func:`pack_blocks` gathered into the blocks of a cache. Arguments as there."""
+    side = make_side("tensors", layout, tensors)
+    first, end = _token_range(layout, block_ids, num_tokens, first_token)
+    wire = src_layout or _wire(layout, end - first, layers, heads)
+    source = make_side("src", wire, src)
+    _check_wire(wire, source, end - first, "src")
+    _run(source, side, _ONE_BLOCK, block_ids, end, first, layers, heads, max_ctas, backend)
+
+
+def _run(
+    src: Side,
+    dst: Side,
+    src_blocks: Any,
+    dst_blocks: Any,
+    num_tokens: int | None,
+    first_token: int,
+    layers: Sequence[int] | None,
+    heads: tuple[int, int] | None,
+    max_ctas: int,
+    backend: str,
+) -> None:
+    if max_ctas < 0:
+        raise InvalidArgumentError(f"max_ctas: expected >= 0, given {max_ctas}")
+    job = make_job(
+        src,
+        dst,
+        src_blocks,
+        dst_blocks,
+        num_tokens=num_tokens,
+        first_token=first_token,
+        layers=layers,
+        heads=heads,
+        src_origin=first_token if src_blocks is _ONE_BLOCK else 0,
+        dst_origin=first_token if dst_blocks is _ONE_BLOCK else 0,
+        max_ctas=max_ctas,
+    )
+    module = choose("copy_blocks", src.device, backend)
+    for piece in dst.pieces:
+        if isinstance(piece, np.ndarray) and not piece.flags.writeable:
+            raise InvalidArgumentError("dst: expected writable memory, given a read-only array")
+    if job.nbytes:
+        module.copy_blocks(job)
+
+
+def _token_range(
+    layout: LayoutLike, block_ids: Any, num_tokens: int | None, first_token: int
+) -> tuple[int, int]:
+    held = len(block_ids) * layout.block_size
+    end = held if num_tokens is None else int(num_tokens)
+    if not 0 <= first_token <= end <= held:
+        raise InvalidArgumentError(
+            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(block_ids)} blocks "
+            f"hold), given first_token {first_token}, num_tokens {end}"
+        )
+    return int(first_token), end
+
+
+def _wire(
+    layout: LayoutLike,
+    num_tokens: int,
+    layers: Sequence[int] | None,
+    heads: tuple[int, int] | None,
+) -> Any:
+    chosen = list(layout.layers) if layers is None else list(layers)
+    return wire_side(layout, num_tokens, chosen, heads or layout.head_range)
+
+
+def _allocate(tensors: Array | Sequence[Array], wire: Any) -> Array:
+    first: Array = tensors[0] if isinstance(tensors, list | tuple) else tensors
+    if is_torch(first):
+        return sys.modules["torch"].empty(
+            wire.nbytes, dtype=sys.modules["torch"].uint8, device=first.device
+        )
+    return np.empty(wire.nbytes, np.uint8)
+
+
+def _check_wire(wire: LayoutLike, side: Side, num_tokens: int, name: str) -> None:
+    if wire.block_size < num_tokens:
+        raise InvalidArgumentError(
+            f"{name}: expected a layout with one block for all {num_tokens} tokens, "
+            f"given block_size {wire.block_size}"
+        )
