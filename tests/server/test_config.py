@@ -77,6 +77,15 @@ def test_rope_frequencies_and_table_equal_transformers_bitwise(
     assert torch.equal(sin[:, 0], expected_sin[0] * signs)
 
 
+def test_original_length_beside_the_rope_fields_wins_as_in_transformers(tmp_path: Path) -> None:
+    config = random_config("llama", rope="yarn") | {"original_max_position_embeddings": 128}
+    folder = write(tmp_path / "m", config)
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
+    cfg = load_config(folder)
+    assert cfg.rope.original_max_position_embeddings == 128
+    assert torch.equal(rope_frequencies(cfg.rope, cfg.head_dim)[0], theirs.inv_freq)
+
+
 @pytest.mark.parametrize(
     "names",
     [(), ("num_key_value_heads",), ("head_dim",), ("max_position_embeddings",), ("rms_norm_eps",),
