@@ -103,7 +103,10 @@ def test_absent_fields_default_as_in_transformers(
     theirs = AutoConfig.from_pretrained(folder)
     head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
     assert ours.architecture == theirs.model_type
-    assert (ours.num_layers, ours.num_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert (ours.num_layers, ours.num_heads) == (
+        theirs.num_hidden_layers,
+        theirs.num_attention_heads,
+    )
     assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
@@ -160,7 +163,10 @@ def test_null_kv_heads_and_null_head_dim() -> None:
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
     config = random_config("llama") | {"eos_token_id": 7}
     assert load_config(write(tmp_path / "a", config)).eos_token_ids == (7,)
-    assert load_config(write(tmp_path / "b", config, {"eos_token_id": [5, 6]})).eos_token_ids == (5, 6)
+    assert load_config(write(tmp_path / "b", config, {"eos_token_id": [5, 6]})).eos_token_ids == (
+        5,
+        6,
+    )
     assert load_config(write(tmp_path / "c", config, {"temperature": 1})).eos_token_ids == (7,)
     assert load_config(write(tmp_path / "d", config | {"eos_token_id": None})).eos_token_ids == ()
 
@@ -238,7 +244,11 @@ def test_unreadable_directories_and_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "missing")
     with pytest.raises(InvalidArgumentError, match=r"no config\.json"):
         load_config(tmp_path)
-    for text, message in (("{", "not valid JSON"), ("[]", "JSON object"), ("\udcff", "not valid JSON")):
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[]", "JSON object"),
+        ("\udcff", "not valid JSON"),
+    ):
         (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(InvalidArgumentError, match=message):
             load_config(tmp_path)

@@ -19,7 +19,12 @@ from kvxfer.server.wire import SamplingParams
 
 
 def request(
-    *, position: int = 0, choice: int = 0, history: tuple[int, ...] = (), eos: tuple[int, ...] = (), **params: Any
+    *,
+    position: int = 0,
+    choice: int = 0,
+    history: tuple[int, ...] = (),
+    eos: tuple[int, ...] = (),
+    **params: Any,
 ) -> SampleRequest:
     return SampleRequest(SamplingParams(max_tokens=99, **params), position, choice, history, eos)
 
@@ -168,7 +173,9 @@ def test_end_tokens_are_banned_before_min_tokens() -> None:
 def test_logits_are_left_as_they_were() -> None:
     logits = torch.randn(2, 50)
     before = logits.clone()
-    penalised = request(presence_penalty=1.0, history=(3,), min_tokens=5, eos=(4,), top_k=3, min_p=0.1)
+    penalised = request(
+        presence_penalty=1.0, history=(3,), min_tokens=5, eos=(4,), top_k=3, min_p=0.1
+    )
     sample(logits, [penalised, request(temperature=0)])
     assert torch.equal(logits, before)
 

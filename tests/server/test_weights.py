@@ -24,7 +24,9 @@ def model_dir(tmp_path: Path) -> Path:
     return make_random_checkpoint(tmp_path / "m", "llama", seed=5)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, torch.Tensor]:
     return load_weights(folder, load_config(folder), dtype, **options)
 
 
@@ -125,7 +127,9 @@ def test_stored_rotary_frequencies_are_ignored(model_dir: Path) -> None:
 
 def test_integer_weights_are_refused(model_dir: Path) -> None:
     rewrite(model_dir, {"model.norm.weight": torch.ones(64, dtype=torch.int8)})
-    with pytest.raises(InvalidArgumentError, match=r"model\.norm\.weight is torch\.int8.*quantised"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"model\.norm\.weight is torch\.int8.*quantised"
+    ):
         load(model_dir)
 
 

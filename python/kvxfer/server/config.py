@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.server.json_fields import Fields, read_json
 from kvxfer.server.safetensors_header import read_header, weight_files
 
 __all__ = ["ModelConfig", "RopeConfig", "load_config", "model_identity", "parse_config"]
@@ -70,7 +71,9 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    windows: tuple[int | None, ...]  # per layer: keys visible to a query, itself included; None = all
+    windows: tuple[
+        int | None, ...
+    ]  # per layer: keys visible to a query, itself included; None = all
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -90,68 +93,6 @@ class ModelConfig:
         return -1 if window is None else window - 1
 
 
-class _Fields:
-    """Typed access to a JSON object; each error names the field and the value."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def error(self, name: str, message: str) -> InvalidArgumentError:
-        return InvalidArgumentError(f"{self.where}: {name} {message}")
-
-    def refused(self, name: str, why: str) -> InvalidArgumentError:
-        return self.error(name, f"= {self.values.get(name)!r} is not supported: {why}")
-
-    def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
-        value = self.values.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(name, "is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(name, f"must be a number, not {value!r}")
-        if not above < value < float("inf"):
-            raise self.error(name, f"must be above {above:g}, not {value!r}")
-        return value
-
-    def optional(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.number(name)
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.number(name, default)
-        if not isinstance(value, int):
-            raise self.error(name, f"must be a whole number, not {value!r}")
-        return value
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, not {value!r}")
-        return value
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        value = self.values.get(name)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.error(name, f"must be a token id or a list of them, not {value!r}")
-        return tuple(ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{path} is not valid JSON: {error}") from error
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise InvalidArgumentError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def load_config(model_dir: str | Path) -> ModelConfig:
     """Read ``config.json`` and, for the end tokens, ``generation_config.json``.
 
@@ -169,8 +110,8 @@ def load_config(model_dir: str | Path) -> ModelConfig:
             "(config.json, *.safetensors, tokenizer.json)"
         )
     generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
-    return parse_config(_read_json(path), generation, where=str(path))
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    return parse_config(read_json(path), generation, where=str(path))
 
 
 def parse_config(
@@ -180,7 +121,7 @@ def parse_config(
     where: str = "config.json",
 ) -> ModelConfig:
     """The same from parsed JSON; ``where`` begins each error's message."""
-    fields = _Fields(values, where)
+    fields = Fields(values, where)
     architecture = _architecture(fields)
     _refuse_unsupported(fields)
     hidden_size = fields.count("hidden_size")
@@ -199,7 +140,7 @@ def parse_config(
         raise fields.error("head_dim", f"= {head_dim} must be even for rotary positions")
     max_positions = fields.count("max_position_embeddings", _MAX_POSITIONS[architecture])
     attention_bias = architecture in ("llama", "qwen3") and fields.flag("attention_bias")
-    ends = _Fields(generation or {}, where.replace("config.json", "generation_config.json"))
+    ends = Fields(generation or {}, where.replace("config.json", "generation_config.json"))
     bos = fields.token_ids("bos_token_id")
     return ModelConfig(
         architecture=architecture,
@@ -225,7 +166,7 @@ def parse_config(
     )
 
 
-def _architecture(fields: _Fields) -> Architecture:
+def _architecture(fields: Fields) -> Architecture:
     known = f"supported: {', '.join(_ARCHITECTURES)}"
     names = fields.values.get("architectures")
     if names:
@@ -239,7 +180,7 @@ def _architecture(fields: _Fields) -> Architecture:
     return by_type[model_type]
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     if fields.values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise fields.refused("hidden_act", "only silu is")
     for name in ("quantization_config", "compression_config"):
@@ -250,19 +191,20 @@ def _refuse_unsupported(fields: _Fields) -> None:
             raise fields.refused(name, "mixture-of-experts models cannot be served")
 
 
-def _num_kv_heads(fields: _Fields, architecture: Architecture, num_heads: int) -> int:
+def _num_kv_heads(fields: Fields, architecture: Architecture, num_heads: int) -> int:
     # What an absent field means differs by family; null means one KV head per query head in all four.
     absent = {"llama": num_heads, "mistral": 8, "qwen2": 32, "qwen3": 32}[architecture]
     default = num_heads if "num_key_value_heads" in fields.values else absent
     num_kv_heads = fields.count("num_key_value_heads", default)
     if num_heads % num_kv_heads:
         raise fields.error(
-            "num_key_value_heads", f"= {num_kv_heads} does not divide num_attention_heads = {num_heads}"
+            "num_key_value_heads",
+            f"= {num_kv_heads} does not divide num_attention_heads = {num_heads}",
         )
     return num_kv_heads
 
 
-def _windows(fields: _Fields, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
+def _windows(fields: Fields, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
     kinds = fields.values.get("layer_types")
     if architecture in ("llama", "mistral"):
         # Neither family's code looks at layer_types; a file that relies on them is of another family.
@@ -288,7 +230,7 @@ def _windows(fields: _Fields, architecture: Architecture, num_layers: int) -> tu
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
+def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     # Since transformers 5 all is in rope_parameters; before, rope_theta stood beside rope_scaling.
     source = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     values = fields.values.get(source) or {}
@@ -299,7 +241,7 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
         if any(value != nested[0] for value in nested):
             raise fields.refused(source, "rotary parameters that differ by layer type")
         values = nested[0]
-    rope = _Fields(values, f"{fields.where}: {source}")
+    rope = Fields(values, f"{fields.where}: {source}")
     for owner in (fields, rope):
         if owner.values.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise owner.refused("partial_rotary_factor", "all channels must rotate")

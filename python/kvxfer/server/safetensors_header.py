@@ -44,7 +44,9 @@ def weight_files(folder: Path) -> list[Path]:
             weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgumentError(f"{index_path} has no readable weight_map: {error!r}") from error
+            raise InvalidArgumentError(
+                f"{index_path} has no readable weight_map: {error!r}"
+            ) from error
         if not names:
             raise InvalidArgumentError(f"{index_path}: weight_map is empty")
         for name in names:
@@ -53,7 +55,9 @@ def weight_files(folder: Path) -> list[Path]:
                 raise InvalidArgumentError(f"{index_path}: shard {name!r} is not a plain file name")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise InvalidArgumentError(f"{folder} lacks shards named by its index: {', '.join(missing)}")
+            raise InvalidArgumentError(
+                f"{folder} lacks shards named by its index: {', '.join(missing)}"
+            )
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
@@ -97,7 +101,9 @@ def read_header(path: Path) -> Header:
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InvalidArgumentError(f"{path} has a malformed safetensors header: {error!r}") from error
+        raise InvalidArgumentError(
+            f"{path} has a malformed safetensors header: {error!r}"
+        ) from error
     expected = 8 + length + end
     if file_nbytes < expected:
         raise _truncated(path, file_nbytes, expected)

@@ -66,7 +66,9 @@ class Runner:
         cfg = model.cfg
         expected = (block_size, cfg.num_kv_heads, cfg.head_dim)
         if len(cache_views) != cfg.num_layers:
-            raise InvalidArgumentError(f"cache has {len(cache_views)} layers, model {cfg.num_layers}")
+            raise InvalidArgumentError(
+                f"cache has {len(cache_views)} layers, model {cfg.num_layers}"
+            )
         for view in chain.from_iterable(cache_views):
             if view.shape[1:] != expected or view.dtype != model.dtype:
                 raise InvalidArgumentError(
@@ -81,7 +83,9 @@ class Runner:
     def set_num_threads(self, num_threads: int) -> None:
         """Of torch and the kernels, process-wide. Workers that share cores must share them out."""
         torch.set_num_threads(num_threads)
-        kernels.set_num_threads(num_threads)
+        # Without the native extension the kernels run on NumPy (they log that), which has no such setting.
+        if kernels.backend_reasons("paged_prefill")["cpu"] is None:
+            kernels.set_num_threads(num_threads)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block's KV in all layers (choices of one prompt part in its last block)."""
@@ -134,7 +138,9 @@ class Runner:
             sampled_seq_lens=seq_lens if chosen is None else seq_lens[chosen],
         )
 
-    def _block_table(self, items: list[BatchItem], ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _block_table(
+        self, items: list[BatchItem], ends: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
         """[items, blocks] int32, only as wide as the longest context needs, -1 padded."""
         needed = (-(-ends // self.block_size)).tolist()
         table = np.full((len(items), max(needed)), -1, np.int32)

@@ -158,4 +158,5 @@ def uniforms(requests: Sequence[SampleRequest]) -> NDArray[np.float64]:
             first & _LOW,
         )
     bits = ((a << _HALF) | b) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    numbers: NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return numbers
