@@ -1,0 +1,123 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""An HTTP app as the launcher's child: announces itself, drains on SIGTERM, leaves when the launcher is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from kvxfer.errors import InvalidArgumentError
+
+__all__ = ["bind", "serve_app"]
+
+_KEEP_ALIVE_S = 65  # longer than what proxies and clients pool, so that they close first
+_LAST_WORDS_S = 5.0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        InvalidArgumentError: the port is in use, or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        why = "is in use" if error.errno == 98 else f"cannot be used: {error.strerror}"
+        raise InvalidArgumentError(
+            f"port {port} on {host} {why}; choose another with --port (0 takes a free one)"
+        ) from error
+    return sock
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with our signals: its own handling would re-raise SIGTERM after a clean end."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def serve_app(
+    app: ASGIApp,
+    sock: socket.socket,
+    *,
+    shutdown_timeout_s: float,
+    on_drain: Callable[[], None],
+    announcement: Mapping[str, Any] | None = None,
+    announce_fd: int | None = None,
+    lifeline_fd: int | None = None,
+) -> int:
+    """Serves until SIGTERM, SIGINT or the lifeline's end; then drains, for ``shutdown_timeout_s`` at most.
+
+    A second signal ends what still runs. Returns the exit status.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(shutdown_timeout_s)),
+    )
+
+    def announce() -> None:
+        if announce_fd is not None:
+            with os.fdopen(announce_fd, "wb") as pipe:
+                pipe.write(json.dumps(announcement).encode() + b"\n")
+
+    server = _Server(config, announce)
+
+    def stop() -> None:
+        if server.should_exit:
+            server.force_exit = True
+        else:
+            server.should_exit = True
+            on_drain()
+
+    def launcher_gone() -> None:
+        assert lifeline_fd is not None
+        if os.read(lifeline_fd, 1):
+            return
+        asyncio.get_running_loop().remove_reader(lifeline_fd)
+        # Nobody is left to kill this process if its drain hangs.
+        last_resort = threading.Timer(shutdown_timeout_s + _LAST_WORDS_S, os._exit, (1,))
+        last_resort.daemon = True
+        last_resort.start()
+        if not server.should_exit:
+            stop()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        if lifeline_fd is not None:
+            loop.add_reader(lifeline_fd, launcher_gone)
+        await server.serve(sockets=[sock])
+
+    asyncio.run(main())
+    return 0 if server.started else 1
