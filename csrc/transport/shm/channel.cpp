@@ -1,0 +1,114 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/shm/channel.hpp"
+
+#include <unistd.h>
+
+#include <utility>
+
+namespace kvxfer::shm {
+
+Channel::Channel(std::shared_ptr<Mapping> control, int me, Segment staging,
+                 std::shared_ptr<Mapping> peer_staging, Fd my_bell, Fd peer_bell)
+    : control_(std::move(control)),
+      me_(me),
+      staging_(std::move(staging)),
+      peer_staging_(std::move(peer_staging)),
+      my_bell_(std::move(my_bell)),
+      peer_bell_(std::move(peer_bell)) {
+  out_messages_.attach(&mine().messages, mine().message_data, kMessageRingBytes);
+  out_bulk_.attach(&mine().bulk, mine().bulk_data, kBulkRingBytes);
+  in_messages_.attach(&theirs().messages, theirs().message_data, kMessageRingBytes);
+  in_bulk_.attach(&theirs().bulk, theirs().bulk_data, kBulkRingBytes);
+  prepare_sleep();  // so that the peer's first record rings
+}
+
+void Channel::hear_bell() noexcept {
+  uint64_t count;
+  // EAGAIN only: the bell was heard already.
+  [[maybe_unused]] const ssize_t n = ::read(my_bell_.get(), &count, sizeof(count));
+}
+
+void Channel::ring() noexcept {
+  const uint64_t one = 1;
+  // Fails only when the counter is full, and then the peer is going to wake anyway.
+  [[maybe_unused]] const ssize_t n = ::write(peer_bell_.get(), &one, sizeof(one));
+}
+
+bool Channel::try_message(Type type, std::initializer_list<ByteView> parts) noexcept {
+  bool wake;
+  {
+    std::lock_guard lock(mutex_);
+    if (!queued_.empty()) return false;
+    if (!out_messages_.push(static_cast<uint32_t>(type), {parts.begin(), parts.size()})) {
+      if (out_messages_.broken()) broken_.store(true, std::memory_order_relaxed);
+      return false;
+    }
+    wake = out_messages_.must_ring();
+  }
+  if (wake) ring();
+  return true;
+}
+
+void Channel::message(Type type, std::initializer_list<ByteView> parts) {
+  if (try_message(type, parts)) return;
+  Bytes body;
+  for (ByteView part : parts) body.insert(body.end(), part.begin(), part.end());
+  {
+    std::lock_guard lock(mutex_);
+    queued_.push_back({type, std::move(body)});
+  }
+  flush();  // the room may have come between the two
+}
+
+bool Channel::flush() {
+  bool some = false, wake = false;
+  {
+    std::lock_guard lock(mutex_);
+    while (!queued_.empty()) {
+      const ByteView body = queued_.front().body;
+      if (!out_messages_.push(static_cast<uint32_t>(queued_.front().type), {&body, 1})) break;
+      queued_.pop_front();
+      some = true;
+    }
+    if (out_messages_.broken()) broken_.store(true, std::memory_order_relaxed);
+    if (some) wake = out_messages_.must_ring();
+  }
+  if (wake) ring();
+  return some;
+}
+
+bool Channel::bulk(Type type, std::initializer_list<ByteView> parts) noexcept {
+  if (!out_bulk_.push(static_cast<uint32_t>(type), {parts.begin(), parts.size()})) return false;
+  if (out_bulk_.must_ring()) ring();
+  return true;
+}
+
+std::byte* Channel::stage() noexcept {
+  const auto free = [this] {
+    return staged_ - mine().stage_head.load(std::memory_order_seq_cst) < kNumStageSlots;
+  };
+  if (!free()) {
+    // The peer gives the slot back before it releases the bulk record, and then looks at this flag.
+    mine().bulk.starving.store(1, std::memory_order_seq_cst);
+    if (!free()) return nullptr;
+  }
+  return staging_.mapping->data() + size_t{stage_slot()} * kStageSlotBytes;
+}
+
+void Channel::release_message() noexcept {
+  if (in_messages_.release()) ring();
+}
+
+void Channel::release_bulk(bool with_stage) noexcept {
+  if (with_stage) theirs().stage_head.fetch_add(1, std::memory_order_seq_cst);
+  if (in_bulk_.release()) ring();
+}
+
+bool Channel::prepare_sleep() noexcept {
+  const bool messages = in_messages_.prepare_sleep();
+  const bool bulk = in_bulk_.prepare_sleep();
+  return messages && bulk;
+}
+
+}  // namespace kvxfer::shm

@@ -1,0 +1,81 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// One side's view of a connection's shared memory: rings, staging slots and the bells that wake the
+// peer.
+#pragma once
+
+#include <deque>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+
+#include "common/fd.hpp"
+#include "transport/shm/control.hpp"
+#include "transport/shm/records.hpp"
+#include "transport/shm/segment.hpp"
+
+namespace kvxfer::shm {
+
+class Channel {
+ public:
+  // `me`: 0 for the side that connected. Bells are non-blocking eventfds, each woken by the other
+  // side.
+  Channel(std::shared_ptr<Mapping> control, int me, Segment staging,
+          std::shared_ptr<Mapping> peer_staging, Fd my_bell, Fd peer_bell);
+
+  int bell() const noexcept { return my_bell_.get(); }
+  void hear_bell() noexcept;
+  std::atomic<uint64_t>& my_slot(uint32_t i) noexcept { return mine().slots[i]; }
+  std::atomic<uint64_t>& peer_slot(uint32_t i) noexcept { return theirs().slots[i]; }
+
+  // Messages out; any thread. try_message fails when there is no room (or others wait for it);
+  // message() queues instead: outcomes and aborts, at most one a slot, so the queue is bounded.
+  bool try_message(Type type, std::initializer_list<ByteView> parts) noexcept;
+  void message(Type type, std::initializer_list<ByteView> parts);
+  bool flush();  // queued ones; true when some went out
+
+  // Everything below: progress thread only.
+  bool bulk(Type type, std::initializer_list<ByteView> parts) noexcept;
+  // The next staging slot to fill, or null; commit by a bulk record that names stage_slot().
+  std::byte* stage() noexcept;
+  uint32_t stage_slot() const noexcept { return static_cast<uint32_t>(staged_ % kNumStageSlots); }
+  void stage_used() noexcept { ++staged_; }
+
+  Pop peek_message(uint32_t& type, Bytes& body) { return in_messages_.peek(type, body); }
+  void release_message() noexcept;
+  Pop peek_bulk(uint32_t& type, Bytes& body) { return in_bulk_.peek(type, body); }
+  void release_bulk(bool with_stage) noexcept;
+  const std::byte* peer_stage(uint32_t slot) const noexcept {
+    return peer_staging_->data() + size_t{slot} * kStageSlotBytes;
+  }
+  bool prepare_sleep() noexcept;
+  bool broken() const noexcept {
+    return out_bulk_.broken() || broken_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  struct Queued {
+    Type type;
+    Bytes body;
+  };
+  Side& mine() noexcept { return reinterpret_cast<Control*>(control_->data())->side[me_]; }
+  Side& theirs() noexcept { return reinterpret_cast<Control*>(control_->data())->side[1 - me_]; }
+  void ring() noexcept;
+
+  std::shared_ptr<Mapping> control_;
+  int me_;
+  Segment staging_;
+  std::shared_ptr<Mapping> peer_staging_;
+  Fd my_bell_, peer_bell_;
+
+  std::mutex mutex_;  // over the next two; held for a push of at most 48 KiB
+  RingProducer out_messages_;
+  std::deque<Queued> queued_;
+  std::atomic<bool> broken_{false};  // a producer's position made no sense; relaxed: advice to look
+
+  RingProducer out_bulk_;
+  uint64_t staged_ = 0;  // slots ever used; the peer's stage_head says how many came back
+  RingConsumer in_messages_, in_bulk_;
+};
+
+}  // namespace kvxfer::shm

@@ -1,0 +1,300 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/shm/connection.hpp"
+
+#include <sys/epoll.h>
+
+#include <utility>
+
+#include "common/error.hpp"
+
+namespace kvxfer::shm {
+
+namespace {
+// Rounds of work (a message, a chunk, a staging slot) before other connections get their turn.
+constexpr int kMaxRounds = 64;
+
+enum class SocketType : uint32_t { kSegment = 1, kWithdrawn = 2 };
+struct SocketMessage {
+  SocketType type{};
+  uint32_t reserved = 0;
+  uint64_t region = 0;
+  uint64_t nbytes = 0;
+};
+constexpr size_t kMaxMapped = kMaxRegions;
+}  // namespace
+
+struct ShmConnection::BellHandler final : FdHandler {
+  explicit BellHandler(std::shared_ptr<ShmConnection> c) : connection(std::move(c)) {}
+  void on_events(uint32_t) override {
+    connection->channel_.hear_bell();
+    connection->progress();
+  }
+  std::shared_ptr<ShmConnection> connection;
+};
+
+struct ShmConnection::SocketHandler final : FdHandler {
+  explicit SocketHandler(std::shared_ptr<ShmConnection> c) : connection(std::move(c)) {}
+  void on_events(uint32_t) override { connection->read_socket(); }
+  std::shared_ptr<ShmConnection> connection;
+};
+
+ShmConnection::ShmConnection(Host& host, Parts parts)
+    : Connection("shm"),
+      host_(host),
+      socket_(std::move(parts.socket)),
+      channel_(std::move(parts.control), parts.me, std::move(parts.staging),
+               std::move(parts.peer_staging), std::move(parts.my_bell), std::move(parts.peer_bell)),
+      outgoing_(
+          channel_, *this, host,
+          [](void* self, const Region& region) {
+            return static_cast<ShmConnection*>(self)->announce(region);
+          },
+          this),
+      incoming_(
+          channel_, *this, host,
+          [](void* self, uint64_t region) {
+            return static_cast<ShmConnection*>(self)->source(region);
+          },
+          this) {}
+
+void ShmConnection::start() {
+  auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
+  // On the progress thread, so that no event can find the tokens unset.
+  host_.reactor().post([self] {
+    {
+      std::lock_guard lock(self->mutex_);
+      if (self->dead_) return;
+    }
+    self->bell_token_ = self->host_.reactor().add(self->channel_.bell(), EPOLLIN,
+                                                  std::make_shared<BellHandler>(self));
+    self->socket_token_ = self->host_.reactor().add(self->socket_.get(), EPOLLIN | EPOLLRDHUP,
+                                                    std::make_shared<SocketHandler>(self));
+    self->progress();
+  });
+}
+
+Status ShmConnection::post(const RequestPtr& request) noexcept {
+  bool needs_pump = false;
+  const Status status = outgoing_.post(request, needs_pump);
+  if (!status.ok()) return status;
+  counters.requests.fetch_add(1, std::memory_order_relaxed);
+  host_.posted(*request);
+  if (needs_pump) {
+    auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
+    host_.reactor().post([self] { self->progress(); });
+  }
+  return status;
+}
+
+Cancelled ShmConnection::cancel(const RequestPtr& request) noexcept {
+  return outgoing_.cancel(request);
+}
+
+bool ShmConnection::announce(const Region& region) noexcept {
+  std::lock_guard lock(mutex_);
+  if (dead_) return false;
+  if (announced_.contains(region.id)) return true;
+  const SocketMessage message{SocketType::kSegment, 0, region.id, region.nbytes};
+  const int fd = region.memfd.get();
+  if (!send(socket_.get(), view_of(message), {&fd, 1})) return false;
+  announced_.insert(region.id);
+  return true;
+}
+
+void ShmConnection::withdraw(uint64_t region) noexcept {
+  std::lock_guard lock(mutex_);
+  if (dead_ || announced_.erase(region) == 0) return;
+  const SocketMessage message{SocketType::kWithdrawn, 0, region, 0};
+  // If the peer's socket is full it keeps a read-only mapping for longer: no harm but the memory.
+  [[maybe_unused]] const bool sent = send(socket_.get(), view_of(message), {});
+}
+
+std::shared_ptr<Mapping> ShmConnection::source(uint64_t region) {
+  auto found = mapped_.find(region);
+  if (found == mapped_.end()) {
+    read_socket();  // the announcement was sent before the record that names it
+    found = mapped_.find(region);
+  }
+  return found == mapped_.end() ? nullptr : found->second;
+}
+
+void ShmConnection::read_socket() {
+  Bytes bytes;
+  std::vector<Fd> fds;
+  for (;;) {
+    {
+      std::lock_guard lock(mutex_);
+      if (dead_) return;
+    }
+    const Received received = receive(socket_.get(), bytes, fds, 1);
+    if (received == Received::kAgain) return;
+    if (received == Received::kClosed) {
+      die({.code = Code::kPeerDisconnected, .text = "the peer's process or engine ended"});
+      return;
+    }
+    Reader reader(bytes);
+    const auto message = reader.get<SocketMessage>();
+    if (received == Received::kBroken || !reader.finished())
+      return broken("a malformed socket message");
+    if (message.type == SocketType::kWithdrawn && fds.empty()) {
+      mapped_.erase(message.region);
+    } else if (message.type == SocketType::kSegment && fds.size() == 1 &&
+               mapped_.size() < kMaxMapped && !mapped_.contains(message.region)) {
+      std::string reason;
+      auto mapping = map_peer_readonly(fds[0].get(), message.nbytes, reason);
+      if (!mapping) return broken(reason.c_str());
+      mapped_.emplace(message.region, std::move(mapping));
+    } else {
+      return broken("an unexpected socket message");
+    }
+    std::lock_guard lock(mutex_);
+    num_mapped_ = mapped_.size();
+  }
+}
+
+bool ShmConnection::take_message() {
+  uint32_t type = 0;
+  switch (channel_.peek_message(type, body_)) {
+    case Pop::kEmpty:
+      return false;
+    case Pop::kBroken:
+      broken("a message ring out of its bounds");
+      return false;
+    case Pop::kRecord:
+      break;
+  }
+  channel_.release_message();
+  bool sane = false;
+  switch (static_cast<Type>(type)) {
+    case Type::kRequest:
+      sane = incoming_.on_request(body_);
+      break;
+    case Type::kReadPart:
+      sane = incoming_.on_read_part(body_);
+      break;
+    case Type::kAbort:
+      sane = incoming_.on_abort(body_);
+      break;
+    case Type::kOutcome: {
+      Reader reader(body_);
+      const auto outcome = reader.get<OutcomeHead>();
+      const ByteView text = reader.take(reader.remaining());
+      sane = reader.ok() && outgoing_.on_outcome(
+                                outcome, {reinterpret_cast<const char*>(text.data()), text.size()});
+      break;
+    }
+    default:
+      break;
+  }
+  if (!sane) broken("a malformed message");
+  return sane;
+}
+
+bool ShmConnection::take_bulk() {
+  if (!bulk_held_) {
+    switch (channel_.peek_bulk(held_type_, held_)) {
+      case Pop::kEmpty:
+        return false;
+      case Pop::kBroken:
+        broken("a bulk ring out of its bounds");
+        return false;
+      case Pop::kRecord:
+        break;
+    }
+  }
+  bool sane = false, finished = true, staged = false;
+  switch (static_cast<Type>(held_type_)) {
+    case Type::kSpans:
+      sane = incoming_.on_spans(held_, finished);
+      break;
+    case Type::kStaged:
+      staged = true;
+      sane = incoming_.on_staged(held_);
+      break;
+    case Type::kReadData: {
+      staged = true;
+      Reader reader(held_);
+      const auto head = reader.get<StageHead>();
+      sane = reader.finished() && head.stage_slot < kNumStageSlots &&
+             head.nbytes <= kStageSlotBytes &&
+             outgoing_.on_read_data(head, channel_.peer_stage(head.stage_slot));
+      break;
+    }
+    default:
+      break;
+  }
+  if (!sane) {
+    broken("a malformed bulk record");
+    return false;
+  }
+  bulk_held_ = !finished;
+  if (finished) channel_.release_bulk(staged);
+  return finished;
+}
+
+bool ShmConnection::step() {
+  bool some = channel_.flush();
+  some |= take_message();
+  some |= incoming_.copy_one();
+  some |= take_bulk();
+  some |= incoming_.serve_one();
+  some |= outgoing_.pump();
+  if (outgoing_.room_wanted()) host_.writable(*this);
+  return some;
+}
+
+void ShmConnection::progress() {
+  for (int round = 0; round < kMaxRounds; ++round) {
+    {
+      std::lock_guard lock(mutex_);
+      if (dead_) return;
+    }
+    if (step()) continue;
+    if (channel_.broken()) return broken("a ring position out of its bounds");
+    if (channel_.prepare_sleep()) return;
+  }
+  if (std::exchange(again_posted_, true)) return;
+  auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
+  host_.reactor().defer([self] {
+    self->again_posted_ = false;
+    self->progress();
+  });
+}
+
+void ShmConnection::broken(const char* what) {
+  die({.code = Code::kTransport, .text = cat("the peer broke the shm protocol: ", what)});
+}
+
+void ShmConnection::die(const Failure& cause) {
+  {
+    std::lock_guard lock(mutex_);
+    if (std::exchange(dead_, true)) return;
+  }
+  if (bell_token_ != 0) host_.reactor().remove(bell_token_, channel_.bell());
+  if (socket_token_ != 0) host_.reactor().remove(socket_token_, socket_.get());
+  socket_.reset();  // the peer sees it at once
+  incoming_.clear();
+  outgoing_.end_all(cause);
+  mapped_.clear();
+  host_.lost(*this, cause);
+}
+
+void ShmConnection::close(const Failure& cause) noexcept {
+  if (host_.reactor().on_thread()) return die(cause);
+  auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
+  host_.reactor().post([self, cause] { self->die(cause); });
+}
+
+// Only the progress thread is ever inside a copy or a system call of ours, and the engine joins
+// that one.
+void ShmConnection::join() noexcept {}
+
+std::string ShmConnection::describe() const {
+  std::lock_guard lock(mutex_);
+  return cat("Unix socket and shared rings; ", announced_.size(),
+             " of our regions mapped by the peer, ", num_mapped_,
+             " of its by us; registered memory is staged");
+}
+
+}  // namespace kvxfer::shm

@@ -1,0 +1,75 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// One shm connection: both halves over one channel, and the Unix socket that carries memfds and
+// shows death.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "transport/shm/incoming.hpp"
+#include "transport/shm/outgoing.hpp"
+#include "transport/shm/unix_socket.hpp"
+
+namespace kvxfer::shm {
+
+class ShmConnection final : public Connection {
+ public:
+  struct Parts {
+    std::shared_ptr<Mapping> control;
+    int me = 0;
+    Segment staging;
+    std::shared_ptr<Mapping> peer_staging;
+    Fd my_bell, peer_bell, socket;
+  };
+  ShmConnection(Host& host, Parts parts);
+  void start();  // from here on the reactor drives it
+
+  Status post(const RequestPtr& request) noexcept override;
+  Cancelled cancel(const RequestPtr& request) noexcept override;
+  void close(const Failure& cause) noexcept override;
+  void join() noexcept override;
+  std::string describe() const override;
+
+  void withdraw(uint64_t region) noexcept;  // the peer may let go of its mapping; any thread
+
+ private:
+  struct BellHandler;
+  struct SocketHandler;
+
+  void progress();
+  bool step();
+  bool take_message();
+  bool take_bulk();
+  void read_socket();
+  void broken(const char* what);
+  void die(const Failure& cause);
+  bool announce(const Region& region) noexcept;
+  std::shared_ptr<Mapping> source(uint64_t region);
+
+  Host& host_;
+  Fd socket_;
+  Channel channel_;
+  Outgoing outgoing_;
+  Incoming incoming_;
+
+  mutable std::mutex
+      mutex_;  // over the next three; held across a non-blocking sendmsg of some 20 bytes
+  std::unordered_set<uint64_t> announced_;
+  bool dead_ = false;
+  size_t num_mapped_ = 0;  // for describe()
+
+  // Progress thread only.
+  std::unordered_map<uint64_t, std::shared_ptr<Mapping>> mapped_;
+  Bytes body_;
+  bool bulk_held_ = false;  // a record waits in body_of_bulk_ for the spans before it
+  uint32_t held_type_ = 0;
+  Bytes held_;
+  Reactor::Token bell_token_ = 0, socket_token_ = 0;
+  bool again_posted_ = false;
+};
+
+}  // namespace kvxfer::shm

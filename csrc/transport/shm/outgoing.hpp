@@ -1,0 +1,77 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Our own requests on a connection: posting, feeding staged bytes, landing what was read, how each
+// ends.
+#pragma once
+
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "transport/shm/channel.hpp"
+#include "transport/transport.hpp"
+
+namespace kvxfer::shm {
+
+class Outgoing {
+ public:
+  // `announce` gives the peer a region's memfd once; false when it could not.
+  using Announce = bool (*)(void* context, const Region& region);
+  Outgoing(Channel& channel, Connection& connection, Host& host, Announce announce, void* context);
+
+  // Any thread.
+  Status post(const RequestPtr& request, bool& needs_pump) noexcept;
+  Cancelled cancel(const RequestPtr& request) noexcept;
+  bool room_wanted() noexcept;  // true once, when a post was turned away and there may be room now
+
+  // Progress thread. False from the two on_… means that the peer broke the protocol.
+  bool on_outcome(const OutcomeHead& outcome, std::string text);
+  bool on_read_data(const StageHead& head, const std::byte* bytes);
+  bool pump();  // one chunk; true when it did something
+  void end_all(const Failure& cause);
+
+ private:
+  struct Flight {
+    RequestPtr request;  // null: the slot is free
+    uint32_t generation = 0;
+    bool mapped = false;
+    bool inside = false;     // the progress thread copies from or to its memory right now
+    bool cancelled = false;  // the engine ended it; the slot waits for the owner's word
+    // Progress thread only from here on.
+    size_t span = 0;      // next byte to send, or to store: this span,
+    uint64_t offset = 0;  // at this offset
+    size_t asked_spans = 0;
+    uint64_t asked = 0, landed = 0;  // bytes of a read
+    bool accepted = false;
+  };
+  // The flight of this ticket, if it is still the same one; mutex_ held.
+  Flight* find(Ticket ticket) noexcept;
+  void release(uint32_t slot) noexcept;  // mutex_ held
+  RequestPtr enter(Ticket ticket) noexcept;
+  void leave(Ticket ticket, Request& request) noexcept;
+  std::vector<SpanRecord> spans_from(const Request& request, size_t first) const;
+  bool pump_spans(Ticket ticket, const Request& request, Flight& flight, bool& finished);
+  bool pump_staged(Ticket ticket, const Request& request, Flight& flight, bool& finished);
+  void ask(Ticket ticket, const Request& request, Flight& flight);
+  void end(Ticket ticket, Completion completion);
+
+  Channel& channel_;
+  Connection& connection_;
+  Host& host_;
+  Announce announce_;
+  void* context_;
+
+  std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
+  std::vector<Flight> flights_;
+  std::vector<uint32_t> free_;
+  std::unordered_map<uint64_t, uint32_t> by_id_;
+  std::deque<Ticket> pumping_;
+  bool room_wanted_ = false;
+  bool dead_ = false;
+};
+
+}  // namespace kvxfer::shm

@@ -1,0 +1,155 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// A ring of records between two processes that do not trust each other: one producer, one consumer.
+//
+// Each side keeps its own position in private memory and only publishes it; what it reads of the
+// other's is checked before use. A record is copied out once and validated in the copy, never read
+// again.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "common/wire.hpp"
+
+namespace kvxfer::shm {
+
+// In the control segment. The two halves are on lines of their own: each is written by one side.
+struct RingHead {
+  // Producer writes, consumer reads: release of the record's bytes.
+  alignas(128) std::atomic<uint64_t> tail;
+  // Consumer writes, producer reads: release of the room.
+  alignas(128) std::atomic<uint64_t> head;
+  // Dekker pairs (all seq_cst). The consumer raises `sleeping`, looks at tail again, and sleeps;
+  // the producer stores tail, then looks at the flag, and rings the bell. Likewise the producer
+  // raises `starving`, looks at head again; the consumer stores head, then looks at the flag.
+  alignas(128) std::atomic<uint32_t> sleeping;
+  alignas(128) std::atomic<uint32_t> starving;
+};
+static_assert(std::atomic<uint64_t>::is_always_lock_free);
+
+struct RecordHead {
+  uint32_t nbytes;  // of the body; kSkip: go to the start of the ring
+  uint32_t type;
+};
+inline constexpr uint32_t kSkip = 0xffffffff;
+
+enum class Pop : uint8_t { kEmpty, kRecord, kBroken };
+
+class RingProducer {
+ public:
+  void attach(RingHead* shared, std::byte* data, uint64_t capacity) noexcept {
+    shared_ = shared, data_ = data, capacity_ = capacity;
+  }
+  // The longest body that always finds room in an empty ring, wherever its end stands.
+  static constexpr uint64_t max_body(uint64_t capacity) { return capacity / 2 - 64; }
+
+  // False: no room now; `starving` is raised, so the consumer rings when it has made some.
+  // broken() afterwards tells whether the consumer's position made sense.
+  bool push(uint32_t type, std::span<const ByteView> parts) noexcept {
+    uint64_t body = 0;
+    for (ByteView part : parts) body += part.size();
+    const uint64_t need = align(sizeof(RecordHead) + body);
+    if (!fits(need)) {
+      shared_->starving.store(1, std::memory_order_seq_cst);
+      if (!fits(need)) return false;
+      shared_->starving.store(0, std::memory_order_relaxed);
+    }
+    const uint64_t rest = capacity_ - position(tail_);
+    if (rest < need) {
+      const RecordHead skip{kSkip, 0};
+      std::memcpy(data_ + position(tail_), &skip, sizeof(skip));
+      tail_ += rest;
+    }
+    std::byte* at = data_ + position(tail_);
+    const RecordHead head{static_cast<uint32_t>(body), type};
+    std::memcpy(at, &head, sizeof(head));
+    at += sizeof(head);
+    for (ByteView part : parts) {
+      if (!part.empty()) std::memcpy(at, part.data(), part.size());
+      at += part.size();
+    }
+    tail_ += need;
+    shared_->tail.store(tail_, std::memory_order_seq_cst);
+    return true;
+  }
+  // After a push: true when the consumer sleeps and must be woken (once).
+  bool must_ring() noexcept {
+    return shared_->sleeping.load(std::memory_order_seq_cst) != 0 &&
+           shared_->sleeping.exchange(0, std::memory_order_seq_cst) != 0;
+  }
+  bool broken() const noexcept { return broken_; }
+
+ private:
+  static uint64_t align(uint64_t n) noexcept { return (n + 7) & ~uint64_t{7}; }
+  uint64_t position(uint64_t n) const noexcept { return n & (capacity_ - 1); }
+  bool fits(uint64_t need) noexcept {
+    const uint64_t used = tail_ - shared_->head.load(std::memory_order_seq_cst);
+    if (used > capacity_) {
+      broken_ = true;
+      return false;
+    }
+    const uint64_t rest = capacity_ - position(tail_);
+    return capacity_ - used >= (rest < need ? rest + need : need);
+  }
+
+  RingHead* shared_ = nullptr;
+  std::byte* data_ = nullptr;
+  uint64_t capacity_ = 0;  // a power of two
+  uint64_t tail_ = 0;      // ours; the shared one is a copy for the consumer
+  bool broken_ = false;
+};
+
+class RingConsumer {
+ public:
+  void attach(RingHead* shared, const std::byte* data, uint64_t capacity) noexcept {
+    shared_ = shared, data_ = data, capacity_ = capacity;
+  }
+  // Copies the next record's body out. It stays in the ring until release().
+  Pop peek(uint32_t& type, Bytes& body) {
+    for (;;) {
+      const uint64_t ready = shared_->tail.load(std::memory_order_seq_cst) - head_;
+      if (ready == 0) return Pop::kEmpty;
+      if (ready > capacity_ || ready < sizeof(RecordHead)) return Pop::kBroken;
+      const uint64_t rest = capacity_ - (head_ & (capacity_ - 1));
+      RecordHead head;
+      std::memcpy(&head, data_ + (head_ & (capacity_ - 1)), sizeof(head));
+      if (head.nbytes == kSkip) {
+        if (rest > ready) return Pop::kBroken;
+        head_ += rest;
+        continue;
+      }
+      const uint64_t whole = (sizeof(head) + uint64_t{head.nbytes} + 7) & ~uint64_t{7};
+      if (whole > ready || whole > rest) return Pop::kBroken;
+      const std::byte* at = data_ + (head_ & (capacity_ - 1)) + sizeof(head);
+      body.assign(at, at + head.nbytes);
+      type = head.type;
+      next_ = head_ + whole;
+      return Pop::kRecord;
+    }
+  }
+  // Gives the room of the last peeked record back. True: the producer starves and must be woken.
+  bool release() noexcept {
+    head_ = next_;
+    shared_->head.store(head_, std::memory_order_seq_cst);
+    return shared_->starving.load(std::memory_order_seq_cst) != 0 &&
+           shared_->starving.exchange(0, std::memory_order_seq_cst) != 0;
+  }
+  // Before sleeping. False: something came meanwhile, do not sleep.
+  bool prepare_sleep() noexcept {
+    shared_->sleeping.store(1, std::memory_order_seq_cst);
+    if (shared_->tail.load(std::memory_order_seq_cst) == head_) return true;
+    shared_->sleeping.store(0, std::memory_order_relaxed);
+    return false;
+  }
+
+ private:
+  RingHead* shared_ = nullptr;
+  const std::byte* data_ = nullptr;
+  uint64_t capacity_ = 0;
+  uint64_t head_ = 0, next_ = 0;
+};
+
+}  // namespace kvxfer::shm

@@ -1,0 +1,271 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/shm/transport.hpp"
+
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <utility>
+
+#include "common/error.hpp"
+#include "common/random.hpp"
+#include "common/sha256.hpp"
+
+namespace kvxfer::shm {
+
+namespace {
+
+constexpr size_t kMaxJoining = 64;  // strangers of our own user that have not proved anything yet
+constexpr double kJoinTimeoutSeconds = 2.0;
+
+struct JoinRequest {
+  uint32_t version = kVersion;
+  uint32_t reserved = 0;
+  Key session{};
+  std::array<std::byte, 32> nonce{};
+  Digest proof{};
+};
+struct JoinReply {  // then, when refused, the reason as text
+  uint32_t version = kVersion;
+  uint32_t refused = 0;
+  Digest proof{};
+};
+
+// Two labels, so that neither side can answer with what it was sent.
+Digest prove(const Session& session, std::string_view role, const JoinRequest& join) {
+  return hmac_sha256(session.key, {as_bytes_view("kvxfer shm join "), as_bytes_view(role),
+                                   ByteView(join.session), ByteView(join.nonce)});
+}
+
+Fd make_bell() {
+  Fd bell(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!bell) fail_errno(Code::kRegistration, errno, "eventfd failed");
+  return bell;
+}
+
+// The flag is shared with the peer, who made the descriptor: a write of ours must never block.
+bool make_nonblocking(int fd) {
+  const int flags = ::fcntl(fd, F_GETFL);
+  return flags >= 0 && ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+}
+
+std::string uid_reason(uint32_t theirs, uint32_t ours) {
+  return cat("its user id is ", theirs, ", ours is ", ours,
+             "; shared memory is for processes of one user");
+}
+
+}  // namespace
+
+// A socket that has connected and must now prove that it belongs to a session of ours.
+struct ShmTransport::Joining final : FdHandler {
+  Joining(ShmTransport& t, Fd s, std::shared_ptr<std::atomic<size_t>> c)
+      : transport(t), socket(std::move(s)), count(std::move(c)) {
+    ++*count;
+  }
+  ~Joining() override { --*count; }
+
+  void on_events(uint32_t) override {
+    Bytes message;
+    std::vector<Fd> fds;
+    const Received received = receive(socket.get(), message, fds, 2);
+    if (received == Received::kAgain) return;
+    forget();  // the reactor keeps this alive until the end of the callback
+    if (received != Received::kMessage) return;
+    std::string reason;
+    try {
+      reason = join(message, fds);
+    } catch (const std::exception& error) {
+      reason = error.what();
+    }
+    if (reason.empty()) return;
+    const JoinReply reply{.refused = 1};
+    Bytes bytes;
+    Writer writer(bytes);
+    writer.put(reply);
+    writer.raw(as_bytes_view(reason.substr(0, 256)));
+    [[maybe_unused]] const bool sent = send(socket.get(), bytes, {});  // it may be gone already
+  }
+
+  void forget() {
+    if (token != 0) transport.host_->reactor().remove(std::exchange(token, 0), socket.get());
+    transport.host_->reactor().cancel(timer);
+  }
+
+  std::string join(ByteView message, std::vector<Fd>& fds) {
+    Reader reader(message);
+    const auto request = reader.get<JoinRequest>();
+    if (!reader.finished() || request.version != kVersion || fds.size() != 2)
+      return "a malformed join, or another version of the shm transport";
+    const auto session = transport.host_->session(request.session);
+    if (!session || !equal_constant_time(request.proof, prove(*session, "client", request)))
+      return "the join names no session of ours, or does not prove that it belongs to it";
+
+    ShmConnection::Parts parts;
+    std::string reason;
+    Segment control = make_shared("kvxfer-control", sizeof(Control));
+    parts.me = 1;
+    parts.staging = make_owned("kvxfer-staging", kStageBytes);
+    parts.peer_staging = map_peer_readonly(fds[0].get(), kStageBytes, reason);
+    if (!parts.peer_staging) return reason;
+    if (!make_nonblocking(fds[1].get())) return "its bell is no event descriptor";
+    parts.my_bell = make_bell();
+    parts.peer_bell = std::move(fds[1]);
+    parts.control = control.mapping;
+
+    const JoinReply reply{.proof = prove(*session, "server", request)};
+    const int given[3] = {control.fd.get(), parts.staging.fd.get(), parts.my_bell.get()};
+    parts.socket = Fd(::dup(socket.get()));
+    if (!parts.socket) return cat("dup failed: ", errno_text(errno));
+    ::fcntl(parts.socket.get(), F_SETFD, FD_CLOEXEC);
+    auto connection = std::make_shared<ShmConnection>(*transport.host_, std::move(parts));
+    // Adopted before the other side may post anything.
+    transport.host_->adopt(session->id, connection);
+    transport.keep(connection);
+    connection->start();
+    if (!send(socket.get(), view_of(reply), given))
+      connection->close({.code = Code::kPeerDisconnected, .text = "the peer left while it joined"});
+    return {};
+  }
+
+  ShmTransport& transport;
+  Fd socket;
+  std::shared_ptr<std::atomic<size_t>> count;
+  Reactor::Token token = 0;
+  Reactor::TimerId timer = Reactor::kNoTimer;
+};
+
+struct ShmTransport::Listener final : FdHandler {
+  Listener(ShmTransport& t, Fd s) : transport(t), socket(std::move(s)) {}
+
+  void on_events(uint32_t) override {
+    for (;;) {
+      Fd peer(::accept4(socket.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (!peer) return;  // EAGAIN, or out of descriptors: epoll tells us again
+      const auto uid = peer_uid(peer.get());
+      if (!uid || *uid != transport.host_->self().host.uid || *joining >= kMaxJoining) continue;
+      auto handler = std::make_shared<Joining>(transport, std::move(peer), joining);
+      Reactor& reactor = transport.host_->reactor();
+      std::weak_ptr<Joining> weak = handler;
+      handler->timer = reactor.at(deadline_after(kJoinTimeoutSeconds), [weak] {
+        if (auto late = weak.lock()) late->forget();
+      });
+      handler->token = reactor.add(handler->socket.get(), EPOLLIN, handler);
+    }
+  }
+
+  ShmTransport& transport;
+  Fd socket;
+  std::shared_ptr<std::atomic<size_t>> joining = std::make_shared<std::atomic<size_t>>(0);
+};
+
+std::optional<std::string> ShmTransport::probe() const {
+  try {
+    const Segment segment = make_owned("kvxfer-probe", 4096);
+    std::string reason;
+    if (!map_peer_readonly(segment.fd.get(), 4096, reason)) return reason;
+    return {};
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+void ShmTransport::start(Host& host) {
+  host_ = &host;
+  socket_name_ = "kvxfer-" + hex(random_bytes<16>());
+  listener_ = std::make_shared<Listener>(*this, listen_abstract(socket_name_));
+  listener_token_ = host.reactor().add(listener_->socket.get(), EPOLLIN, listener_);
+}
+
+void ShmTransport::stop() noexcept {
+  if (!listener_) return;
+  host_->reactor().remove(listener_token_, listener_->socket.get());
+  listener_->socket.reset();
+}
+
+Bytes ShmTransport::offer() const {
+  Bytes bytes;
+  Writer writer(bytes);
+  writer.u32(kVersion);
+  writer.text(host_->self().host.boot_id);
+  writer.text(socket_name_);
+  return bytes;
+}
+
+std::optional<std::string> ShmTransport::attach(const Session& session, ByteView offer,
+                                                int64_t deadline_ns) {
+  Reader reader(offer);
+  const uint32_t version = reader.u32();
+  const std::string boot_id = reader.text(128), name = reader.text(96);
+  if (!reader.finished() || version != kVersion)
+    return cat("the peer offers version ", version, " of it, we speak ", kVersion);
+  const HostIdentity& self = host_->self().host;
+  if (boot_id != self.boot_id) return "the peer runs on another machine (other boot id)";
+  int err = 0;
+  Fd socket = connect_abstract(name, err);
+  if (!socket)
+    return cat("its Unix socket cannot be reached: ", errno_text(err),
+               err == ECONNREFUSED ? " (another network namespace?)" : "");
+  const auto uid = peer_uid(socket.get());
+  if (!uid || *uid != self.uid) return uid_reason(uid.value_or(0), self.uid);
+
+  ShmConnection::Parts parts;
+  parts.me = 0;
+  parts.staging = make_owned("kvxfer-staging", kStageBytes);
+  parts.my_bell = make_bell();
+  JoinRequest request{.session = session.id, .nonce = random_bytes<32>()};
+  request.proof = prove(session, "client", request);
+  const int given[2] = {parts.staging.fd.get(), parts.my_bell.get()};
+  if (!send(socket.get(), view_of(request), given))
+    return cat("joining failed: ", errno_text(errno));
+  if (!wait_readable(socket.get(), std::min(deadline_ns, deadline_after(kJoinTimeoutSeconds))))
+    return "the peer did not answer the join in time";
+  Bytes message;
+  std::vector<Fd> fds;
+  if (receive(socket.get(), message, fds, 3) != Received::kMessage)
+    return "the peer closed the Unix socket without an answer (another user, or too many are "
+           "joining)";
+  Reader answer(message);
+  const auto reply = answer.get<JoinReply>();
+  if (!answer.ok() || reply.refused != 0) {
+    const ByteView text = answer.take(answer.remaining());
+    return cat("the peer refused the join: ",
+               std::string_view(reinterpret_cast<const char*>(text.data()), text.size()));
+  }
+  if (fds.size() != 3 || !equal_constant_time(reply.proof, prove(session, "server", request)))
+    return "the Unix socket is not the peer's: its proof is wrong";
+  std::string reason;
+  parts.control = map_peer_shared(fds[0].get(), sizeof(Control), reason);
+  if (parts.control) parts.peer_staging = map_peer_readonly(fds[1].get(), kStageBytes, reason);
+  if (!parts.peer_staging) return reason;
+  if (!make_nonblocking(fds[2].get())) return "its bell is no event descriptor";
+  parts.peer_bell = std::move(fds[2]);
+  parts.socket = std::move(socket);
+  auto connection = std::make_shared<ShmConnection>(*host_, std::move(parts));
+  host_->adopt(session.id, connection);
+  keep(connection);
+  connection->start();
+  return {};
+}
+
+void ShmTransport::keep(const std::shared_ptr<ShmConnection>& connection) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(connections_, [](const auto& weak) { return weak.expired(); });
+  connections_.push_back(connection);
+}
+
+void ShmTransport::withdraw(Region& region) noexcept {
+  std::vector<std::shared_ptr<ShmConnection>> alive;
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& weak : connections_)
+      if (auto connection = weak.lock()) alive.push_back(std::move(connection));
+  }
+  for (const auto& connection : alive) connection->withdraw(region.id);
+}
+
+}  // namespace kvxfer::shm

@@ -1,0 +1,42 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Same host: control segment, memfds and bells passed over a Unix socket that joins an
+// authenticated session.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "transport/shm/connection.hpp"
+#include "transport/transport.hpp"
+
+namespace kvxfer::shm {
+
+class ShmTransport final : public Transport {
+ public:
+  ShmTransport() = default;
+  std::string_view name() const noexcept override { return "shm"; }
+  std::optional<std::string> probe() const override;
+  void start(Host& host) override;
+  void stop() noexcept override;
+  Bytes offer() const override;
+  std::optional<std::string> attach(const Session& session, ByteView offer,
+                                    int64_t deadline_ns) override;
+  void withdraw(Region& region) noexcept override;
+
+ private:
+  struct Listener;
+  struct Joining;
+  void keep(const std::shared_ptr<ShmConnection>& connection);
+
+  Host* host_ = nullptr;
+  std::string socket_name_;
+  std::shared_ptr<Listener> listener_;
+  Reactor::Token listener_token_ = 0;
+
+  std::mutex mutex_;  // over the connections, for withdraw()
+  std::vector<std::weak_ptr<ShmConnection>> connections_;
+};
+
+}  // namespace kvxfer::shm
