@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=1900, help="optimizer steps (default: %(default)s)")
+    add("--steps", type=int, default=1800, help="optimizer steps (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="windows per step (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, files and windows (default: %(default)s)")
     add("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
@@ -73,6 +73,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.batch_size, arguments.threads, arguments.context) < 1:
         parser.error("--steps, --batch-size, --threads and --context are positive")
+    if arguments.context % Recipe.short_context:
+        parser.error(f"--context is a multiple of {Recipe.short_context}")
     return arguments
 
 
@@ -184,9 +186,20 @@ def make_record(
     shape, recipe = result.model.shape, result.recipe
     tokens = recipe.steps * recipe.batch_size * shape.context
     command = ["python", "tools/train_tiny_model.py", "--steps", str(recipe.steps)]
-    for name, default in (("batch_size", 4), ("seed", 0), ("threads", 1)):
-        if getattr(arguments, name) != default:
-            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    defaults = vars(parse_arguments([]))
+    for name in [
+        "batch_size",
+        "seed",
+        "threads",
+        "corpus",
+        "max_files",
+        "vocab_size",
+        "layers",
+        "context",
+    ]:
+        value = getattr(arguments, name)
+        if value != defaults[name]:
+            command += [f"--{name.replace('_', '-')}", str(value)]
     return {
         "command": shlex.join(command),
         "weights_sha256": weights_sha256,

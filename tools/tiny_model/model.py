@@ -158,7 +158,6 @@ class TinyLlama(nn.Module):
         """Logits ``[batch, length, vocab]`` float32 for ids ``[batch, length]``."""
         return F.linear(self.hidden(ids, yarn=yarn), self.model.embed_tokens.weight)
 
-    def loss(self, ids: Tensor, *, yarn: bool = False) -> Tensor:
-        """Mean cross-entropy in nats; ``ids`` is ``[batch, length + 1]``, inputs and targets overlapping."""
-        logits = self(ids[:, :-1], yarn=yarn)
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; both ``[batch, length]``, the targets one token ahead."""
+        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
