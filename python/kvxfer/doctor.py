@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""`kvxfer doctor`: what works on this machine, what does not, and why. Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+import numpy as np
+
+from kvxfer import __version__, kernels
+from kvxfer.errors import KvxferError
+from kvxfer.transfer import TransferEngine, probe_transports
+
+__all__ = ["Check", "add_arguments", "examine", "run"]
+
+EXTRAS = {
+    "torch": ("torch", "kernels on torch tensors, the server"),
+    "triton": ("torch", "Triton kernels"),
+    "fastapi": ("server", "the reference server"),
+    "tokenizers": ("server", "text prompts"),
+    "cuda-python": ("cuda", "CUDA IPC (not built yet)"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: ``ok`` None means neither good nor bad, only said."""
+
+    group: str
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def examine() -> list[Check]:
+    """Everything that can be found out without touching the network beyond loopback."""
+    return [*_platform(), *_transports(), *_loopback(), *_kernels(), *_extras()]
+
+
+def _platform() -> list[Check]:
+    cpus = len(os.sched_getaffinity(0))
+    build = kernels.build_info()
+    return [
+        Check("kvxfer", "version", None, f"{__version__}, Python {platform.python_version()}"),
+        Check("kvxfer", "machine", None, f"{platform.platform()}, {cpus} CPUs"),
+        Check("kvxfer", "build", None, ", ".join(f"{k}={v}" for k, v in sorted(build.items()))),
+    ]
+
+
+def _transports() -> list[Check]:
+    return [
+        Check("transports", name, reason is None, reason or "works here")
+        for name, reason in probe_transports()
+    ]
+
+
+def _loopback() -> list[Check]:
+    """Moves 64 KiB between two engines of this process and says over what."""
+    try:
+        with TransferEngine("doctor-a") as a, TransferEngine("doctor-b") as b:
+            target = b.allocate(1 << 16, name="doctor")
+            source = a.allocate(1 << 16, name="doctor")
+            source.array[:] = 7
+            peer = a.connect(b.address)
+            transfer = a.write(source, peer.regions["doctor"], 0, 0, 1 << 16)
+            transfer.wait(5)
+            good = bool(np.all(target.array == 7))
+            return [Check("transports", "loopback", good, f"64 KiB moved over {transfer.transport}")]
+    except KvxferError as error:
+        return [Check("transports", "loopback", False, str(error))]
+
+
+def _kernels() -> list[Check]:
+    return [
+        Check("kernels", backend, reason is None, reason or "works here")
+        for device in ("cpu", "cuda")
+        for backend, reason in kernels.backend_reasons("paged_decode", device).items()
+        if (backend == "cuda") == (device == "cuda")
+    ]
+
+
+def _extras() -> list[Check]:
+    checks = []
+    for package, (extra, purpose) in EXTRAS.items():
+        try:
+            checks.append(Check("extras", package, True, f"{metadata.version(package)} ({purpose})"))
+        except metadata.PackageNotFoundError:
+            checks.append(
+                Check("extras", package, None, f"absent: pip install 'kvxfer[{extra}]' ({purpose})")
+            )
+    return checks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when what the base install promises works here, else 1."""
+    checks = examine()
+    if args.json:
+        json.dump([asdict(check) for check in checks], sys.stdout, indent=1)
+        print()
+    else:
+        group = ""
+        for check in checks:
+            if check.group != group:
+                group = check.group
+                print(group)
+            mark = {True: "yes", False: "no", None: "-"}[check.ok]
+            print(f"  {mark:4}{check.name:12}{check.detail}")
+    needed = {"tcp", "loopback", "reference"}
+    return 0 if all(check.ok for check in checks if check.name in needed) else 1
