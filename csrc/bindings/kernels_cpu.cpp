@@ -1,0 +1,259 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The module _kernels_cpu: NumPy views in, plain parameters out. Shapes and dtypes were checked in
+// Python (kvxfer.kernels); what is checked here is only what would otherwise reach memory.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "common/error.hpp"
+#include "kernels/cpu/kernels.hpp"
+#include "kernels/cpu/thread_pool.hpp"
+
+namespace py = pybind11;
+namespace cpu = kvxfer::kernels::cpu;
+using kvxfer::Code;
+using kvxfer::fail;
+using kvxfer::kernels::DType;
+using kvxfer::kernels::itemsize;
+
+namespace {
+
+// bfloat16 has no NumPy type: it arrives as uint16.
+DType dtype_of(const char* name, const py::array& array) {
+  const char kind = array.dtype().kind();
+  const auto size = array.itemsize();
+  if (kind == 'f' && size == 4) return DType::kFloat32;
+  if (kind == 'f' && size == 2) return DType::kFloat16;
+  if (kind == 'u' && size == 2) return DType::kBFloat16;
+  fail(Code::kInvalidArgument, name,
+       ": expected float32, float16 or uint16 (bfloat16), given kind ", kind, " of ", size,
+       " bytes");
+}
+
+void check_ndim(const char* name, const py::array& array, int ndim) {
+  if (array.ndim() != ndim) {
+    fail(Code::kInvalidArgument, name, ": expected ", ndim, " axes, given ", array.ndim());
+  }
+}
+
+// Strides of axes of extent 1 mean nothing; 0 keeps them out of any product.
+int64_t stride_of(const py::array& array, int axis) {
+  return array.shape(axis) > 1 ? array.strides(axis) / array.itemsize() : 0;
+}
+
+cpu::Rows rows_of(const char* name, const py::array& array) {
+  check_ndim(name, array, 3);
+  return {const_cast<void*>(array.data()), dtype_of(name, array), stride_of(array, 0),
+          stride_of(array, 1)};
+}
+
+cpu::Cache cache_of(const char* name, const py::array& array) {
+  check_ndim(name, array, 4);
+  return {const_cast<void*>(array.data()),
+          dtype_of(name, array),
+          {stride_of(array, 0), stride_of(array, 1), stride_of(array, 2)}};
+}
+
+template <class T>
+const T* ints_of(const char* name, const py::array& array) {
+  if (array.dtype().kind() != 'i' || array.itemsize() != sizeof(T)) {
+    fail(Code::kInvalidArgument, name, ": expected int", sizeof(T) * 8, ", given kind ",
+         array.dtype().kind(), " of ", array.itemsize(), " bytes");
+  }
+  const int last = static_cast<int>(array.ndim()) - 1;
+  if (array.shape(last) > 1 && array.strides(last) != sizeof(T)) {
+    fail(Code::kInvalidArgument, name,
+         ": expected adjacent elements along the last axis, given stride ", array.strides(last),
+         " bytes");
+  }
+  return static_cast<const T*>(array.data());
+}
+
+cpu::Attention attention_of(const py::array& q, const py::array& k_cache, const py::array& v_cache,
+                            const py::array& block_table, const py::array& seq_lens, py::array& out,
+                            std::optional<py::array>& lse, float sm_scale, float v_scale,
+                            int64_t window_left, float logits_soft_cap,
+                            const std::optional<py::array>& sinks) {
+  cpu::Attention a;
+  a.q = rows_of("q", q);
+  a.out = rows_of("out", out);
+  a.k = cache_of("k_cache", k_cache);
+  a.v = cache_of("v_cache", v_cache);
+  check_ndim("block_table", block_table, 2);
+  a.block_table = ints_of<int32_t>("block_table", block_table);
+  a.table_stride = stride_of(block_table, 0);
+  a.max_blocks = block_table.shape(1);
+  a.seq_lens = ints_of<int32_t>("seq_lens", seq_lens);
+  a.batch = seq_lens.shape(0);
+  a.num_q_heads = q.shape(1);
+  a.head_dim = q.shape(2);
+  a.num_blocks = k_cache.shape(0);
+  a.block_size = k_cache.shape(1);
+  a.num_kv_heads = k_cache.shape(2);
+  a.head_dim_v = v_cache.shape(3);
+  a.sm_scale = sm_scale;
+  a.v_scale = v_scale;
+  a.window_left = window_left;
+  a.logits_soft_cap = logits_soft_cap;
+  if (sinks) a.sinks = static_cast<const float*>(sinks->data());
+  if (lse) {
+    a.lse = static_cast<float*>(lse->mutable_data());
+    a.lse_stride = stride_of(*lse, 0);
+  }
+  return a;
+}
+
+void append_kv(const py::array& key, const py::array& value, py::array& k_cache, py::array& v_cache,
+               const py::array& slot_mapping, float k_scale, float v_scale) {
+  cpu::Append p;
+  p.key = rows_of("key", key);
+  p.value = rows_of("value", value);
+  p.k = cache_of("k_cache", k_cache);
+  p.v = cache_of("v_cache", v_cache);
+  p.slots = ints_of<int64_t>("slot_mapping", slot_mapping);
+  p.num_tokens = key.shape(0);
+  p.num_kv_heads = key.shape(1);
+  p.head_dim = key.shape(2);
+  p.head_dim_v = value.shape(2);
+  p.num_blocks = k_cache.shape(0);
+  p.block_size = k_cache.shape(1);
+  p.k_scale = k_scale;
+  p.v_scale = v_scale;
+  const py::gil_scoped_release release;
+  cpu::append_kv(p);
+}
+
+void paged_decode(const py::array& q, const py::array& k_cache, const py::array& v_cache,
+                  const py::array& block_table, const py::array& seq_lens, py::array out,
+                  std::optional<py::array> lse, float sm_scale, float v_scale, int64_t window_left,
+                  float logits_soft_cap, const std::optional<py::array>& sinks,
+                  int64_t split_size) {
+  cpu::Attention a = attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale,
+                                  v_scale, window_left, logits_soft_cap, sinks);
+  a.split_size = split_size;
+  const py::gil_scoped_release release;
+  cpu::paged_decode(a);
+}
+
+void paged_prefill(const py::array& q, const py::array& k_cache, const py::array& v_cache,
+                   const py::array& cu_seqlens_q, const py::array& block_table,
+                   const py::array& seq_lens, py::array out, std::optional<py::array> lse,
+                   bool causal, float sm_scale, float v_scale, int64_t window_left,
+                   float logits_soft_cap, const std::optional<py::array>& sinks) {
+  cpu::Attention a = attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale,
+                                  v_scale, window_left, logits_soft_cap, sinks);
+  a.cu_seqlens_q = ints_of<int32_t>("cu_seqlens_q", cu_seqlens_q);
+  a.causal = causal;
+  const py::gil_scoped_release release;
+  cpu::paged_prefill(a);
+}
+
+void merge_states(const py::array& v_a, const py::array& lse_a, const py::array& v_b,
+                  const py::array& lse_b, py::array out, py::array lse) {
+  cpu::Merge m;
+  m.a = rows_of("v_a", v_a);
+  m.b = rows_of("v_b", v_b);
+  m.out = rows_of("out", out);
+  m.lse_a = static_cast<const float*>(lse_a.data());
+  m.lse_b = static_cast<const float*>(lse_b.data());
+  m.lse_a_stride = stride_of(lse_a, 0);
+  m.lse_b_stride = stride_of(lse_b, 0);
+  m.lse = static_cast<float*>(lse.mutable_data());
+  m.num_rows = v_a.shape(0);
+  m.num_heads = v_a.shape(1);
+  m.head_dim = v_a.shape(2);
+  const py::gil_scoped_release release;
+  cpu::merge_states(m);
+}
+
+using Strides = std::array<int64_t, 3>;
+using Extent = std::array<int64_t, 2>;
+
+void copy_rows(const py::array_t<int64_t, py::array::c_style>& bases,
+               const py::array_t<int64_t, py::array::c_style>& segments, int64_t num_heads,
+               int64_t width, int64_t row_bytes, const Strides& src_strides,
+               const Strides& dst_strides, const Extent& src_extent, const Extent& dst_extent,
+               int src_dtype, int dst_dtype) {
+  check_ndim("bases", bases, 2);
+  check_ndim("segments", segments, 2);
+  if (bases.shape(1) != 2 || segments.shape(1) != 5) {
+    fail(Code::kInvalidArgument, "bases, segments: expected 2 and 5 columns, given ",
+         bases.shape(1), " and ", segments.shape(1));
+  }
+  cpu::Copy p;
+  p.bases = bases.data();
+  p.num_layers = bases.shape(0);
+  p.segments = segments.data();
+  p.num_segments = segments.shape(0);
+  p.num_heads = num_heads;
+  p.width = width;
+  p.row_bytes = row_bytes;
+  p.src = {src_strides[0], src_strides[1], src_strides[2]};
+  p.dst = {dst_strides[0], dst_strides[1], dst_strides[2]};
+  p.src_blocks = src_extent[0];
+  p.src_block_size = src_extent[1];
+  p.dst_blocks = dst_extent[0];
+  p.dst_block_size = dst_extent[1];
+  p.convert = src_dtype != dst_dtype;
+  if (p.convert) {
+    p.src_dtype = static_cast<DType>(src_dtype);
+    p.dst_dtype = static_cast<DType>(dst_dtype);
+  }
+  const py::gil_scoped_release release;
+  cpu::copy_rows(p);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = KVXFER_COMPILER;
+  info["isa"] = cpu::isa_name();
+  info["isas"] = cpu::available_isas();
+  info["cpu"] = true;
+  info["cuda"] = static_cast<bool>(KVXFER_BUILT_WITH_CUDA);
+  info["cuda_reason"] = KVXFER_BUILT_WITHOUT_CUDA_REASON;
+  return info;
+}
+
+// The classes of kvxfer.errors, so that Python sees the same exceptions from every backend.
+void translate(std::exception_ptr pending) {
+  try {
+    if (pending) std::rethrow_exception(pending);
+  } catch (const kvxfer::Error& error) {
+    const auto errors = py::module_::import("kvxfer.errors");
+    const char* name = error.code == Code::kInvalidArgument ? "InvalidArgumentError"
+                       : error.code == Code::kUnavailable   ? "UnavailableError"
+                                                            : "InternalError";
+    py::set_error(errors.attr(name), error.what());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels_cpu, m) {
+  m.doc() = "KV-cache kernels for the CPU; use kvxfer.kernels, which checks its arguments.";
+  py::register_local_exception_translator(&translate);
+  m.def("append_kv", &append_kv, py::arg("key"), py::arg("value"), py::arg("k_cache"),
+        py::arg("v_cache"), py::arg("slot_mapping"), py::kw_only(), py::arg("k_scale"),
+        py::arg("v_scale"));
+  m.def("paged_decode", &paged_decode, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+        py::arg("block_table"), py::arg("seq_lens"), py::arg("out"), py::arg("lse"), py::kw_only(),
+        py::arg("sm_scale"), py::arg("v_scale"), py::arg("window_left"), py::arg("logits_soft_cap"),
+        py::arg("sinks"), py::arg("split_size"));
+  m.def("paged_prefill", &paged_prefill, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+        py::arg("cu_seqlens_q"), py::arg("block_table"), py::arg("seq_lens"), py::arg("out"),
+        py::arg("lse"), py::kw_only(), py::arg("causal"), py::arg("sm_scale"), py::arg("v_scale"),
+        py::arg("window_left"), py::arg("logits_soft_cap"), py::arg("sinks"));
+  m.def("merge_states", &merge_states, py::arg("v_a"), py::arg("lse_a"), py::arg("v_b"),
+        py::arg("lse_b"), py::arg("out"), py::arg("lse"));
+  m.def("copy_rows", &copy_rows, py::arg("bases"), py::arg("segments"), py::kw_only(),
+        py::arg("num_heads"), py::arg("width"), py::arg("row_bytes"), py::arg("src_strides"),
+        py::arg("dst_strides"), py::arg("src_extent"), py::arg("dst_extent"), py::arg("src_dtype"),
+        py::arg("dst_dtype"));
+  m.def("set_num_threads", &cpu::set_num_threads, py::arg("num_threads"));
+  m.def("get_num_threads", &cpu::get_num_threads);
+  m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,30 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA and F16C (x86-64-v3).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cpu/params.hpp"
+
+// After the library's headers: their inline functions must not be compiled for this CPU, or the
+// linker might keep that copy for everyone.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define KVXFER_SIMD_X86 1
+#define KVXFER_SIMD_F16C 1
+#define KVXFER_SIMD_BYTES 32
+#define KVXFER_SIMD_NAMESPACE avx2
+#define KVXFER_SIMD_NAME "avx2"
+#include "kernels/cpu/isa_table_impl.hpp"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // x86-64

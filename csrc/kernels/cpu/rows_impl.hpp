@@ -1,0 +1,148 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Rows between element types, and the merge of two attention states. Included per instruction set
+// (isa_*.cpp).
+#pragma once
+
+KVXFER_INLINE uint16_t narrow_to_half(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t sign = (bits & 0x80000000u) >> 16;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u | ((bits >> 13) & 0x3ffu);  // NaN, made quiet
+  } else if (bits >= 0x47800000u) {
+    half = 0x7c00u;  // 65536 and more: infinity (65520 to 65535 round up to it below)
+  } else if (bits < 0x38800000u) {
+    // Subnormal: adding 0.5 aligns the mantissa to half's last bit, and rounds to nearest even.
+    float aligned;
+    __builtin_memcpy(&aligned, &bits, 4);
+    aligned += 0.5f;
+    __builtin_memcpy(&half, &aligned, 4);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  return static_cast<uint16_t>(half | sign);
+}
+
+KVXFER_INLINE uint16_t narrow_to_bfloat(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+KVXFER_INLINE void store(BFloat* p, Vf v) {
+  const Vu bits = reinterpret_cast<Vu>(v);
+  const Vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vu quiet = (bits >> 16) | 0x40u;
+  const Vu nan = reinterpret_cast<Vu>(v != v);
+  *reinterpret_cast<VhLoose*>(p) = __builtin_convertvector((nan & quiet) | (~nan & rounded), Vh);
+}
+
+KVXFER_INLINE void store(Half* p, Vf v) {
+#if defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = narrow_to_half(v[i]);
+#endif
+}
+
+template <class T>
+KVXFER_INLINE void store_part(T* p, Vf v, int64_t n) {
+  T whole[kLanes];
+  store(whole, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = whole[i];
+}
+
+template <class S, class D>
+void convert_row(const S* src, D* dst, int64_t n, float divisor) {
+  // A true division, as engines do it: a multiplication by the reciprocal rounds differently.
+  const bool scaled = divisor != 1.0f;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vf v = load(src + i);
+    store(dst + i, scaled ? v / divisor : v);
+  }
+  if (i < n) {
+    const Vf v = load_part(src + i, n - i);
+    store_part(dst + i, scaled ? v / divisor : v, n - i);
+  }
+}
+
+template <class Body>
+KVXFER_INLINE void with_type(DType dtype, const void* p, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(static_cast<const float*>(p));
+    case DType::kFloat16:
+      return body(static_cast<const Half*>(p));
+    case DType::kBFloat16:
+      return body(static_cast<const BFloat*>(p));
+  }
+}
+
+template <class Body>
+KVXFER_INLINE void with_type(DType dtype, void* p, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(static_cast<float*>(p));
+    case DType::kFloat16:
+      return body(static_cast<Half*>(p));
+    case DType::kBFloat16:
+      return body(static_cast<BFloat*>(p));
+  }
+}
+
+void convert(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n,
+             float divisor) {
+  with_type(src_dtype, src, [&](auto* s) {
+    with_type(dst_dtype, dst, [&](auto* d) { convert_row(s, d, n, divisor); });
+  });
+}
+
+KVXFER_INLINE const char* row_of(const Rows& rows, int64_t row, int64_t head) {
+  return static_cast<const char*>(rows.data) +
+         (row * rows.stride_row + head * rows.stride_head) * itemsize(rows.dtype);
+}
+KVXFER_INLINE char* row_of_mut(const Rows& rows, int64_t row, int64_t head) {
+  return const_cast<char*>(row_of(rows, row, head));
+}
+
+// exp and log of single values in full float precision: once per row, so speed does not matter.
+KVXFER_INLINE float scalar_exp2(float x) { return x <= -127.0f ? 0.0f : exp2_fast(splat(x))[0]; }
+
+void merge(const Merge& m, int64_t row) {
+  for (int64_t head = 0; head < m.num_heads; ++head) {
+    const float lse_a = m.lse_a[row * m.lse_a_stride + head];
+    const float lse_b = m.lse_b[row * m.lse_b_stride + head];
+    const float highest = lse_a > lse_b ? lse_a : lse_b;
+    const float base = highest == -__builtin_inff() ? 0.0f : highest;
+    const float weight_a = __builtin_expf(lse_a - base), weight_b = __builtin_expf(lse_b - base);
+    const float total = weight_a + weight_b;
+    m.lse[row * m.num_heads + head] = total == 0 ? -__builtin_inff() : __builtin_logf(total) + base;
+    const float share_a = total == 0 ? 0 : weight_a / total;
+    const float share_b = total == 0 ? 0 : weight_b / total;
+    with_type(m.out.dtype, row_of_mut(m.out, row, head), [&](auto* out) {
+      using T = std::remove_pointer_t<decltype(out)>;
+      const T* a = reinterpret_cast<const T*>(row_of(m.a, row, head));
+      const T* b = reinterpret_cast<const T*>(row_of(m.b, row, head));
+      for (int64_t i = 0; i < m.head_dim; i += kLanes) {
+        const int64_t n = m.head_dim - i;
+        // A side of weight 0 may hold anything, also NaN: it was never written.
+        const Vf va = share_a == 0 ? Vf{} : n < kLanes ? load_part(a + i, n) : load(a + i);
+        const Vf vb = share_b == 0 ? Vf{} : n < kLanes ? load_part(b + i, n) : load(b + i);
+        const Vf sum = va * share_a + vb * share_b;
+        if (n < kLanes) {
+          store_part(out + i, sum, n);
+        } else {
+          store(out + i, sum);
+        }
+      }
+    });
+  }
+}

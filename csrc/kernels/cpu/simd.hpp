@@ -1,0 +1,146 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of float by the compiler's vector extensions, in the width KVXFER_SIMD_BYTES. Included
+// once per instruction set, inside that set's namespace and target pragma (see isa_*.cpp); it
+// includes nothing itself, so that no library function is compiled for a CPU that this one is not.
+#pragma once
+
+constexpr int kLanes = KVXFER_SIMD_BYTES / 4;
+
+typedef float Vf __attribute__((vector_size(KVXFER_SIMD_BYTES)));
+typedef int32_t Vi __attribute__((vector_size(KVXFER_SIMD_BYTES)));
+typedef uint32_t Vu __attribute__((vector_size(KVXFER_SIMD_BYTES)));
+typedef uint16_t Vh __attribute__((vector_size(KVXFER_SIMD_BYTES / 2)));
+typedef float V4 __attribute__((vector_size(16)));
+typedef float VfLoose __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(4), may_alias));
+typedef uint16_t VhLoose __attribute__((vector_size(KVXFER_SIMD_BYTES / 2), aligned(2), may_alias));
+typedef int32_t ViLoose __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(4), may_alias));
+
+// Element types of a cache; both 16-bit types are bare bits here.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+#define KVXFER_INLINE inline __attribute__((always_inline))
+
+KVXFER_INLINE Vf splat(float x) { return Vf{} + x; }
+KVXFER_INLINE Vf load(const float* p) { return *reinterpret_cast<const VfLoose*>(p); }
+KVXFER_INLINE void store(float* p, Vf v) { *reinterpret_cast<VfLoose*>(p) = v; }
+
+KVXFER_INLINE Vf load(const BFloat* p) {
+  const Vh bits = *reinterpret_cast<const VhLoose*>(p);
+  return reinterpret_cast<Vf>(__builtin_convertvector(bits, Vu) << 16);
+}
+
+KVXFER_INLINE Vf load(const Half* p) {
+#if defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 32
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 64
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  // Exponent and mantissa move up by 13 bits; times 2^112 sets the bias right, subnormals included.
+  const Vu wide = __builtin_convertvector(*reinterpret_cast<const VhLoose*>(p), Vu);
+  const Vu magnitude = (wide & 0x7fffu) << 13;
+  const Vu value = reinterpret_cast<Vu>(reinterpret_cast<Vf>(magnitude) * 0x1p112f);
+  const Vu special = reinterpret_cast<Vu>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return reinterpret_cast<Vf>(value | special | (wide & 0x8000u) << 16);
+#endif
+}
+
+// Like the instruction: when either is NaN the second operand is the result. Callers put the value
+// whose NaN must go on second, and a value whose NaN is seen elsewhere first.
+KVXFER_INLINE Vf max_or_second(Vf a, Vf b) {
+#if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
+  return _mm256_max_ps(a, b);
+#elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The first n < kLanes elements, zeros behind them; reads nothing past them.
+template <class T>
+KVXFER_INLINE Vf load_part(const T* p, int64_t n) {
+  T whole[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) whole[i] = p[i];
+  return load(whole);
+}
+
+KVXFER_INLINE V4 low_quarter_sum(Vf v) {
+#if KVXFER_SIMD_BYTES == 64
+  typedef float V8 __attribute__((vector_size(32)));
+  const V8 half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+         __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif KVXFER_SIMD_BYTES == 32
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  return v;
+#endif
+}
+
+// The sums of four vectors, in order: a quarter of the shuffles that four single sums would take.
+KVXFER_INLINE V4 sum_each(Vf a, Vf b, Vf c, Vf d) {
+  const V4 x = low_quarter_sum(a), y = low_quarter_sum(b);
+  const V4 z = low_quarter_sum(c), w = low_quarter_sum(d);
+  const V4 xy =
+      __builtin_shufflevector(x, y, 0, 4, 1, 5) + __builtin_shufflevector(x, y, 2, 6, 3, 7);
+  const V4 zw =
+      __builtin_shufflevector(z, w, 0, 4, 1, 5) + __builtin_shufflevector(z, w, 2, 6, 3, 7);
+  return __builtin_shufflevector(xy, zw, 0, 1, 4, 5) + __builtin_shufflevector(xy, zw, 2, 3, 6, 7);
+}
+
+KVXFER_INLINE float sum_lanes(Vf v) {
+  const V4 x = low_quarter_sum(v);
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+KVXFER_INLINE float max_lanes(Vf v) {
+  float highest = v[0];
+  for (int i = 1; i < kLanes; ++i) highest = v[i] > highest ? v[i] : highest;
+  return highest;
+}
+
+KVXFER_INLINE bool all_equal(Vf a, Vf b) {
+#if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff;
+#elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) == 0xffff;
+#else
+  const Vi equal = a == b;
+  bool all = true;
+  for (int i = 0; i < kLanes; ++i) all = all && equal[i];
+  return all;
+#endif
+}
+
+// 2^x for x <= 127; exactly 1 at 0 and exactly 0 below -126.5, so that a masked key (-inf) weighs
+// nothing. Relative error 1e-7: a minimax polynomial of degree 6 (2e-9) on [-0.5, 0.5] and float
+// rounding. NaN stays NaN.
+KVXFER_INLINE Vf exp2_fast(Vf x) {
+  x = max_or_second(splat(-127.0f), x);
+  const Vf magic = splat(0x1.8p23f);  // adding it leaves round(x) in the low mantissa bits
+  const Vf shifted = x + magic;
+  const Vf f = x - (shifted - magic);
+  const Vi exponent = (reinterpret_cast<Vi>(shifted) - reinterpret_cast<Vi>(magic) + 127) << 23;
+  Vf p = splat(1.534581242594868e-4f);
+  p = p * f + 1.3399930903688073e-3f;
+  p = p * f + 9.618489071726799e-3f;
+  p = p * f + 5.550328642129898e-2f;
+  p = p * f + 2.4022646248340607e-1f;
+  p = p * f + 6.931471824645996e-1f;
+  p = p * f + 1.0f;
+  return p * reinterpret_cast<Vf>(exponent);
+}
+
+// cap * log2(e) * tanh(s / cap), where y = 2 * log2(e) * s / cap: the caller scales q accordingly.
+KVXFER_INLINE Vf soft_cap(Vf y, float cap_log2) {
+  const Vf high = splat(60.0f);  // tanh is 1 long before
+  const Vf bounded = y > high ? high : y;
+  return cap_log2 - (2.0f * cap_log2) / (exp2_fast(bounded) + 1.0f);
+}

@@ -1,0 +1,74 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Where a token's row lies in a paged cache. Host and device share this header; everything is
+// int64, because a cache passes 2^31 elements long before it is large.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define KVXFER_HOST_DEVICE __host__ __device__
+#else
+#define KVXFER_HOST_DEVICE
+#endif
+
+namespace kvxfer::kernels {
+
+struct SlotPosition {
+  int64_t block, offset;
+};
+
+// slot = block * block_size + offset; the caller has dealt with slot < 0 (skip).
+KVXFER_HOST_DEVICE inline SlotPosition split_slot(int64_t slot, int64_t block_size) {
+  const int64_t block = slot / block_size;
+  return {block, slot - block * block_size};
+}
+
+// Strides of one cache, in elements or in bytes as the user of the struct says.
+struct RowStrides {
+  int64_t block, token, head;
+};
+
+KVXFER_HOST_DEVICE inline int64_t row_offset(const RowStrides& strides, int64_t block,
+                                             int64_t offset, int64_t head) {
+  return block * strides.block + offset * strides.token + head * strides.head;
+}
+
+KVXFER_HOST_DEVICE inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// The first key that a query at `position` may see; window_left < 0: no window.
+KVXFER_HOST_DEVICE inline int64_t window_begin(int64_t position, int64_t window_left) {
+  return window_left < 0 || position < window_left ? 0 : position - window_left;
+}
+
+// How a segment of `tokens` x `heads` rows collapses into longer runs when both sides are dense.
+struct RunShape {
+  int64_t run;                   // bytes that are adjacent on both sides
+  int64_t outer, inner;          // loops that are left
+  int64_t src_outer, dst_outer;  // their strides in bytes
+  int64_t src_inner, dst_inner;
+};
+
+KVXFER_HOST_DEVICE inline RunShape collapse_rows(int64_t row, int64_t tokens, int64_t heads,
+                                                 const RowStrides& src, const RowStrides& dst) {
+  RunShape shape{row, tokens, heads, src.token, dst.token, src.head, dst.head};
+  const bool tokens_first = (tokens == 1 || (src.token == row && dst.token == row));
+  if (tokens_first) {  // head-major on both sides: a head's tokens are adjacent
+    shape = {row * tokens, heads, 1, src.head, dst.head, 0, 0};
+    if (heads == 1 || (src.head == shape.run && dst.head == shape.run)) {
+      shape.run *= heads;
+      shape.outer = 1;
+    }
+    return shape;
+  }
+  if (heads == 1 || (src.head == row && dst.head == row)) {  // token-major: a token's heads are
+    shape = {row * heads, tokens, 1, src.token, dst.token, 0, 0};
+    if (src.token == shape.run && dst.token == shape.run) {
+      shape.run *= tokens;
+      shape.outer = 1;
+    }
+  }
+  return shape;
+}
+
+}  // namespace kvxfer::kernels

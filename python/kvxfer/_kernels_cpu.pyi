@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+def append_kv(
+    key: npt.NDArray[Any],
+    value: npt.NDArray[Any],
+    k_cache: npt.NDArray[Any],
+    v_cache: npt.NDArray[Any],
+    slot_mapping: npt.NDArray[Any],
+    *,
+    k_scale: float,
+    v_scale: float,
+) -> None: ...
+def paged_decode(
+    q: npt.NDArray[Any],
+    k_cache: npt.NDArray[Any],
+    v_cache: npt.NDArray[Any],
+    block_table: npt.NDArray[Any],
+    seq_lens: npt.NDArray[Any],
+    out: npt.NDArray[Any],
+    lse: npt.NDArray[Any] | None,
+    *,
+    sm_scale: float,
+    v_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: npt.NDArray[Any] | None,
+    split_size: int,
+) -> None: ...
+def paged_prefill(
+    q: npt.NDArray[Any],
+    k_cache: npt.NDArray[Any],
+    v_cache: npt.NDArray[Any],
+    cu_seqlens_q: npt.NDArray[Any],
+    block_table: npt.NDArray[Any],
+    seq_lens: npt.NDArray[Any],
+    out: npt.NDArray[Any],
+    lse: npt.NDArray[Any] | None,
+    *,
+    causal: bool,
+    sm_scale: float,
+    v_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: npt.NDArray[Any] | None,
+) -> None: ...
+def merge_states(
+    v_a: npt.NDArray[Any],
+    lse_a: npt.NDArray[Any],
+    v_b: npt.NDArray[Any],
+    lse_b: npt.NDArray[Any],
+    out: npt.NDArray[Any],
+    lse: npt.NDArray[Any],
+) -> None: ...
+def copy_rows(
+    bases: npt.NDArray[Any],
+    segments: npt.NDArray[Any],
+    *,
+    num_heads: int,
+    width: int,
+    row_bytes: int,
+    src_strides: Sequence[int],
+    dst_strides: Sequence[int],
+    src_extent: Sequence[int],
+    dst_extent: Sequence[int],
+    src_dtype: int,
+    dst_dtype: int,
+) -> None: ...
+def set_num_threads(num_threads: int) -> None: ...
+def get_num_threads() -> int: ...
+def set_isa(name: str) -> None: ...
+def build_info() -> dict[str, Any]: ...
