@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.server.json_fields import Fields, read_json
-from kvxfer.server.safetensors_header import read_header, weight_files
+from kvxfer.server.safetensors_header import update_digest
 
 __all__ = ["ModelConfig", "RopeConfig", "load_config", "model_identity", "parse_config"]
 
@@ -71,9 +71,8 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    windows: tuple[
-        int | None, ...
-    ]  # per layer: keys visible to a query, itself included; None = all
+    # Per layer: keys visible to a query, itself included; None = all.
+    windows: tuple[int | None, ...]
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -290,16 +289,5 @@ def model_identity(model_dir: str | Path, cfg: ModelConfig, dtype: object) -> st
     digest = hashlib.blake2b(digest_size=16)
     described = {"config": asdict(cfg), "dtype": str(dtype).removeprefix("torch.")}
     digest.update(json.dumps(described, sort_keys=True).encode())
-    for path in weight_files(Path(model_dir)):
-        header = read_header(path)
-        digest.update(f"\0{path.name}\0{header.file_nbytes}\0".encode())
-        digest.update(header.raw)
-        with path.open("rb") as file:
-            for step in range(_NUM_SAMPLES):
-                file.seek(header.data_begin + header.data_nbytes * step // _NUM_SAMPLES)
-                digest.update(file.read(_SAMPLE_NBYTES))
+    update_digest(digest, Path(model_dir))
     return digest.hexdigest()
-
-
-_NUM_SAMPLES = 64
-_SAMPLE_NBYTES = 1024

@@ -111,10 +111,11 @@ class CausalLM:
                 q = q.index_select(0, inputs.sampled_rows)
                 hidden = hidden.index_select(0, inputs.sampled_rows)
             attended = self._attend(q, k_cache, v_cache, inputs, layer.window_left, index == final)
-            hidden = hidden + F.linear(attended.flatten(1), layer.o, layer.o_bias)
+            hidden.add_(F.linear(attended.flatten(1), layer.o, layer.o_bias))
             normed = self._rms_norm(hidden, layer.post_norm)
             gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            activated = F.silu(gate, inplace=True).mul_(up)
+            hidden.add_(F.linear(activated, layer.down, layer.down_bias))
         return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
 
     def _attend(
@@ -126,8 +127,9 @@ class CausalLM:
         window_left: int,
         final: bool,
     ) -> Tensor:
+        attended: Tensor
         if final or inputs.decode_only:
-            return kernels.paged_decode(
+            attended = kernels.paged_decode(
                 q,
                 k_cache,
                 v_cache,
@@ -136,16 +138,18 @@ class CausalLM:
                 sm_scale=self._scale,
                 window_left=window_left,
             )
-        return kernels.paged_prefill(
-            q,
-            k_cache,
-            v_cache,
-            inputs.cu_seqlens_q,
-            inputs.block_table,
-            inputs.seq_lens,
-            sm_scale=self._scale,
-            window_left=window_left,
-        )
+        else:
+            attended = kernels.paged_prefill(
+                q,
+                k_cache,
+                v_cache,
+                inputs.cu_seqlens_q,
+                inputs.block_table,
+                inputs.seq_lens,
+                sm_scale=self._scale,
+                window_left=window_left,
+            )
+        return attended
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == torch.float32:

@@ -10,15 +10,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["Header", "read_header", "weight_files"]
+__all__ = ["Header", "read_header", "update_digest", "weight_files"]
 
 # The format's own limit; a length above it is a file of another kind.
 _MAX_HEADER_NBYTES = 100_000_000
+_NUM_SAMPLES = 64
+_SAMPLE_NBYTES = 1024
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Digest(Protocol):
+    """What ``hashlib`` makes."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,18 @@ def read_header(path: Path) -> Header:
             f"{path} is {file_nbytes} bytes, but its header accounts for {expected} only"
         )
     return Header(shapes, raw, 8 + length, end, file_nbytes)
+
+
+def update_digest(digest: Digest, folder: Path) -> None:
+    """Feeds each weight file's name, size, header and a sample of its data."""
+    for path in weight_files(folder):
+        header = read_header(path)
+        digest.update(f"\0{path.name}\0{header.file_nbytes}\0".encode())
+        digest.update(header.raw)
+        with path.open("rb") as file:
+            for step in range(_NUM_SAMPLES):
+                file.seek(header.data_begin + header.data_nbytes * step // _NUM_SAMPLES)
+                digest.update(file.read(_SAMPLE_NBYTES))
 
 
 def _truncated(path: Path, given: int, expected: int) -> InvalidArgumentError:
