@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvxfer.errors import InternalError, InvalidArgumentError
+from kvxfer.layout import KVLayout
 from kvxfer.server.engine.runner import Batch, BatchItem, Runner, torch_views
 from kvxfer.testing.greedy import make_cache, make_runner
 from kvxfer.testing.models import make_random_checkpoint
@@ -191,3 +192,20 @@ def test_views_share_bytes_with_the_region() -> None:
     assert [len(pair) for pair in views] == [2, 2]
     with pytest.raises(InvalidArgumentError, match="parts"):
         torch_views([(arrays[0][0],)], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_servers_layout_gives_the_same_logits(model_dir: Path, dtype: str) -> None:
+    served = getattr(torch, dtype)
+    layout = KVLayout.hnd(
+        num_layers=3, num_blocks=12, block_size=16, num_kv_heads=2, head_dim=16, dtype=dtype
+    )
+    region = np.zeros(layout.nbytes, np.uint8)
+    runner, cache = make_runner(model_dir, 12, dtype=served)
+    other = Runner(runner.model, torch_views(layout.views(region), served), 16, num_threads=1)
+    batch = Batch([BatchItem(PROMPT, 0, BLOCKS, sample=True)])
+    assert torch.equal(other.run(batch), runner.run(batch))
+    for ours, (k, v) in zip(torch_views(layout.views(region), served), cache, strict=True):
+        for block in BLOCKS[:2]:
+            assert torch.equal(ours[0][block], k[block])
+            assert torch.equal(ours[1][block], v[block])
