@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -83,6 +84,7 @@ struct Completion {
   bool ok = true;
   uint64_t nbytes = 0;  // known to have landed
   Failure failure;
+  bool agreed = true;  // false: the connection broke, and the peer may or may not have taken it
 };
 
 // What cancel() can promise about the other side.
@@ -90,6 +92,7 @@ enum class Agreement : uint8_t {
   kStopped,          // the target can never accept it: agreed
   kAlreadyAccepted,  // too late, the target took it: the transfer is done
   kUnknown,          // it may or may not land as a whole (a peer behind a network)
+  kEnding,           // nothing was cancelled: Host::ended is on its way
 };
 struct Cancelled {
   Agreement agreement = Agreement::kUnknown;
@@ -112,20 +115,20 @@ struct Target {  // one descriptor: offset in the owner's region
 // non-blocking system call) with enter() and leave(); after enter() returned false nothing more may
 // be stored (write) or sent (read), and the rest goes to a sink.
 struct Landing {
-  std::shared_ptr<Region> region;
-  std::shared_ptr<Lease> lease;  // null without one
+  std::shared_ptr<Region> region;  // null for a notification without a lease
+  std::shared_ptr<Lease> lease;    // null without one
 
   bool enter() noexcept {
-    if (!region->gate.enter()) return false;
+    if (region && !region->gate.enter()) return false;
     if (lease && !lease->gate.enter()) {
-      region->gate.leave();
+      if (region) region->gate.leave();
       return false;
     }
     return true;
   }
   void leave() noexcept {
     if (lease) lease->gate.leave();
-    region->gate.leave();
+    if (region) region->gate.leave();
   }
   // Every descriptor inside the region and, where there is a lease, inside its spans. `first` is
   // the number of the first descriptor within the request.
@@ -139,6 +142,10 @@ struct Arrival {  // what becomes visible once all bytes of a request have lande
   Bytes notify;
   uint64_t arrival = 0;
   uint64_t nbytes = 0;
+  // Where cancel can be decided exactly (shm's slot word): Host::accept calls it inside the gates, before
+  // it counts or shows anything; false means the initiator cancelled first, and accept fails with
+  // Code::kCancelled. Empty: nothing to agree on.
+  std::function<bool()> commit;
 };
 
 // ---------------------------------------------------------------- identity
@@ -167,7 +174,7 @@ struct Session {
 struct Counters {
   std::atomic<uint64_t> bytes_written{0};   // ours, accepted by the peer
   std::atomic<uint64_t> bytes_read{0};      // ours, landed here
-  std::atomic<uint64_t> bytes_received{0};  // the peer's writes, accepted here
+  std::atomic<uint64_t> bytes_received{0};  // the peer's writes, landed here
   std::atomic<uint64_t> bytes_served{0};    // the peer's reads, sent from here
   std::atomic<uint64_t> bytes_sunk{0};      // arrived for a refused, revoked or ended request
   std::atomic<uint64_t> requests{0};        // ours, posted
@@ -187,12 +194,16 @@ class Host {
 
   // Initiator's side; any thread, no lock of the connection held.
   virtual void posted(Request& request) noexcept = 0;  // its first byte left
-  // Once for each request that post() took, unless cancel() ended it.
+  // Once for each request that post() took, unless cancel() said anything but kEnding. Local memory
+  // is no longer touched by then.
   virtual void ended(Connection& from, const RequestPtr& request, Completion completion) noexcept = 0;
   // Once for each request of which cancel() reported quiesced == false.
   virtual void quiesced(Request& request) noexcept = 0;
   // After a post() returned kAgain: there is room again.
   virtual void writable(Connection& from) noexcept = 0;
+  // A request that cancel() left open (kUnknown) was after all refused by the target: its
+  // notification was not shown, so its credit comes back. Otherwise call nothing.
+  virtual void unshown(Connection& from, const Request& request) noexcept = 0;
 
   // Owner's side; progress thread (or a copier of the transport).
   // Looks up region and lease; checks key, peer, op, gate. Nothing may land before this succeeded

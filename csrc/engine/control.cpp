@@ -1,0 +1,95 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/control.hpp"
+
+namespace kvxfer {
+namespace {
+constexpr uint8_t kRegionAdded = 1, kRegionRemoved = 2, kCredit = 3;
+constexpr uint32_t kTokenMagic = 0x314c'564b;  // "KVL1"
+constexpr size_t kMaxOffers = 16, kMaxOfferBytes = 512;
+}  // namespace
+
+Bytes encode(const Control& message) {
+  Bytes out;
+  Writer w(out);
+  if (auto* added = std::get_if<RegionAdded>(&message)) {
+    w.u8(kRegionAdded), w.u64(added->ref.id), w.put(added->ref.key), w.u64(added->nbytes);
+    w.u8(added->writable), w.text(added->name);
+  } else if (auto* removed = std::get_if<RegionRemoved>(&message)) {
+    w.u8(kRegionRemoved), w.u64(removed->id);
+  } else {
+    w.u8(kCredit), w.u32(std::get<Credit>(message).count);
+  }
+  return out;
+}
+
+std::optional<Control> decode_control(ByteView payload) {
+  Reader r(payload);
+  Control out;
+  switch (r.u8()) {
+    case kRegionAdded: {
+      RegionAdded added;
+      added.ref.id = r.u64(), added.ref.key = r.get<Key>(), added.nbytes = r.u64();
+      added.writable = r.u8() != 0, added.name = r.text(kMaxNameBytes);
+      out = std::move(added);
+      break;
+    }
+    case kRegionRemoved:
+      out = RegionRemoved{r.u64()};
+      break;
+    case kCredit:
+      out = Credit{r.u32()};
+      break;
+    default:
+      return {};
+  }
+  if (!r.finished()) return {};
+  return out;
+}
+
+Bytes encode_offers(const std::vector<Offer>& offers) {
+  Bytes out;
+  Writer w(out);
+  w.u8(static_cast<uint8_t>(offers.size()));
+  for (const Offer& offer : offers) {
+    w.text(offer.transport);
+    w.u16(static_cast<uint16_t>(offer.data.size())), w.raw(offer.data);
+  }
+  return out;
+}
+
+std::optional<std::vector<Offer>> decode_offers(ByteView payload) {
+  Reader r(payload);
+  const size_t n = r.u8();
+  if (n > kMaxOffers) return {};
+  std::vector<Offer> out;
+  for (size_t i = 0; i < n && r.ok(); ++i) {
+    Offer offer{r.text(32), {}};
+    const size_t size = r.u16();
+    if (size > kMaxOfferBytes) return {};
+    const ByteView data = r.take(size);
+    offer.data.assign(data.begin(), data.end());
+    out.push_back(std::move(offer));
+  }
+  if (!r.finished()) return {};
+  return out;
+}
+
+Bytes encode_token(const Token& token) {
+  Bytes out;
+  Writer w(out);
+  w.u32(kTokenMagic), w.put(token.owner), w.u64(token.lease.id), w.put(token.lease.key), w.u64(token.region);
+  return out;
+}
+
+std::optional<Token> decode_token(ByteView bytes) {
+  Reader r(bytes);
+  const uint32_t magic = r.u32();
+  Token token;
+  token.owner = r.get<Incarnation>(), token.lease.id = r.u64(), token.lease.key = r.get<Key>();
+  token.region = r.u64();
+  if (!r.finished() || magic != kTokenMagic || token.lease.id == 0) return {};
+  return token;
+}
+
+}  // namespace kvxfer

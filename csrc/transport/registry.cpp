@@ -1,0 +1,44 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/registry.hpp"
+
+#include <functional>
+#include <utility>
+
+namespace kvxfer {
+namespace {
+
+using Maker = std::function<std::unique_ptr<Transport>()>;
+
+// One line per transport that attaches to a session, best first.
+const std::vector<std::pair<std::string, Maker>>& makers() {
+  static const std::vector<std::pair<std::string, Maker>> list = {};
+  return list;
+}
+
+}  // namespace
+
+const std::vector<std::string>& transport_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> out;
+    for (const auto& [name, maker] : makers()) out.push_back(name);
+    out.emplace_back("tcp");
+    return out;
+  }();
+  return names;
+}
+
+std::unique_ptr<Transport> make_transport(const std::string& name) {
+  for (const auto& [known, maker] : makers())
+    if (known == name) return maker();
+  return nullptr;
+}
+
+std::vector<Availability> probe_transports() {
+  std::vector<Availability> out;
+  for (const auto& [name, maker] : makers()) out.push_back({name, maker()->probe()});
+  out.push_back({"tcp", {}});
+  return out;
+}
+
+}  // namespace kvxfer

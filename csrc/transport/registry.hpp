@@ -1,0 +1,26 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// What is compiled in, what works here, and the reason when it does not.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "transport/transport.hpp"
+
+namespace kvxfer {
+
+struct Availability {
+  std::string name;
+  std::optional<std::string> reason;  // empty: works here
+};
+
+// Best first: the order in which a peer is offered requests. "tcp" comes last and is always there,
+// since it carries the session; it is made by the engine, not by make_transport().
+const std::vector<std::string>& transport_names();
+std::unique_ptr<Transport> make_transport(const std::string& name);
+std::vector<Availability> probe_transports();  // for `kvxfer doctor`
+
+}  // namespace kvxfer

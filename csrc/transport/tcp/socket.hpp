@@ -1,0 +1,37 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Addresses and sockets: "host:port", IPv4, IPv6 ("[::1]:0") and names.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/fd.hpp"
+#include "common/wire.hpp"
+
+namespace kvxfer::tcp {
+
+struct HostPort {
+  std::string host;
+  uint16_t port = 0;
+};
+HostPort parse_address(const std::string& address);  // throws kInvalidArgument
+
+struct Listener {
+  Fd fd;
+  std::string address;  // with the port that the kernel chose
+  bool loopback = true;
+};
+Listener listen(const std::string& address);
+
+// Non-blocking, TCP_NODELAY, keepalive. `bulk`: keeps the unsent queue short.
+Fd connect(const std::string& address, int64_t deadline_ns, bool bulk);
+void set_options(int fd, bool bulk) noexcept;
+std::string peer_address(int fd);
+
+// For the connecting side of the handshake, on a non-blocking socket. Throw kTimeout or
+// kPeerDisconnected.
+void read_exact(int fd, std::span<std::byte> out, int64_t deadline_ns);
+void write_all(int fd, ByteView data, int64_t deadline_ns);
+
+}  // namespace kvxfer::tcp

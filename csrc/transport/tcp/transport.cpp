@@ -1,0 +1,143 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/tcp/transport.hpp"
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "common/random.hpp"
+#include "transport/tcp/incoming.hpp"
+
+namespace kvxfer::tcp {
+
+struct TcpTransport::Acceptor final : FdHandler {
+  explicit Acceptor(TcpTransport& t) : transport(t) {}
+  void on_events(uint32_t) override { transport.accept_all(); }
+  TcpTransport& transport;
+};
+
+TcpTransport::TcpTransport(SessionHost& host, Bytes secret, uint32_t num_lanes)
+    : host_(host), secret_(std::move(secret)), num_lanes_(num_lanes) {}
+
+TcpTransport::~TcpTransport() = default;
+
+std::string TcpTransport::listen(const std::string& address, bool* loopback) {
+  listener_ = tcp::listen(address);
+  *loopback = listener_.loopback;
+  return listener_.address;
+}
+
+void TcpTransport::start() {
+  token_ = host_.reactor().add(listener_.fd.get(), EPOLLIN, std::make_shared<Acceptor>(*this));
+}
+
+void TcpTransport::stop() noexcept {
+  incoming_.clear();
+  listener_.fd.reset();
+}
+
+Hello TcpTransport::hello() const {
+  Hello hello;
+  hello.num_lanes = num_lanes_;
+  hello.self = host_.self();
+  hello.nonce = random_bytes<32>();
+  return hello;
+}
+
+void TcpTransport::accept_all() noexcept {
+  // Bounded, so that a flood of clients does not starve the peers; level-triggered brings us back.
+  for (int i = 0; i < 16; ++i) {
+    Fd fd(::accept4(listener_.fd.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    if (!fd) {
+      if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {
+        // The queue stays readable and there is nothing to accept with: look again when a
+        // descriptor may have come free, rather than spinning.
+        host_.turned_away("?", cat("cannot accept: ", errno_text(errno)));
+        host_.reactor().remove(token_, listener_.fd.get());
+        host_.reactor().at(deadline_after(0.1), [this] { start(); });
+      }
+      return;
+    }
+    if (incoming_.size() >= kMaxHalfOpen) {
+      // The oldest gives way: a flood of silent clients must not keep an honest one out.
+      auto oldest = std::min_element(incoming_.begin(), incoming_.end(), [](auto& a, auto& b) {
+        return a.second->serial() < b.second->serial();
+      });
+      auto victim = oldest->second;
+      victim->end("too many half-open connections", false);
+    }
+    set_options(fd.get(), false);
+    try {
+      auto incoming = std::make_shared<Incoming>(*this, std::move(fd), next_serial_++);
+      incoming_.emplace(incoming.get(), incoming);
+      incoming->start();
+    } catch (const std::exception& error) {
+      host_.turned_away("?", error.what());
+    }
+  }
+}
+
+void TcpTransport::forget(Incoming* incoming) noexcept { incoming_.erase(incoming); }
+
+TcpTransport::Established TcpTransport::connect(
+    const std::string& address, int64_t deadline_ns,
+    const std::function<bool(const PeerIdentity&)>& wanted) {
+  std::vector<Fd> lanes;
+  lanes.push_back(tcp::connect(address, deadline_ns, false));
+  const int fd = lanes[0].get();
+  Bytes frame;
+  auto read_frame = [&](Type expected) {
+    frame.resize(kHeadBytes);
+    read_exact(fd, frame, deadline_ns);
+    const auto head = decode_head(frame, kMaxHandshakeBytes);
+    if (!head || head->body_nbytes != 0)
+      fail(Code::kTransport, "what listens there is not a kvxfer engine, or one of another version");
+    frame.resize(kHeadBytes + head->control_nbytes);
+    read_exact(fd, std::span(frame).subspan(kHeadBytes), deadline_ns);
+    const ByteView control = ByteView(frame).subspan(kHeadBytes);
+    if (head->type == Type::kError) {
+      const auto failure = decode_failure(control);
+      fail(Code::kTransport, failure ? failure->text : "refused without a reason");
+    }
+    if (head->type != expected) fail(Code::kTransport, "handshake frames out of order");
+    return control;
+  };
+  try {
+    const Hello ours = hello();
+    Transcript transcript;
+    const Bytes first = encode_hello(ours);
+    transcript.add(first);
+    write_all(fd, first, deadline_ns);
+    const auto theirs = decode_hello(read_frame(Type::kHello));
+    if (!theirs || theirs->min_version != kVersion || theirs->max_version != kVersion ||
+        theirs->num_lanes > num_lanes_)
+      fail(Code::kTransport, "malformed HELLO");
+    transcript.add(frame);
+    const Keys keys = derive_keys(secret_, ours, *theirs);
+    const Bytes auth = encode_plain(Type::kAuth, client_proof(keys, transcript));
+    transcript.add(auth);
+    write_all(fd, auth, deadline_ns);
+    const Digest expected = server_proof(keys, transcript);
+    if (!equal_constant_time(read_frame(Type::kAuth), expected)) fail(Code::kTransport, kAuthenticationFailed);
+    if (!wanted(theirs->self)) return {};
+    Session session{.id = keys.session_id, .key = keys.session, .peer = theirs->self, .initiator = true};
+    for (uint32_t lane = 1; lane <= theirs->num_lanes; ++lane) {
+      lanes.push_back(tcp::connect(address, deadline_ns, true));
+      write_all(lanes.back().get(),
+                encode_join({session.id, lane, lane_proof(session.key, session.id, lane)}), deadline_ns);
+    }
+    const ByteView offers = read_frame(Type::kOffer);
+    Established out;
+    out.offers.assign(offers.begin(), offers.end());
+    out.connection = std::make_shared<TcpConnection>(host_, std::move(session), std::move(lanes));
+    return out;
+  } catch (const Error& error) {
+    throw Error(error.code, cat("connecting to ", address, " failed: ", error.what()), error.err, "tcp",
+                address);
+  }
+}
+
+}  // namespace kvxfer::tcp

@@ -1,0 +1,59 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The tcp transport: listens, connects, authenticates, and makes the sessions that others attach to.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "transport/tcp/connection.hpp"
+#include "transport/tcp/handshake.hpp"
+#include "transport/tcp/socket.hpp"
+
+namespace kvxfer::tcp {
+
+inline constexpr double kHandshakeTimeoutS = 2.0;
+inline constexpr size_t kMaxHalfOpen = 64;
+
+class Incoming;
+
+class TcpTransport {
+ public:
+  TcpTransport(SessionHost& host, Bytes secret, uint32_t num_lanes);
+  ~TcpTransport();
+
+  // Binds, so that the address is known; start() begins to accept.
+  std::string listen(const std::string& address, bool* loopback);
+  void start();
+  void stop() noexcept;  // after the reactor has stopped
+
+  // Connecting side, on the caller's thread: authenticated, lanes joined, not yet started.
+  struct Established {
+    std::shared_ptr<TcpConnection> connection;
+    Bytes offers;  // of the peer's other transports
+  };
+  // `wanted` is asked once the peer has proved who it is; false ends the attempt (it is known
+  // already), and the result is empty.
+  Established connect(const std::string& address, int64_t deadline_ns,
+                      const std::function<bool(const PeerIdentity&)>& wanted);
+
+ private:
+  friend class Incoming;
+  struct Acceptor;
+  void accept_all() noexcept;
+  void forget(Incoming* incoming) noexcept;
+  Hello hello() const;
+
+  SessionHost& host_;
+  const Bytes secret_;
+  const uint32_t num_lanes_;
+  Listener listener_;
+  Reactor::Token token_ = 0;
+  uint64_t next_serial_ = 0;
+  // Half-open connections; progress thread only.
+  std::map<Incoming*, std::shared_ptr<Incoming>> incoming_;
+};
+
+}  // namespace kvxfer::tcp
