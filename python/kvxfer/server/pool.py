@@ -45,7 +45,15 @@ class WorkerView:
 
     @property
     def usable(self) -> bool:
-        return self.up and not self.leaving and self.state is not None and not self.state.draining
+        return self.up and not self.leaving and self.condition == "ready"
+
+    @property
+    def condition(self) -> str:
+        if not self.up or self.state is None:
+            return self.why
+        if self.state.draining:
+            return "draining"
+        return "ready" if self.state.ready else "not ready, by its own word"
 
     @property
     def role(self) -> str:
@@ -189,14 +197,8 @@ class Pool:
         return pair
 
     def why_none(self) -> str:
-        told = "; ".join(f"{v.id} ({v.role}): {self._state_of(v)}" for v in self.views)
+        told = "; ".join(f"{v.id} ({v.role}): {v.condition}" for v in self.views)
         return f"no usable decode worker ({told or 'no worker is registered'})"
-
-    @staticmethod
-    def _state_of(view: WorkerView) -> str:
-        if not view.up:
-            return view.why
-        return "ready" if view.usable else "draining"
 
     # -- legs --------------------------------------------------------------------------------------------
 
@@ -245,10 +247,8 @@ class Pool:
             self._lost(view, "it was restarted")
         if not view.up:
             log.info("worker %s (%s) is up", view.id, state.role)
-        came = not view.usable
-        view.state, view.up = state, state.ready
-        view.why = "" if state.ready else "it says that it is not ready"
-        if came and view.usable:
+        view.state, view.up, view.why = state, True, ""
+        if view.usable:
             self._changed.set()
 
     def _lost(self, view: WorkerView, why: str) -> None:
