@@ -21,11 +21,12 @@ from kvxfer.server.wire import SamplingParams, TokenRequest
 VOCAB = 97
 NUM_LAYERS = 3
 HEADS, DIM = 1, 4
+SHAPE = {"num_layers": NUM_LAYERS, "num_kv_heads": HEADS, "head_dim": DIM, "dtype": "float32"}
 
 
 def entry(token: int, position: int, layer: int) -> float:
     """What the cache holds for one token of one layer: exact in float32."""
-    return float((token * 31 + position * 7 + layer * 1009) % 65536)
+    return float((token * 31 + position * 7 + layer * 1009) % 65536 + 1)
 
 
 def new_cache(num_blocks: int, block_size: int) -> list[tuple[np.ndarray[Any, Any], ...]]:

@@ -15,8 +15,8 @@ from kvxfer.errors import InvalidArgumentError
 from kvxfer.server.engine.blocks import BlockCounts, BlockPool
 from kvxfer.server.engine.runner import Batch, BatchItem
 from kvxfer.server.engine.sampling import SampleRequest
-from kvxfer.server.engine.scheduler import Chunk, Limits, Scheduler
-from kvxfer.server.engine.sequence import Request, Role, Sequence, State
+from kvxfer.server.engine.scheduler import Scheduler
+from kvxfer.server.engine.sequence import Chunk, Limits, Request, Role, Sequence, State
 from kvxfer.server.wire import TokenRequest
 
 SIZE = 4

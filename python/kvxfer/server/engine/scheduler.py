@@ -11,38 +11,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from kvxfer.errors import InternalError, InvalidArgumentError
 from kvxfer.server.engine.blocks import BlockPool, extend_hashes, root_hash
-from kvxfer.server.engine.sequence import Sequence, State
+from kvxfer.server.engine.sequence import Chunk, Limits, Output, Sequence, State
 
-__all__ = ["Chunk", "Limits", "Output", "Scheduler"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_waiting: int = 1024
-    max_waiting_tokens: int = 4_000_000
-
-
-class Chunk(NamedTuple):
-    """Compute ``ids[begin:end]`` of this sequence; sample if that reaches its last id."""
-
-    sequence: Sequence
-    begin: int
-    end: int
-    num_samples: int  # choices to draw from the last token's logits; 0 for all chunks but the last
-
-
-class Output(NamedTuple):
-    sequence: Sequence
-    token: int
-    finish: Literal["stop", "length"] | None
+__all__ = ["Scheduler"]
 
 
 class Scheduler:

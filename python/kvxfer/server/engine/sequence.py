@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-"""One leg of a request and its sequences (one per choice): ids, counters and states, no behaviour.
+"""One leg of a request, its sequences (one per choice), and what a step computes of them: plain data.
 
 Only the engine thread touches these.
 """
@@ -10,11 +10,21 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kvxfer.server.wire import PrefillReply, TokenEvent, TokenRequest
 
-__all__ = ["Event", "Request", "Role", "Sequence", "Sink", "State"]
+__all__ = [
+    "Chunk",
+    "Event",
+    "Limits",
+    "Output",
+    "Request",
+    "Role",
+    "Sequence",
+    "Sink",
+    "State",
+]
 
 Role = Literal["local", "prefill", "decode"]
 Event = TokenEvent | PrefillReply
@@ -84,3 +94,27 @@ class Sequence:
     def history(self) -> list[int]:
         """Ids that count as answers, those of earlier attempts included."""
         return self.ids[self.num_prompt - self.request.spec.position0 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_waiting: int = 1024
+    max_waiting_tokens: int = 4_000_000
+
+
+class Chunk(NamedTuple):
+    """Compute ``ids[begin:end]`` of this sequence; sample if that reaches its last id."""
+
+    sequence: Sequence
+    begin: int
+    end: int
+    num_samples: int  # choices to draw from the last token's logits; 0 for all chunks but the last
+
+
+class Output(NamedTuple):
+    sequence: Sequence
+    token: int
+    finish: Literal["stop", "length"] | None

@@ -1,0 +1,190 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Workers' engine loops over the fake model and the connector's adversarial in-memory engine, in one thread."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from fake_engine import FakeEngine, InlineExecutor, Net
+from fake_model import SHAPE, FakeRunner, answer, fake_sampler, request_of
+
+from kvxfer.connector import Endpoint, HandoffConfig
+from kvxfer.layout import KVLayout
+from kvxfer.server.engine.blocks import BlockPool
+from kvxfer.server.engine.loop import EngineLoop
+from kvxfer.server.engine.requests import Delivery
+from kvxfer.server.engine.scheduler import Scheduler
+from kvxfer.server.engine.sequence import Event, Limits, Request
+from kvxfer.server.metrics import Metrics
+from kvxfer.server.wire import (
+    ErrorEvent,
+    Finish,
+    KVTransferParams,
+    PeerRef,
+    PrefillReply,
+    TokenRequest,
+    Tokens,
+    Usage,
+)
+
+SIZE = 4
+CONFIG = HandoffConfig(write_deadline_s=8.0, lost_after_s=10.0)
+
+
+class Leg:
+    """One submitted leg and what its sink heard."""
+
+    def __init__(self, worker: Worker, spec: TokenRequest, role: Any) -> None:
+        self.worker, self.spec = worker, spec
+        self.events: list[Event] = []
+        self.request: Request = worker.loop.submit(spec, role, self.events.append)
+
+    @property
+    def last(self) -> Event | None:
+        ends = (Usage, ErrorEvent, PrefillReply)
+        return self.events[-1] if self.events and isinstance(self.events[-1], ends) else None
+
+    @property
+    def ids(self) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for event in self.events:
+            if isinstance(event, Tokens):
+                ids = found.setdefault(event.i, [])
+                assert event.pos == len(ids), "a token was lost or doubled"
+                ids.extend(event.ids)
+        return [found[i] for i in sorted(found)]
+
+    @property
+    def reasons(self) -> list[str]:
+        return [event.reason for event in self.events if isinstance(event, Finish)]
+
+    def check_end(self) -> None:
+        ends = [e for e in self.events if isinstance(e, (Usage, ErrorEvent, PrefillReply))]
+        assert len(ends) == 1, f"{self.spec.request_id} ended {len(ends)} times: {self.events}"
+        assert self.events[-1] is ends[0], "an event came after the end"
+
+    def cancel(self) -> None:
+        self.worker.loop.cancel(self.request, "the client left")
+
+
+class Worker:
+    def __init__(self, net: Net, name: str, *, num_blocks: int = 24, tokens: int = 16) -> None:
+        self.net, self.name = net, name
+        self.layout = KVLayout.hnd(num_blocks=num_blocks, block_size=SIZE, **SHAPE)
+        self.engine = FakeEngine(net, name, self.layout.nbytes)
+        self.engine.region.array.view(np.float32)[:] = np.nan
+        self.endpoint = Endpoint(
+            self.engine,
+            self.engine.region,
+            self.layout,
+            model_id="model",
+            config=CONFIG,
+            clock=net.clock,
+            executor=InlineExecutor(),
+        )
+        self.runner = FakeRunner(self.layout.views(self.engine.region.array), SIZE)
+        self.pool = BlockPool(num_blocks, SIZE)
+        self.scheduler = Scheduler(
+            self.pool,
+            Limits(max_num_seqs=6, max_num_batched_tokens=tokens, max_model_len=10_000),
+            eos_ids=(0,),
+            copy_block=self.runner.copy_block,
+        )
+        self.metrics = Metrics()
+        self.loop = EngineLoop(
+            self.scheduler,
+            self.runner,
+            self.endpoint,
+            self.engine.fileno(),
+            self.metrics,
+            eos_ids=(0,),
+            deliver=self._deliver,
+            sampler=fake_sampler,
+            clock=net.clock,
+        )
+        self.metrics.read_from(lambda: self.loop.snapshot, dict)
+        self.num_idle = 0
+
+    def _deliver(self, batch: list[Delivery]) -> None:
+        for sink, event in batch:
+            sink(event)
+
+    def step(self) -> bool:
+        if not self.engine.alive:
+            return False
+        worked = self.loop.step()
+        self.scheduler.check()
+        return worked
+
+    def whole(self) -> bool:
+        """Idle, and every block is back."""
+        counts = self.pool.counts()
+        return self.loop.idle and counts.active == counts.leased == 0
+
+
+class World:
+    def __init__(self, **options: Any) -> None:
+        self.net = Net()
+        self.prefill = Worker(self.net, "prefill", **options)
+        self.decode = Worker(self.net, "decode", **options)
+        self.legs: list[Leg] = []
+        self._names = itertools.count()
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [worker for worker in (self.prefill, self.decode) if worker.engine.alive]
+
+    def ask(self, prompt: list[int], max_tokens: int = 6, **fields: Any) -> tuple[Leg, Leg]:
+        """Both legs of one request, decode's first."""
+        spec = request_of(prompt, max_tokens, name=f"r{next(self._names)}", **fields)
+        return self.open(spec, "decode"), self.open(spec, "prefill")
+
+    def open(self, spec: TokenRequest, role: Any) -> Leg:
+        worker, other = self.prefill, self.decode
+        if role == "decode":
+            worker, other = other, worker
+        peer = PeerRef(
+            engine=other.engine.address,
+            incarnation=other.engine.incarnation,
+            signature="s",
+            model="model",
+        )
+        params = None if role == "local" else KVTransferParams(role=role, peer=peer)
+        fields = {name: getattr(spec, name) for name in spec.__struct_fields__}
+        leg = Leg(worker, TokenRequest(**{**fields, "kv_transfer_params": params}), role)
+        self.legs.append(leg)
+        return leg
+
+    def settle(self, *, seconds: float = 0.0) -> None:
+        """Runs everything that can run; time passes only as far as told."""
+        end = self.net.now + seconds
+        for _ in range(20_000):
+            # No short cut: each of them has to be stepped.
+            worked = [worker.step() for worker in self.workers]
+            if self.net.pending:
+                self.net.run_all()
+            elif not any(worked) and not any(w.endpoint._context.events for w in self.workers):
+                if self.net.now >= end:
+                    return
+                self.net.advance(1.0)
+        raise AssertionError("the workers never come to rest")
+
+    def check_all(self) -> None:
+        """Each leg ended once; good answers are those of a lone run, others a prefix of it."""
+        for leg in self.legs:
+            if not leg.worker.engine.alive:
+                continue
+            leg.check_end()
+            if leg.request.role == "prefill":
+                continue
+            expected = answer(leg.spec, (0,))
+            if isinstance(leg.last, Usage) and "abort" not in leg.reasons:
+                assert leg.ids == expected
+            for ids, good in zip(leg.ids, expected, strict=False):
+                assert ids == good[: len(ids)]
+        for worker in self.workers:
+            assert worker.whole(), f"{worker.name}: {worker.pool.counts()}"
+            worker.loop._check_accounts()
