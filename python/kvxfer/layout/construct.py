@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.errors import LayoutError
 from kvxfer.layout.dtypes import itemsize_of
 from kvxfer.layout.orders import (
+    check_kind,
     check_order,
     has_two_parts,
     kind_of_order,
@@ -43,6 +44,7 @@ def layout_from_order(
 ) -> KVLayout:
     """See :meth:`KVLayout.from_order`."""
     kind = kind if kind is not None else _told_kind(order, rest["num_kv_heads"])
+    check_kind(kind)
     check_order(order, kind)
     shape = _Shape(kind=kind, dtype=dtype, **rest)
     extents = {
@@ -91,6 +93,7 @@ def layout_from_tensors(
     """See :meth:`KVLayout.from_tensors`."""
     if kind is None:
         kind = "fused" if axes.endswith("KC") else "split"
+    check_kind(kind)
     shape = _Shape(kind=kind, dtype=dtype, **rest)
     found = parts_from_tensors(
         tensors,

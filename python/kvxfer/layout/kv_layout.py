@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -251,4 +251,4 @@ class KVLayout:
     @classmethod
     def from_wire(cls, message: Mapping[str, Any]) -> KVLayout:
         """The layout that a peer sent, validated anew."""
-        return cls(**wire.from_wire(message))
+        return cls(**wire.from_wire(message, {f.name for f in fields(cls)}))

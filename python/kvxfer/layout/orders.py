@@ -10,6 +10,7 @@ from kvxfer.errors import LayoutError
 from kvxfer.layout.parts import KVPart
 
 __all__ = [
+    "check_kind",
     "check_order",
     "has_two_parts",
     "kind_of_order",
@@ -29,6 +30,11 @@ def kind_of_order(order: str) -> str:
     if "K" not in order:
         return "mla"
     return "fused" if order.endswith("KC") else "split"
+
+
+def check_kind(kind: str) -> None:
+    if kind not in ("split", "fused", "mla", "state"):
+        raise LayoutError("kind", f"{kind!r} is not one of 'split', 'fused', 'mla', 'state'")
 
 
 def check_order(order: str, kind: str, field: str = "order") -> None:

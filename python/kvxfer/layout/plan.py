@@ -18,7 +18,7 @@ from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.pairs import check_compatible, heads_sent, layers_sent
 from kvxfer.layout.parts import as_int
 from kvxfer.layout.segments import Int64, Segments, block_ids, make_segments
-from kvxfer.layout.spans import NO_LAYER, Side, SpanGroup, Spans, build_groups
+from kvxfer.layout.spans import Side, SpanGroup, Spans, build_groups
 from kvxfer.layout.staging import gathered_layout, packed_groups, packed_layout, staging_origin
 
 __all__ = ["KINDS", "TransferPlan", "plan_transfer"]
@@ -81,17 +81,11 @@ class TransferPlan:
 
     def for_layer(self, layer: int) -> Int64:
         """The rows of ``bases`` that carry ``layer``; none if this pair of ranks does not send it."""
-        group = self._only_group()
-        if layer not in self.layers:
-            if layer in self.src.layers or layer in self.dst.layers:
-                return np.empty((0, 2), dtype=np.int64)
-            raise InvalidArgumentError(f"layer: {layer} is held by neither side of this plan")
-        if NO_LAYER in group.layers:
-            raise InvalidArgumentError(
-                f"layer: spans of several layers have merged; plan with by_layer=True to push layer {layer} alone"
-            )
-        rows: Int64 = group.bases[group.layers == layer]
-        return rows
+        if layer in self.layers:
+            return self._only_group().for_layer(layer)
+        if layer in self.src.layers or layer in self.dst.layers:
+            return np.empty((0, 2), dtype=np.int64)
+        raise InvalidArgumentError(f"layer: {layer} is held by neither side of this plan")
 
     @cached_property
     def _materialized(self) -> tuple[Int64, Int64, Int64]:

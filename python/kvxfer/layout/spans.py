@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvxfer.errors import InvalidArgumentError
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.parts import KVPart
 from kvxfer.layout.segments import Int64, Segments
@@ -91,6 +92,15 @@ class SpanGroup:
     @property
     def total_nbytes(self) -> int:
         return len(self.bases) * int(self.template.nbytes.sum())
+
+    def for_layer(self, layer: int) -> Int64:
+        """The rows of ``bases`` that carry ``layer``."""
+        if NO_LAYER in self.layers:
+            raise InvalidArgumentError(
+                f"layer: spans of several layers have merged; plan with by_layer=True to push layer {layer} alone"
+            )
+        rows: Int64 = self.bases[self.layers == layer]
+        return rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvxfer.errors import LayoutError
 from kvxfer.layout.aliasing import Axis, Extent, check_disjoint
 from kvxfer.layout.dtypes import itemsize_of
-from kvxfer.layout.orders import check_order, has_two_parts
+from kvxfer.layout.orders import check_kind, check_order, has_two_parts
 from kvxfer.layout.parts import as_int
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def validate(layout: KVLayout) -> None:
 
 
 def _check_fields(layout: KVLayout) -> None:
-    if layout.kind not in ("split", "fused", "mla", "state"):
-        raise LayoutError("kind", f"{layout.kind!r} is not one of 'split', 'fused', 'mla', 'state'")
+    check_kind(layout.kind)
     if layout.order:
         check_order(layout.order, layout.kind)
     itemsize_of(layout.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import LayoutError
@@ -62,8 +62,8 @@ def to_wire(layout: KVLayout) -> dict[str, Any]:
     return {"version": VERSION, **asdict(layout)}
 
 
-def from_wire(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a layout out of a peer's message; their values are validated by the constructor."""
+def from_wire(message: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """The fields ``names`` out of a peer's message; their values are validated by the constructor."""
     if not isinstance(message, Mapping):
         raise LayoutError("wire", f"a mapping is needed, not {type(message).__name__}")
     version = message.get("version")
@@ -71,10 +71,7 @@ def from_wire(message: Mapping[str, Any]) -> dict[str, Any]:
         raise LayoutError(
             "version", f"the peer speaks layout version {version!r}, this side {VERSION}"
         )
-    from kvxfer.layout.kv_layout import KVLayout
-
     values = {key: value for key, value in message.items() if key != "version"}
-    names = {f.name for f in fields(KVLayout)}
     if set(values) != names:
         raise LayoutError("wire", f"fields {sorted(set(values) ^ names)} are missing or unknown")
     for name in ("layers", "parts"):
