@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -207,6 +209,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_size": -1}, "hidden_size must be above 0"),
     ("llama", {"hidden_size": 64.5}, "hidden_size must be a whole number"),
     ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers must be a number"),
+    ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers.*below 10000"),
+    ("llama", {"architectures": [[]]}, "architectures"),
+    ("llama", rope(rope_theta=1), "rope_theta must be above 1"),
     ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a number"),
     ("llama", {"num_attention_heads": 0}, "num_attention_heads"),
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads.*does not divide"),
@@ -237,6 +242,40 @@ def test_what_cannot_be_served_is_refused_by_field_name(
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         parse_config(random_config(family) | fields)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+NAMES = [*random_config("qwen3", rope="yarn"), "rope_scaling", "layer_types", "torch_dtype"]
+
+
+@given(st.sampled_from(["llama", "qwen2", "qwen3", "mistral"]), st.sampled_from(NAMES), JSON)
+def test_any_value_of_any_field_is_read_or_refused(family: str, name: str, value: Any) -> None:
+    try:
+        cfg = parse_config(random_config(family, rope="yarn") | {name: value})
+    except InvalidArgumentError:
+        return
+    assert cfg.num_heads % cfg.num_kv_heads == 0
+    assert len(cfg.windows) == cfg.num_layers
+
+
+@given(st.sampled_from(["rope_type", *ROPES["llama3"], "rope_theta", "truncate"]), JSON)
+def test_any_value_of_any_rope_field_is_read_or_refused(name: str, value: Any) -> None:
+    config = random_config("llama", rope="llama3")
+    for kind in ("llama3", "yarn", "linear"):
+        config["rope_parameters"] |= {"rope_type": kind, name: value}
+        try:
+            cfg = parse_config(config)
+        except InvalidArgumentError:
+            continue
+        frequencies, factor = rope_frequencies(cfg.rope, cfg.head_dim)
+        assert frequencies.shape == (8,)
+        assert factor > 0
 
 
 def test_unreadable_directories_and_files_are_named(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def parse_config(
     architecture = _architecture(fields)
     _refuse_unsupported(fields)
     hidden_size = fields.count("hidden_size")
-    num_layers = fields.count("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers", below=10_000)
     num_heads = fields.count("num_attention_heads")
     num_kv_heads = _num_kv_heads(fields, architecture, num_heads)
     if values.get("head_dim") is not None or (architecture == "qwen3" and "head_dim" not in values):
@@ -141,6 +141,7 @@ def parse_config(
     attention_bias = architecture in ("llama", "qwen3") and fields.flag("attention_bias")
     ends = Fields(generation or {}, where.replace("config.json", "generation_config.json"))
     bos = fields.token_ids("bos_token_id")
+    dtype = values.get("dtype") or values.get("torch_dtype")
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.count("vocab_size"),
@@ -161,7 +162,7 @@ def parse_config(
         rope=_rope(fields, max_positions),
         eos_token_ids=ends.token_ids("eos_token_id") or fields.token_ids("eos_token_id"),
         bos_token_id=bos[0] if bos else None,
-        dtype=values.get("dtype") or values.get("torch_dtype"),
+        dtype=dtype if isinstance(dtype, str) else None,
     )
 
 
@@ -169,7 +170,7 @@ def _architecture(fields: Fields) -> Architecture:
     known = f"supported: {', '.join(_ARCHITECTURES)}"
     names = fields.values.get("architectures")
     if names:
-        if not isinstance(names, list) or names[0] not in _ARCHITECTURES:
+        if not isinstance(names, list) or str(names[0]) not in _ARCHITECTURES:
             raise fields.error("architectures", f"= {names!r} is not supported; {known}")
         return _ARCHITECTURES[names[0]]
     by_type: dict[object, Architecture] = {kind: kind for kind in _ARCHITECTURES.values()}
@@ -208,7 +209,7 @@ def _windows(fields: Fields, architecture: Architecture, num_layers: int) -> tup
     if architecture in ("llama", "mistral"):
         # Neither family's code looks at layer_types; a file that relies on them is of another family.
         only = "full_attention" if architecture == "llama" else "sliding_attention"
-        if kinds is not None and set(kinds) != {only}:
+        if kinds is not None and kinds != [only] * num_layers:
             raise fields.refused("layer_types", f"{architecture} layers are all alike")
         if architecture == "llama" or fields.values.get("sliding_window", 4096) is None:
             return (None,) * num_layers
@@ -217,7 +218,7 @@ def _windows(fields: Fields, architecture: Architecture, num_layers: int) -> tup
     if fields.flag("use_sliding_window") and fields.values.get("sliding_window", 4096) is not None:
         window = fields.count("sliding_window", 4096)
     if kinds is None:
-        first = int(fields.number("max_window_layers", 28, above=-1))
+        first = fields.count("max_window_layers", 28, above=-1)
         return tuple(window if layer >= first else None for layer in range(num_layers))
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise fields.error("layer_types", f"must be a list of {num_layers} kinds, not {kinds!r}")
@@ -244,7 +245,7 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     for owner in (fields, rope):
         if owner.values.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise owner.refused("partial_rotary_factor", "all channels must rotate")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0, above=1), above=1)
     kind = values.get("rope_type") or values.get("type") or "default"
     name = "rope_type" if values.get("rope_type") else "type"
     if kind in ("default", "dynamic"):

@@ -27,7 +27,29 @@ class Fields:
     def refused(self, name: str, why: str) -> InvalidArgumentError:
         return self.error(name, f"= {self.values.get(name)!r} is not supported: {why}")
 
-    def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        above: float = 0.0,
+        below: float = 1e30,
+    ) -> float:
+        """A JSON integer becomes a float: torch cannot compute with one above 2^63."""
+        return float(self._bounded(name, default, above, below))
+
+    def optional(self, name: str) -> float | None:
+        return None if self.values.get(name) is None else self.number(name)
+
+    def count(
+        self, name: str, default: int | None = None, *, above: int = 0, below: int = 2**31
+    ) -> int:
+        value = self._bounded(name, default, above, below)
+        if not isinstance(value, int):
+            raise self.error(name, f"must be a whole number, not {value!r}")
+        return value
+
+    def _bounded(self, name: str, default: float | None, above: float, below: float) -> float:
         value = self.values.get(name)
         if value is None:
             value = default
@@ -35,17 +57,8 @@ class Fields:
             raise self.error(name, "is missing")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(name, f"must be a number, not {value!r}")
-        if not above < value < float("inf"):
-            raise self.error(name, f"must be above {above:g}, not {value!r}")
-        return value
-
-    def optional(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.number(name)
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.number(name, default)
-        if not isinstance(value, int):
-            raise self.error(name, f"must be a whole number, not {value!r}")
+        if not above < value < below:
+            raise self.error(name, f"must be above {above:g} and below {below:g}, not {value!r}")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
