@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,12 @@ class World:
         self.decode = Worker(self.net, "decode", **options)
         self.legs: list[Leg] = []
         self._names = itertools.count()
+        for worker in (
+            self.prefill,
+            self.decode,
+        ):  # their descriptors; hypothesis makes many worlds
+            weakref.finalize(self, worker.engine.close)
+            weakref.finalize(self, worker.loop.close)
 
     @property
     def workers(self) -> list[Worker]:

@@ -82,7 +82,7 @@ def test_metrics_name_what_was_moved_and_how_it_ended() -> None:
 
 def test_cached_prefix_on_both_sides_is_not_sent_again() -> None:
     world = World()
-    first, _ = world.ask(list(range(1, 22)), 2, ignore_eos=True)
+    world.ask(list(range(1, 22)), 2, ignore_eos=True)
     world.settle()
     sent = sum(samples(world, "kv_transfer_bytes_total").values())
     second, prefill = world.ask([*range(1, 22), 50, 51], 2, ignore_eos=True)

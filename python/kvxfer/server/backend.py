@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from kvxfer.server.admission import Identity, refuse_busy, refuse_foreign, refuse_unfit
@@ -29,24 +29,41 @@ from kvxfer.server.wire import (
     WorkerState,
 )
 
-__all__ = ["EngineBackend", "Leg", "deliver_to"]
+__all__ = ["EngineBackend", "Leg", "Outlet"]
 
 BEAT_S = 1.0
 _TOMBSTONE_S = 60.0  # the connector's: until then an id of an ended handoff is refused
 
 
-def deliver_to(aio: asyncio.AbstractEventLoop) -> Callable[[list[Delivery]], None]:
-    """Carries the engine thread's events to the asyncio thread, one call for all of a step."""
+class Outlet:
+    """Carries what the engine thread has to say to the asyncio thread: one call for all events of a step."""
 
-    def run(batch: list[Delivery]) -> None:
+    def __init__(self) -> None:
+        self._aio: asyncio.AbstractEventLoop | None = None
+        self._idle: asyncio.Event | None = None
+
+    def attach(self) -> None:
+        """Called on the asyncio thread, before the engine thread starts and until after it ended."""
+        self._aio, self._idle = asyncio.get_running_loop(), asyncio.Event()
+
+    def deliver(self, batch: list[Delivery]) -> None:
+        assert self._aio is not None
+        self._aio.call_soon_threadsafe(self._run, batch)
+
+    def on_idle(self) -> None:
+        assert self._aio is not None
+        assert self._idle is not None
+        self._aio.call_soon_threadsafe(self._idle.set)
+
+    async def next_idle(self) -> None:
+        assert self._idle is not None
+        await self._idle.wait()
+        self._idle.clear()
+
+    @staticmethod
+    def _run(batch: list[Delivery]) -> None:
         for sink, event in batch:
             sink(event)
-
-    def deliver(batch: list[Delivery]) -> None:
-        if not aio.is_closed():
-            aio.call_soon_threadsafe(run, batch)
-
-    return deliver
 
 
 @dataclass(eq=False)
@@ -61,10 +78,13 @@ class Leg:
 class EngineBackend:
     """`wire.Backend` over this worker's own engine loop."""
 
-    def __init__(self, loop: EngineLoop, identity: Identity, metrics: Metrics) -> None:
+    def __init__(
+        self, loop: EngineLoop, outlet: Outlet, identity: Identity, metrics: Metrics
+    ) -> None:
         self.identity = identity
         self.draining = False
         self._loop = loop
+        self._outlet = outlet
         self._metrics = metrics
         self._legs: set[Leg] = set()
         self._handoffs: dict[str, float] = {}  # id -> when it came, oldest first
@@ -98,6 +118,11 @@ class EngineBackend:
 
     def metrics(self) -> bytes:
         return self._metrics.render()
+
+    async def until_idle(self) -> None:
+        """No request runs and no handoff is open, or the engine thread has ended."""
+        while self._loop.alive and not self._loop.idle:
+            await self._outlet.next_idle()
 
     # -- legs --------------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -21,6 +22,7 @@ from kvxfer.errors import InvalidArgumentError
 
 __all__ = ["bind", "serve_app"]
 
+log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 65  # longer than what proxies and clients pool, so that they close first
 _LAST_WORDS_S = 5.0
 
@@ -68,6 +70,7 @@ def serve_app(
     *,
     shutdown_timeout_s: float,
     on_drain: Callable[[], None],
+    drained: Callable[[], Coroutine[Any, Any, None]] | None = None,
     announcement: Mapping[str, Any] | None = None,
     announce_fd: int | None = None,
     lifeline_fd: int | None = None,
@@ -75,6 +78,10 @@ def serve_app(
     """Serves until SIGTERM, SIGINT or the lifeline's end; then drains, for ``shutdown_timeout_s`` at most.
 
     A second signal ends what still runs. Returns the exit status.
+
+    Args:
+        drained: awaited after ``on_drain`` and before the door closes; a worker goes on answering its
+            router's polls meanwhile, or it would be given up with its work unfinished.
     """
     config = uvicorn.Config(
         app,
@@ -92,12 +99,23 @@ def serve_app(
 
     server = _Server(config, announce)
 
+    leaving: asyncio.Task[None] | None = None
+
+    async def leave() -> None:
+        if drained is not None:
+            try:
+                await asyncio.wait_for(drained(), shutdown_timeout_s)
+            except asyncio.TimeoutError:
+                log.warning("the drain took longer than %g s and is cut short", shutdown_timeout_s)
+        server.should_exit = True
+
     def stop() -> None:
-        if server.should_exit:
-            server.force_exit = True
+        nonlocal leaving
+        if leaving is not None:
+            server.should_exit = server.force_exit = True
         else:
-            server.should_exit = True
             on_drain()
+            leaving = asyncio.create_task(leave())
 
     def launcher_gone() -> None:
         assert lifeline_fd is not None
@@ -108,7 +126,7 @@ def serve_app(
         last_resort = threading.Timer(shutdown_timeout_s + _LAST_WORDS_S, os._exit, (1,))
         last_resort.daemon = True
         last_resort.start()
-        if not server.should_exit:
+        if leaving is None:
             stop()
 
     async def main() -> None:
@@ -118,6 +136,8 @@ def serve_app(
         if lifeline_fd is not None:
             loop.add_reader(lifeline_fd, launcher_gone)
         await server.serve(sockets=[sock])
+        if leaving is not None:
+            leaving.cancel()
 
     asyncio.run(main())
     return 0 if server.started else 1

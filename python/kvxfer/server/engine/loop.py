@@ -82,6 +82,7 @@ class EngineLoop:
         self._next_check = 0.0
         self._endpoint_stats = endpoint.stats()
         self._stopping = False
+        self._closed = False
         self._poller = select.epoll()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for fd in (self._wakeup, engine_fd):
@@ -131,12 +132,22 @@ class EngineLoop:
         def stop() -> None:
             self._stopping = True
 
+        if self._closed:
+            return
         self._post(stop)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise InternalError(f"the engine thread did not end within {timeout_s} s")
+        if self._thread.ident is None:
+            self._endpoint.close()
+        else:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise InternalError(f"the engine thread did not end within {timeout_s} s")
+        self._closed = True
+        self._poller.close()
+        os.close(self._wakeup)
 
     def _post(self, action: Callable[[], None]) -> None:
+        if self._closed:
+            return  # a leg that closes after its worker: nothing is left to be told
         self._inbox.append(action)
         os.eventfd_write(self._wakeup, 1)
 
@@ -170,7 +181,6 @@ class EngineLoop:
             self._on_death()
         finally:
             self._endpoint.close()
-            self._poller.close()
 
     def _sleep(self) -> None:
         """Until a message, an engine event or a timer."""

@@ -62,14 +62,16 @@ class Scheduler:
                 chunks.append(Chunk(sequence, end - 1, end, 1))
                 budget -= 1
         prefilling = deque(s for s in self.running if s.state is State.PREFILLING)
-        while sequence := prefilling.popleft() if prefilling else self._admit_next(budget):
-            chunk = self._prefill_chunk(sequence, budget)
+        while True:
+            candidate = prefilling.popleft() if prefilling else self._admit_next(budget)
+            if candidate is None:
+                return chunks
+            chunk = self._prefill_chunk(candidate, budget)
             if chunk is None:
                 budget = 0  # less than a block is left: no later sequence may use it either
                 continue
             chunks.append(chunk)
             budget -= chunk.end - chunk.begin
-        return chunks
 
     def postprocess(
         self, chunks: list[Chunk], samples: Iterable[list[int]]
@@ -274,7 +276,7 @@ class Scheduler:
             not sampling.ignore_eos and token in self._eos_ids
         )
         finish: Literal["stop", "length"] | None = None
-        if stops and len(sequence.history) >= sampling.min_tokens:
+        if stops and len(sequence.history) > sampling.min_tokens:
             finish = "stop"
         elif sequence.num_outputs >= sampling.max_tokens or (
             len(sequence.ids) >= self.limits.max_model_len
