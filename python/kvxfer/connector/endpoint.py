@@ -135,9 +135,8 @@ class Endpoint:
         now = self._clock()
         if self._context.events:
             return now
-        times = [
-            time for time in (self.sender.next_deadline(), self.receiver.next_deadline()) if time
-        ]
+        deadlines = self.sender.next_deadline(), self.receiver.next_deadline()
+        times = [deadline for deadline in deadlines if deadline is not None]
         owed = any(link.owed_until > now for _, link in self._links.all())
         if owed or self.sender.open_handoffs() or self.receiver.open_handoffs():
             times.append(min(self._next_beat, self._next_judged))
