@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvxfer.server.openai import Call, refusal_of
+from kvxfer.server.tasks import end_tasks
 from kvxfer.server.text import AnswerText, Text
 from kvxfer.server.wire import (
     Backend,
@@ -110,9 +111,7 @@ class Answers:
                 else:
                     yield item
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
 
     async def _run(self, prompt: _Prompt) -> AsyncGenerator[Json, None]:
         async with contextlib.aclosing(

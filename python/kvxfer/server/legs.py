@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ import msgspec
 
 from kvxfer.server.failures import AttemptFailedError, refusal_of_worker
 from kvxfer.server.pool import Pair, Pool, WorkerView
+from kvxfer.server.tasks import Background, end_tasks
 from kvxfer.server.wire import (
     ErrorEvent,
     KVTransferParams,
@@ -30,7 +31,7 @@ from kvxfer.server.wire import (
     decode_event,
 )
 
-__all__ = ["Attempt", "Background"]
+__all__ = ["Attempt"]
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +39,6 @@ CONNECT_TIMEOUT_S = 2.0
 ABORT_TIMEOUT_S = 2.0
 _PREFILL_LINGER_S = 10.0  # after a good answer, for prefill to end its side by itself
 _BLAMES_THE_PEER = {"peer_lost", "expired", "write_failed"}
-
-
-class Background:
-    """Tasks that outlive their request by a moment (aborts, a prefill leg's end); ended with the router."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Attempt:
@@ -76,6 +60,7 @@ class Attempt:
         self._prefill = pair.prefill
         self._beat_timeout_s = beat_timeout_s
         self._inbox: asyncio.Queue[TokenEvent | AttemptFailedError] = asyncio.Queue()
+        self._silence: asyncio.TimerHandle | None = None
         self._begun = False  # a token came: prefill's work is done, and its fate no longer matters
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
@@ -87,6 +72,7 @@ class Attempt:
             retryable=False,
         )
         timer = loop.call_later(self._request.deadline_s, self._inbox.put_nowait, late)
+        self._expect_beat()
         self._pool.opened(self._decode, self._decode_lost)
         # Both legs in one tick, decode first: prefill's offer finds it there.
         decode_leg = asyncio.create_task(self._run_decode())
@@ -100,13 +86,17 @@ class Attempt:
                 item = await self._inbox.get()
                 if isinstance(item, AttemptFailedError):
                     raise item
-                self._begun = self._begun or isinstance(item, Tokens)
+                if isinstance(item, Tokens) and not self._begun:
+                    self._begun = True
+                    self._expect_beat()
                 ended_well = isinstance(item, Usage)
                 yield item
                 if ended_well:
                     return
         finally:
             timer.cancel()
+            if self._silence is not None:
+                self._silence.cancel()
             self._pool.closed(self._decode, self._decode_lost)
             if self._prefill is not None:
                 self._pool.closed(self._prefill, self._prefill_lost)
@@ -127,10 +117,7 @@ class Attempt:
                 told.append(self._prefill)
         for view in told:
             self._background.start(self._abort(view))
-        legs = [leg for leg in (decode_leg, prefill_leg) if leg is not None]
-        for leg in legs:
-            leg.cancel()
-        await asyncio.gather(*legs, return_exceptions=True)
+        await end_tasks(*(leg for leg in (decode_leg, prefill_leg) if leg is not None))
 
     async def _abort(self, view: WorkerView) -> None:
         """The closed connection says the same; this is for proxies that hide closes. Idempotent there."""
@@ -141,6 +128,15 @@ class Attempt:
             )
         except httpx.TransportError as error:
             log.debug("abort of %s at %s: %r", self._request.handoff, view.id, error)
+
+    def _expect_beat(self) -> None:
+        """Beats come until the first token; later the pool's polling tells a stopped worker."""
+        if self._silence is not None:
+            self._silence.cancel()
+        if not self._begun:
+            self._silence = asyncio.get_running_loop().call_later(
+                self._beat_timeout_s, self._decode_lost, f"silent for {self._beat_timeout_s:g} s"
+            )
 
     # -- what ends an attempt ----------------------------------------------------------------------------
 
@@ -182,19 +178,11 @@ class Attempt:
         response = await self._open(view, "generate", "decode", self._prefill)
         try:
             buffer = b""
-            parts = response.aiter_raw()
-            while True:
-                # Beats come until the first token; later the pool's polling tells a stopped worker.
-                silence_s = None if self._begun else self._beat_timeout_s
-                part = await asyncio.wait_for(anext(parts, b""), silence_s)
-                if not part:
-                    return
+            async for part in response.aiter_raw():
+                self._expect_beat()
                 *lines, buffer = (buffer + part).split(b"\n")
                 for line in lines:
                     yield decode_event(line)
-        except asyncio.TimeoutError as error:
-            message = f"decode worker {view.id} was silent for {self._beat_timeout_s:g} s"
-            raise self._fail("peer_lost", message, view) from error
         except (httpx.TransportError, msgspec.DecodeError) as error:
             await self._pool.refresh(view)
             raise self._fail(
@@ -254,14 +242,12 @@ class Attempt:
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
         )
         try:
-            response = await asyncio.wait_for(
-                self._client.send(request, stream=True), self._beat_timeout_s + CONNECT_TIMEOUT_S
-            )
+            response = await self._client.send(request, stream=True)
             if response.status_code == 200:
                 return response
             content = await response.aread()
             await response.aclose()
-        except (httpx.TransportError, asyncio.TimeoutError) as error:
+        except httpx.TransportError as error:
             await self._pool.refresh(view)
             message = f"{view.role} worker {view.id} does not take requests: {error!r}"
             raise self._fail("peer_lost", message, view) from error

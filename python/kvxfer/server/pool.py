@@ -20,6 +20,7 @@ import httpx
 import msgspec
 
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.server.tasks import end_tasks
 from kvxfer.server.wire import WorkerState
 
 __all__ = ["POLICIES", "Pair", "Policy", "Pool", "WorkerView", "least_loaded", "round_robin"]
@@ -118,7 +119,7 @@ class Pool:
         self._views: dict[str, WorkerView] = {}
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._turns = {"decode": 0, "prefill": 0}
-        self._changed = asyncio.Event()
+        self._waiting: set[asyncio.Future[None]] = set()  # who waits for a worker to come up
         self.draining = False
 
     @property
@@ -153,9 +154,7 @@ class Pool:
         return view
 
     async def close(self) -> None:
-        for task in self._polls.values():
-            task.cancel()
-        await asyncio.gather(*self._polls.values(), return_exceptions=True)
+        await end_tasks(*self._polls.values())
         self._polls.clear()
 
     # -- picking -----------------------------------------------------------------------------------------
@@ -189,11 +188,15 @@ class Pool:
         """Like ``pick``, but waits for somebody to come up."""
         end = time.monotonic() + timeout_s
         while (pair := self.pick(avoid)) is None:
-            self._changed.clear()
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                return None
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.add(waiter)
             try:
-                await asyncio.wait_for(self._changed.wait(), max(0.0, end - time.monotonic()))
-            except asyncio.TimeoutError:
-                return self.pick(avoid)
+                await asyncio.wait((waiter,), timeout=left_s)
+            finally:
+                self._waiting.discard(waiter)
         return pair
 
     def why_none(self) -> str:
@@ -249,7 +252,9 @@ class Pool:
             log.info("worker %s (%s) is up", view.id, state.role)
         view.state, view.up, view.why = state, True, ""
         if view.usable:
-            self._changed.set()
+            for waiter in self._waiting:
+                waiter.set_result(None)
+            self._waiting.clear()
 
     def _lost(self, view: WorkerView, why: str) -> None:
         if view.up:

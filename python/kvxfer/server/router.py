@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hmac
 import logging
 import os
 import socket
@@ -21,8 +20,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 import httpx
-import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.server.aggregate import RouterMetrics
@@ -30,9 +28,11 @@ from kvxfer.server.child import bind, serve_app
 from kvxfer.server.config import load_config
 from kvxfer.server.failures import AttemptFailedError
 from kvxfer.server.http import create_app
-from kvxfer.server.legs import Attempt, Background
-from kvxfer.server.pool import POLICIES, Pool, WorkerView
+from kvxfer.server.legs import Attempt
+from kvxfer.server.membership import add_worker_routes
+from kvxfer.server.pool import POLICIES, Pool
 from kvxfer.server.progress import Progress
+from kvxfer.server.tasks import Background
 from kvxfer.server.text import Text
 from kvxfer.server.wire import (
     ErrorEvent,
@@ -88,6 +88,11 @@ class PoolBackend:
 
     def metrics(self) -> bytes:
         return self.metrics_of.render()
+
+    async def close(self) -> None:
+        await self.background.close()
+        await self.pool.close()
+        await self._client.aclose()
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenEvent, None]:
         begin = time.monotonic()
@@ -200,8 +205,7 @@ def build_app(
         for url in workers:
             await pool.add(url)
         yield
-        await backend.background.close()
-        await pool.close()
+        await backend.close()
 
     app = create_app(
         backend,
@@ -211,59 +215,8 @@ def build_app(
         request_timeout_s=request_timeout_s,
         lifespan=lifespan,
     )
-
-    def authorize(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {secret}".encode()):
-            raise RequestRefusedError(
-                401, "/workers needs the cluster's secret as a bearer token", code="unauthorized"
-            )
-
-    @app.get("/workers")
-    async def list_workers(request: Request) -> Response:
-        authorize(request)
-        return _json([_describe(view) for view in pool.views])
-
-    @app.post("/workers")
-    async def add_worker(request: Request) -> Response:
-        authorize(request)
-        try:
-            body = msgspec.json.decode(await request.body(), type=dict[str, str])
-            view = await pool.add(body["url"])
-        except (msgspec.DecodeError, KeyError, InvalidArgumentError) as error:
-            raise RequestRefusedError(
-                400,
-                f'expected {{"url": "http://host:port"}}: {error}',
-                code="bad_body",
-                param="url",
-            ) from error
-        return _json(_describe(view))
-
-    @app.delete("/workers/{worker_id}")
-    async def drop_worker(request: Request, worker_id: str) -> Response:
-        authorize(request)
-        view = pool.remove(worker_id)
-        if view is None:
-            raise RequestRefusedError(404, f"no worker {worker_id}", code="not_found")
-        return _json(_describe(view))
-
+    add_worker_routes(app, pool, secret)
     return app
-
-
-def _describe(view: WorkerView) -> dict[str, object]:
-    return {
-        "id": view.id,
-        "url": view.url,
-        "role": view.role,
-        "up": view.up,
-        "condition": "leaving" if view.leaving else view.condition,
-        "in_flight": view.in_flight,
-        "state": view.state,
-    }
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvxfer.server.answers import Answers
 from kvxfer.server.openai import Call, error_body
+from kvxfer.server.tasks import end_tasks
 from kvxfer.server.wire import RequestRefusedError
 
 __all__ = ["EventStream", "frames_of", "until_disconnected"]
@@ -42,9 +43,7 @@ async def until_disconnected(receive: Receive, work: Awaitable[_T]) -> _T:
             raise ClientDisconnect
         return task.result()
     finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        await end_tasks(task, watcher)
 
 
 async def frames_of(
