@@ -77,6 +77,11 @@ class Worker:
         self.layout = KVLayout.hnd(num_blocks=num_blocks, block_size=SIZE, **SHAPE)
         self.engine = FakeEngine(net, name, self.layout.nbytes)
         self.engine.region.array.view(np.float32)[:] = np.nan
+        owner = np.zeros(self.layout.nbytes, np.uint8)
+        for parts in self.layout.views(owner):
+            for part in parts:
+                part[:] = np.arange(num_blocks, dtype=np.float32).reshape(-1, 1, 1, 1)
+        self.block_of = np.repeat(owner.view(np.float32).astype(int), 4)  # of each byte
         self.endpoint = Endpoint(
             self.engine,
             self.engine.region,
@@ -118,7 +123,21 @@ class Worker:
             return False
         worked = self.loop.step()
         self.scheduler.check()
+        self.check_pins()
         return worked
+
+    def check_pins(self) -> None:
+        """What a peer may still write into, and what is still being read, is leased in the pool."""
+        busy = set()
+        for lease in self.engine.leases.values():
+            if not lease.quiet:
+                busy |= set(self.block_of[lease.allowed].tolist())
+        for transfer in self.engine.transfers:
+            if not transfer.quiesced:
+                for at, _, nbytes in transfer.spans:
+                    busy |= set(self.block_of[at : at + nbytes].tolist())
+        leased = {block for block, pins in enumerate(self.pool._pins) if pins}
+        assert busy <= leased, f"{self.name}: blocks {busy - leased} are in use and not leased"
 
     def whole(self) -> bool:
         """Idle, and every block is back."""

@@ -134,6 +134,18 @@ def test_cached_prefix_is_not_computed_again_but_its_last_token_is() -> None:
     assert (bench.scheduler.prefix_queries, bench.scheduler.prefix_hits) == (24, 8)
 
 
+def test_prompt_cancelled_between_chunks_leaves_only_computed_blocks_in_the_cache() -> None:
+    bench = Bench(32, tokens=12)
+    cancelled = bench.add(request_of(range(1, 31), 2, name="a"))
+    bench.step()
+    bench.scheduler.remove(cancelled.sequences[0])
+    del bench.got[cancelled]
+    again = bench.add(request_of(range(1, 31), 6, ignore_eos=True, name="b"))
+    bench.run()
+    bench.expect_all()
+    assert again.cached_tokens == 12
+
+
 def test_cache_salt_separates_tenants() -> None:
     bench = Bench(32)
     bench.add(request_of(range(1, 13), 2, name="a", cache_salt="x"))
