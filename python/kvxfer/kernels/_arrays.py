@@ -34,20 +34,30 @@ Array = Any  # numpy.ndarray or torch.Tensor; torch stays out of the type too
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 
+# A decode step makes some ten calls of five arrays each, so what is asked of an array here is asked
+# hundreds of times a step: names of dtypes are remembered, and the common case comes first.
+_torch_dtype_names: dict[object, str] = {}
+
+
 def is_torch(array: object) -> bool:
+    if type(array) is np.ndarray:
+        return False
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+    return torch is not None and (type(array) is torch.Tensor or isinstance(array, torch.Tensor))
 
 
 def device_of(array: Array) -> str:
     """``"cpu"``, ``"cuda:0"``, ...; NumPy arrays are in host memory."""
-    return str(array.device) if is_torch(array) else "cpu"
+    return "cpu" if not is_torch(array) or array.is_cpu else str(array.device)
 
 
 def dtype_of(array: Array) -> str:
     """The dtype's name; a NumPy ``uint16`` is bfloat16, for which NumPy has no type of its own."""
     if is_torch(array):
-        return str(array.dtype).removeprefix("torch.")
+        known = _torch_dtype_names.get(array.dtype)
+        if known is None:
+            known = _torch_dtype_names[array.dtype] = str(array.dtype).removeprefix("torch.")
+        return known
     name = str(array.dtype.name)
     return "bfloat16" if name == "uint16" else name
 
@@ -55,9 +65,11 @@ def dtype_of(array: Array) -> str:
 def as_numpy(array: Array) -> np.ndarray[Any, Any]:
     """A NumPy view of host memory, no copy; bfloat16 becomes ``uint16``."""
     if is_torch(array):
-        if str(array.dtype) == "torch.bfloat16":
-            array = array.detach().view(sys.modules["torch"].uint16)
-        return array.detach().numpy()  # type: ignore[no-any-return]
+        if array.requires_grad:
+            array = array.detach()
+        if dtype_of(array) == "bfloat16":
+            array = array.view(sys.modules["torch"].uint16)
+        return array.numpy()  # type: ignore[no-any-return]
     if array.dtype.name == "bfloat16":  # the ml_dtypes extension type
         return array.view(np.uint16)  # type: ignore[no-any-return]
     return array  # type: ignore[no-any-return]
@@ -87,21 +99,26 @@ def check_array(
         shape: per axis the expected extent, or a letter where any extent will do.
         contiguous: ``"last"``: elements of the last axis are adjacent; ``"all"``: C-contiguous.
     """
-    if not is_torch(array) and not isinstance(array, np.ndarray):
+    torch_array = is_torch(array)
+    if not torch_array and not isinstance(array, np.ndarray):
         raise InvalidArgumentError(
             f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
         )
-    given = tuple(int(n) for n in array.shape)
-    matches = len(given) == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, given, strict=True)
-    )
+    given: tuple[int, ...] = tuple(array.shape)
+    matches = len(given) == len(shape)
+    if matches:
+        for want, have in zip(shape, given, strict=True):
+            if want != have and not isinstance(want, str):
+                matches = False
     if not matches:
         want_text = "[" + ", ".join(str(n) for n in shape) + "]"
         raise InvalidArgumentError(f"{name}: expected shape {want_text}, given {list(given)}")
     dtype = dtype_of(array)
     if dtype not in dtypes:
         raise InvalidArgumentError(f"{name}: expected dtype {' or '.join(dtypes)}, given {dtype}")
-    _check_strides(name, array, given, contiguous)
+    # torch has no negative strides, so its last one says all that "last" asks for.
+    if not (torch_array and contiguous == "last" and given and array.stride(-1) == 1):
+        _check_strides(name, array, given, contiguous)
     return given
 
 
@@ -141,9 +158,10 @@ def check_same_place(arrays: dict[str, Array]) -> str:
             raise InvalidArgumentError(
                 f"{name}: expected {kinds[library]} like {first_name}, given {kinds[not library]}"
             )
-        if device_of(array) != device:
+        given = device_of(array)
+        if given != device:
             raise InvalidArgumentError(
-                f"{name}: expected device {device} like {first_name}, given {device_of(array)}"
+                f"{name}: expected device {device} like {first_name}, given {given}"
             )
     return device
 
