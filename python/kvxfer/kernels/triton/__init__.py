@@ -1,0 +1,27 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for NVIDIA GPUs; on host tensors they run under Triton's interpreter, for tests.
+
+The functions are a backend of ``kvxfer.kernels`` (see ``_dispatch``): arguments come checked, caches as
+views ``[block, token, head, channel]`` of any strides. No launch synchronises, but for the opt-in check
+of device-side ids (``KVXFER_CHECK_DEVICE_IDS=1``).
+"""
+
+from __future__ import annotations
+
+from kvxfer.kernels.triton._common import describe, unavailable
+from kvxfer.kernels.triton.append import append_kv
+from kvxfer.kernels.triton.attention_decode import paged_decode
+from kvxfer.kernels.triton.attention_prefill import paged_prefill
+from kvxfer.kernels.triton.copy import copy_blocks
+from kvxfer.kernels.triton.merge import merge_states
+
+__all__ = [
+    "append_kv",
+    "copy_blocks",
+    "describe",
+    "merge_states",
+    "paged_decode",
+    "paged_prefill",
+    "unavailable",
+]

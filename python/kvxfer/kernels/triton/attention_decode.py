@@ -1,0 +1,249 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""paged_decode: one query per sequence, the GQA group packed into the rows of a dot, split-KV."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvxfer.kernels.triton._common import (
+    LOG2E,
+    check_block_table,
+    dot_in_float32,
+    on_device_of,
+    padded_width,
+    soft_cap,
+)
+
+__all__ = ["DEFAULT_SPLIT_SIZE", "paged_decode"]
+
+# Fixed, so that a sequence's result depends neither on its batch nor on the machine; 32k tokens make 64.
+DEFAULT_SPLIT_SIZE = 512
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def decode_kernel(  # type: ignore[no-untyped-def]
+    q,  # [batch, num_q_heads, head_dim]
+    k_cache,  # [num_blocks, block_size, num_kv_heads, head_dim] by strides
+    v_cache,
+    block_table,  # int32 [batch, max_blocks]
+    seq_lens,  # int32 [batch]
+    partial,  # float32 [batch, num_q_heads, num_splits, head_dim_v]
+    partial_lse,  # float32 [batch, num_q_heads, num_splits], base 2
+    sm_scale,
+    cap,
+    window_left,
+    split_size,
+    num_splits,
+    num_q_heads,
+    stride_q_batch,
+    stride_q_head,
+    stride_k_block,
+    stride_k_token,
+    stride_k_head,
+    stride_v_block,
+    stride_v_token,
+    stride_v_head,
+    stride_table,
+    stride_table_block,
+    stride_len,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # GROUP padded to the rows of a dot
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(seq_lens + batch * stride_len)
+    begin = split * split_size
+    end = tl.minimum(begin + split_size, length)
+    if WINDOW:
+        begin = tl.maximum(begin, length - 1 - window_left)
+    # Splits that hold no visible key write nothing: the merge knows which they are.
+    if begin < end:
+        row = tl.arange(0, BLOCK_G)
+        in_group = row < GROUP
+        head = (kv_head * GROUP + row).to(tl.int64)
+        dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+        query = tl.load(
+            q + batch * stride_q_batch + head[:, None] * stride_q_head + dk[None, :],
+            mask=in_group[:, None] & (dk < WIDTH_K)[None, :],
+            other=0.0,
+        )
+        if WIDEN:
+            query = query.to(tl.float32)
+        k_base = k_cache + kv_head.to(tl.int64) * stride_k_head
+        v_base = v_cache + kv_head.to(tl.int64) * stride_v_head
+        table = block_table + batch * stride_table
+        # Finite, because exp2(-inf - -inf) is NaN; far below every logit.
+        highest = tl.full([BLOCK_G], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        sums = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+        # Tiles at multiples of BLOCK_N from the split's own begin, so that a window does not move them.
+        for start in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
+            at = start + tl.arange(0, BLOCK_N)
+            seen = (at >= begin) & (at < end)
+            # Rows out of range must be zeros, not what memory holds: 0 * NaN is NaN.
+            block = tl.load(table + (at // BLOCK_SIZE) * stride_table_block, mask=seen, other=0)
+            block = block.to(tl.int64)
+            slot = (at % BLOCK_SIZE).to(tl.int64)
+            k_rows = k_base + block * stride_k_block + slot * stride_k_token
+            keys = tl.load(
+                k_rows[:, None] + dk[None, :],
+                mask=seen[:, None] & (dk < WIDTH_K)[None, :],
+                other=0.0,
+            )
+            v_rows = v_base + block * stride_v_block + slot * stride_v_token
+            values = tl.load(
+                v_rows[:, None] + dv[None, :],
+                mask=seen[:, None] & (dv < WIDTH_V)[None, :],
+                other=0.0,
+            )
+            if WIDEN:
+                keys, values = keys.to(tl.float32), values.to(tl.float32)
+            logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * sm_scale
+            if SOFT_CAP:
+                logits = soft_cap(logits, cap)
+            logits = tl.where(seen[None, :], logits * LOG2E, float("-inf"))
+            raised = tl.maximum(highest, tl.max(logits, 1))
+            weights = tl.exp2(logits - raised[:, None])
+            fade = tl.exp2(highest - raised)
+            total = total * fade + tl.sum(weights, 1)
+            sums = sums * fade[:, None]
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+            highest = raised
+        place = (batch * num_q_heads + head) * num_splits + split
+        tl.store(
+            partial + place[:, None] * WIDTH_V + dv[None, :],
+            sums / total[:, None],
+            mask=in_group[:, None] & (dv < WIDTH_V)[None, :],
+        )
+        tl.store(partial_lse + place, highest + tl.log2(total), mask=in_group)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def merge_splits_kernel(  # type: ignore[no-untyped-def]
+    partial,
+    partial_lse,
+    seq_lens,
+    sinks,  # float32 [num_q_heads]
+    out,  # [batch, num_q_heads, head_dim_v]
+    lse,  # float32 [batch, num_q_heads], natural logarithm
+    v_scale,
+    window_left,
+    split_size,
+    num_splits,
+    num_q_heads,
+    stride_len,
+    stride_out_batch,
+    stride_out_head,
+    WIDTH_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    length = tl.load(seq_lens + batch * stride_len)
+    begin = length * 0
+    if WINDOW:
+        begin = tl.maximum(length - 1 - window_left, 0)
+    dv = tl.arange(0, BLOCK_DV)
+    place = (batch * num_q_heads + head) * num_splits
+    highest = tl.full([], -1e30, tl.float32)
+    total = tl.zeros([], tl.float32)
+    sums = tl.zeros([BLOCK_DV], tl.float32)
+    # In split order, whatever order the splits finished in: bitwise repeatable.
+    for split in range(begin // split_size, (length + split_size - 1) // split_size):
+        one = tl.load(partial_lse + place + split)
+        values = tl.load(partial + (place + split) * WIDTH_V + dv, mask=dv < WIDTH_V, other=0.0)
+        raised = tl.maximum(highest, one)
+        fade, weight = tl.exp2(highest - raised), tl.exp2(one - raised)
+        sums = sums * fade + values * weight
+        total = total * fade + weight
+        highest = raised
+    if HAS_SINKS:
+        sink = tl.load(sinks + head) * LOG2E
+        raised = tl.maximum(highest, sink)
+        fade = tl.exp2(highest - raised)
+        sums = sums * fade
+        total = total * fade + tl.exp2(sink - raised)
+        highest = raised
+    safe = tl.where(total == 0.0, 1.0, total)
+    target = out + batch * stride_out_batch + head * stride_out_head + dv
+    tl.store(target, (sums / safe * v_scale).to(out.dtype.element_ty), mask=dv < WIDTH_V)
+    if HAS_LSE:
+        merged = (highest + tl.log2(safe)) * 0.6931471805599453
+        tl.store(lse + batch * num_q_heads + head, tl.where(total == 0.0, float("-inf"), merged))
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    sm_scale: float,
+    v_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: torch.Tensor | None,
+    split_size: int | None,
+) -> None:
+    """See :func:`kvxfer.kernels.paged_decode`.
+
+    The grid follows from shapes alone (the table's width bounds the lengths), so that a CUDA graph of it
+    stays right when lengths change.
+    """
+    batch, num_q_heads, width_k = q.shape
+    num_blocks, block_size, num_kv_heads, width_v = v_cache.shape
+    first_keys = (seq_lens - 1 - window_left) if window_left >= 0 else torch.zeros_like(seq_lens)
+    check_block_table(block_table, first_keys, seq_lens, num_blocks, block_size)
+    if not batch:
+        return
+    split = DEFAULT_SPLIT_SIZE if split_size is None else split_size
+    num_splits = max(1, triton.cdiv(block_table.shape[1] * block_size, split))
+    group = num_q_heads // num_kv_heads
+    block_dk, block_dv = padded_width("q", width_k), padded_width("v_cache", width_v)
+    wide = max(block_dk, block_dv) * q.element_size()
+    partial = torch.empty(
+        (batch, num_q_heads, num_splits, width_v), dtype=torch.float32, device=q.device
+    )
+    partial_lse = torch.empty(
+        (batch, num_q_heads, num_splits), dtype=torch.float32, device=q.device
+    )
+    with on_device_of(q):
+        decode_kernel[(batch, num_kv_heads, num_splits)](
+            q, k_cache, v_cache, block_table, seq_lens, partial, partial_lse,
+            sm_scale, logits_soft_cap, window_left, split, num_splits, num_q_heads,
+            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            *block_table.stride(), seq_lens.stride(0),
+            GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)),
+            BLOCK_N=64 if wide <= 256 else 32, BLOCK_SIZE=block_size,
+            WIDTH_K=width_k, WIDTH_V=width_v, BLOCK_DK=block_dk, BLOCK_DV=block_dv,
+            SOFT_CAP=logits_soft_cap > 0, WINDOW=window_left >= 0, WIDEN=dot_in_float32(q, k_cache),
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        merge_splits_kernel[(batch, num_q_heads)](
+            partial, partial_lse, seq_lens, partial_lse if sinks is None else sinks,
+            out, partial_lse if lse is None else lse,
+            v_scale, window_left, split, num_splits, num_q_heads,
+            seq_lens.stride(0), *out.stride()[:2],
+            WIDTH_V=width_v, BLOCK_DV=block_dv, WINDOW=window_left >= 0,
+            HAS_SINKS=sinks is not None, HAS_LSE=lse is not None,
+            num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,147 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""copy_blocks: rows between any two layouts, all layers of a part in one launch through a pointer table.
+
+pack_blocks and unpack_blocks are this copy with a packed layout at one end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from kvxfer.kernels._copy_job import ITEMSIZE, CopyJob, PartCopy
+from kvxfer.kernels.triton._common import on_device_of
+
+__all__ = ["copy_blocks"]
+
+_FLOATS = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16}
+_UNITS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
+_CTAS_PER_SM = 8
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def copy_kernel(  # type: ignore[no-untyped-def]
+    bases,  # int64 [num_bases, 2]: addresses of (source, destination), one pair per layer
+    segments,  # int64 [num_segments, 5]: source block, slot, destination block, slot, tokens
+    num_segments,
+    num_tiles,  # num_bases * num_segments
+    num_heads,
+    src_block,  # strides in units
+    src_token,
+    src_head,
+    dst_block,
+    dst_token,
+    dst_head,
+    WIDTH: tl.constexpr,  # units of a row
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    HEADS_INSIDE: tl.constexpr,  # walk a token's heads before the next token: as the destination lies
+):
+    column = tl.arange(0, BLOCK_C)
+    # Persistent programs; a tile is one segment of one layer, decoded once, whatever its rows.
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        base = bases + (tile // num_segments).to(tl.int64) * 2
+        segment = segments + (tile % num_segments).to(tl.int64) * 5
+        tokens = tl.load(segment + 4)
+        src = tl.load(base).to(tl.pointer_type(SRC))
+        dst = tl.load(base + 1).to(tl.pointer_type(DST))
+        src += tl.load(segment) * src_block + tl.load(segment + 1) * src_token
+        dst += tl.load(segment + 2) * dst_block + tl.load(segment + 3) * dst_token
+        for first in range(0, tokens * num_heads, BLOCK_R):
+            row = first + tl.arange(0, BLOCK_R)
+            if HEADS_INSIDE:
+                token, head = row // num_heads, row % num_heads
+            else:
+                token, head = row % tokens, row // tokens
+            inside = row < tokens * num_heads
+            source = src + token * src_token + head * src_head
+            target = dst + token * dst_token + head * dst_head
+            for start in range(0, WIDTH, BLOCK_C):
+                at = start + column
+                mask = inside[:, None] & (at < WIDTH)[None, :]
+                values = tl.load(source[:, None] + at[None, :], mask=mask)
+                tl.store(target[:, None] + at[None, :], values.to(DST), mask=mask)
+
+
+def copy_blocks(job: CopyJob) -> None:
+    """See :func:`kvxfer.kernels.copy_blocks`; the job is resolved and checked."""
+    src, dst = _tensors(job.src_pieces), _tensors(job.dst_pieces)
+    segments = torch.from_numpy(job.segments).to(dst[0].device)
+    with on_device_of(dst[0]):
+        for part in job.parts:
+            _copy_part(job, part, src, dst, segments)
+
+
+def _tensors(pieces: tuple[Any, ...]) -> list[torch.Tensor]:
+    found = []
+    for piece in pieces:
+        if isinstance(piece, np.ndarray):
+            # torch has no read-only tensors and warns; a source that may not be written is copied.
+            piece = torch.from_numpy(piece if piece.flags.writeable else piece.copy())
+        found.append(piece)
+    return found
+
+
+def _copy_part(
+    job: CopyJob,
+    part: PartCopy,
+    src: list[torch.Tensor],
+    dst: list[torch.Tensor],
+    segments: torch.Tensor,
+) -> None:
+    addresses = np.array(
+        [
+            (src[a].data_ptr() + a_offset, dst[b].data_ptr() + b_offset)
+            for (a, a_offset), (b, b_offset) in zip(part.src_bases, part.dst_bases, strict=True)
+        ],
+        np.int64,
+    )
+    src_unit, dst_unit = ITEMSIZE[part.src_dtype], ITEMSIZE[part.dst_dtype]
+    width = part.width
+    types = (_FLOATS.get(part.src_dtype), _FLOATS.get(part.dst_dtype))
+    if part.src_dtype == part.dst_dtype:
+        src_unit = dst_unit = _unit(part, src_unit, addresses)
+        types = (_UNITS[src_unit], _UNITS[src_unit])
+        width = part.width * ITEMSIZE[part.src_dtype] // src_unit
+    block_c = min(triton.next_power_of_2(width), 128)
+    num_tiles = len(addresses) * len(segments)
+    copy_kernel[(_programs(job, num_tiles, dst[0]),)](
+        torch.from_numpy(addresses).to(dst[0].device),
+        segments,
+        len(segments),
+        num_tiles,
+        job.num_heads,
+        *(stride // src_unit for stride in part.src_strides),
+        *(stride // dst_unit for stride in part.dst_strides),
+        WIDTH=width,
+        BLOCK_R=max(1, 2048 // block_c),
+        BLOCK_C=block_c,
+        SRC=types[0],
+        DST=types[1],
+        HEADS_INSIDE=part.dst_strides[2] <= part.dst_strides[1],
+        num_warps=8,
+    )
+
+
+def _unit(part: PartCopy, itemsize: int, addresses: np.ndarray[Any, Any]) -> int:
+    """The widest integer at whose multiples every row starts and ends."""
+    numbers = [8, part.width * itemsize, *part.src_strides, *part.dst_strides]
+    numbers.append(int(np.gcd.reduce(addresses, axis=None)))
+    return math.gcd(*numbers)
+
+
+def _programs(job: CopyJob, num_tiles: int, where: torch.Tensor) -> int:
+    limit = num_tiles
+    if where.is_cuda:
+        limit = _CTAS_PER_SM * torch.cuda.get_device_properties(where.device).multi_processor_count
+    if job.max_ctas:
+        limit = min(limit, job.max_ctas)
+    return max(1, min(limit, num_tiles))
