@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,31 +73,39 @@ class Leg:
 
 
 class Worker:
-    def __init__(self, net: Net, name: str, *, num_blocks: int = 24, tokens: int = 16) -> None:
-        self.net, self.name = net, name
-        self.layout = KVLayout.hnd(num_blocks=num_blocks, block_size=SIZE, **SHAPE)
-        self.engine = FakeEngine(net, name, self.layout.nbytes)
-        self.engine.region.array.view(np.float32)[:] = np.nan
-        owner = np.zeros(self.layout.nbytes, np.uint8)
-        for parts in self.layout.views(owner):
+    def __init__(
+        self,
+        net: Net,
+        name: str,
+        layout: KVLayout,
+        make_runner: Callable[[Any], Any],
+        limits: Limits,
+        **options: Any,
+    ) -> None:
+        """``make_runner`` takes the cache's views; ``options`` are the loop's."""
+        self.net, self.name, self.layout = net, name, layout
+        self.engine = FakeEngine(net, name, layout.nbytes)
+        self.engine.region.array.view(np.float32)[:] = np.nan  # whatever is not written shows
+        owner = np.zeros(layout.nbytes, np.uint8)
+        for parts in layout.views(owner):
             for part in parts:
-                part[:] = np.arange(num_blocks, dtype=np.float32).reshape(-1, 1, 1, 1)
+                part[:] = np.arange(layout.num_blocks, dtype=np.float32).reshape(-1, 1, 1, 1)
         self.block_of = np.repeat(owner.view(np.float32).astype(int), 4)  # of each byte
         self.endpoint = Endpoint(
             self.engine,
             self.engine.region,
-            self.layout,
+            layout,
             model_id="model",
             config=CONFIG,
             clock=net.clock,
             executor=InlineExecutor(),
         )
-        self.runner = FakeRunner(self.layout.views(self.engine.region.array), SIZE)
-        self.pool = BlockPool(num_blocks, SIZE)
+        self.runner = make_runner(layout.views(self.engine.region.array))
+        self.pool = BlockPool(layout.num_blocks, layout.block_size)
         self.scheduler = Scheduler(
             self.pool,
-            Limits(max_num_seqs=6, max_num_batched_tokens=tokens, max_model_len=10_000),
-            eos_ids=(0,),
+            limits,
+            eos_ids=options.get("eos_ids", ()),
             copy_block=self.runner.copy_block,
         )
         self.metrics = Metrics()
@@ -106,13 +115,11 @@ class Worker:
             self.endpoint,
             self.engine.fileno(),
             self.metrics,
-            eos_ids=(0,),
             deliver=self._deliver,
-            sampler=fake_sampler,
             clock=net.clock,
+            **options,
         )
         self.metrics.read_from(lambda: self.loop.snapshot, dict)
-        self.num_idle = 0
 
     def _deliver(self, batch: list[Delivery]) -> None:
         for sink, event in batch:
@@ -145,11 +152,19 @@ class Worker:
         return self.loop.idle and counts.active == counts.leased == 0
 
 
+def fake_worker(net: Net, name: str, *, num_blocks: int = 24, tokens: int = 16) -> Worker:
+    """One with the fake model."""
+    layout = KVLayout.hnd(num_blocks=num_blocks, block_size=SIZE, **SHAPE)
+    limits = Limits(max_num_seqs=6, max_num_batched_tokens=tokens, max_model_len=10_000)
+    options = {"eos_ids": (0,), "sampler": fake_sampler}
+    return Worker(net, name, layout, lambda cache: FakeRunner(cache, SIZE), limits, **options)
+
+
 class World:
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, make_worker: Callable[..., Worker] = fake_worker, **options: Any) -> None:
         self.net = Net()
-        self.prefill = Worker(self.net, "prefill", **options)
-        self.decode = Worker(self.net, "decode", **options)
+        self.prefill = make_worker(self.net, "prefill", **options)
+        self.decode = make_worker(self.net, "decode", **options)
         self.legs: list[Leg] = []
         self._names = itertools.count()
         for worker in (
