@@ -10,7 +10,6 @@ whatever has become of the request. Only the engine thread calls it.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,6 +26,7 @@ from kvxfer.connector import (
     Quiet,
 )
 from kvxfer.errors import KvxferError
+from kvxfer.server.engine.offers import OfferQueue
 from kvxfer.server.engine.requests import Requests
 from kvxfer.server.engine.scheduler import Scheduler
 from kvxfer.server.engine.sequence import Chunk, Request, Sequence, State
@@ -53,19 +53,17 @@ class Handoffs:
         requests: Requests,
         metrics: Metrics,
         *,
-        max_offers: int = 4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``max_offers``: prompts ahead of the running ones for which decode memory is already asked."""
         self._endpoint = endpoint
         self._scheduler = scheduler
         self._requests = requests
         self._metrics = metrics
-        self._max_offers = max_offers
         self._clock = clock
         self._legs: dict[str, _Leg] = {}
-        self._queue: deque[Sequence] = deque()  # prompts that were not offered yet
-        self._ahead: set[Sequence] = set()  # offered, not admitted
+        # Two steps' worth: enough that granted prompts fill each step while further grants are on their way.
+        tokens_ahead = 2 * scheduler.limits.max_num_batched_tokens
+        self._offers = OfferQueue(min_ahead=4, tokens_ahead=tokens_ahead)
 
     @property
     def num_open(self) -> int:
@@ -81,8 +79,8 @@ class Handoffs:
         states = [leg.sequence for leg in self._legs.values() if not leg.over]
         expecting = [s for s in states if s.request.role == "decode" and s.state is State.WAITING]
         return {
-            "queue": [*self._queue, *expecting],
-            "grant": [s for s in self._ahead if s.state is State.OFFERED],
+            "queue": [*self._offers.waiting(), *expecting],
+            "grant": [s for s in self._offers.ahead() if s.state is State.OFFERED],
             "kv": list(self._scheduler.reserved),
         }
 
@@ -104,7 +102,7 @@ class Handoffs:
             self._legs[handoff] = _Leg(sequence)
         else:
             self._legs[handoff] = _Leg(sequence)
-            self._queue.append(sequence)
+            self._offers.add(sequence)
             self._offer()
 
     def close(self, request: Request, cause: str) -> None:
@@ -113,14 +111,13 @@ class Handoffs:
         if leg is None or leg.over or leg.sequence.request is not request:
             return
         leg.over = True
-        if leg.sequence in self._queue:
-            self._queue.remove(leg.sequence)
+        if self._offers.withdraw(leg.sequence):
             del self._legs[request.spec.handoff]  # the connector never heard of it
         elif request.role == "prefill":
             self._endpoint.sender.abort(request.spec.handoff, cause)
         else:
             self._endpoint.receiver.abort(request.spec.handoff, cause)
-        self._ahead.discard(leg.sequence)
+        self._offers.settle(leg.sequence)
         self._offer()
 
     def poll(self) -> bool:
@@ -167,7 +164,7 @@ class Handoffs:
                 self._scheduler.pool.pin(leg.blocks)
                 request.mark("first_chunk", self._clock())
                 self._endpoint.sender.start(handoff, leg.blocks)
-                self._ahead.discard(sequence)
+                self._offers.settle(sequence)
             elif "first_chunk" not in request.timeline:
                 request.mark("first_chunk", self._clock())
                 self._requests.emit(request, Reserved(sequence.num_computed))
@@ -206,13 +203,11 @@ class Handoffs:
         )
 
     def _offer(self) -> None:
-        while self._queue and len(self._ahead) < self._max_offers:
-            sequence = self._queue.popleft()
+        for sequence in self._offers.take():
             request = sequence.request
             params = request.spec.kv_transfer_params
             assert params is not None
             sequence.state = State.OFFERED
-            self._ahead.add(sequence)
             now = self._clock()
             request.mark("offered", now)
             try:
@@ -224,7 +219,7 @@ class Handoffs:
                     deadline_s=max(0.001, request.deadline - now),
                 )
             except KvxferError as error:
-                self._ahead.discard(sequence)
+                self._offers.settle(sequence)
                 del self._legs[request.spec.handoff]
                 self._metrics.handoff_ended("prefill", "refused")
                 self._requests.fail(request, "refused", str(error), retryable=True)
@@ -253,7 +248,7 @@ class Handoffs:
 
     def _declined(self, event: Declined, leg: _Leg) -> None:
         del self._legs[event.handoff]
-        self._ahead.discard(leg.sequence)
+        self._offers.settle(leg.sequence)
         self._metrics.handoff_ended("prefill", "declined")
         if not leg.over:
             reply = PrefillReply(status="declined", message=event.reason, retryable=True)
@@ -280,7 +275,7 @@ class Handoffs:
         request = leg.sequence.request
         was_over, leg.over = leg.over, True
         self._metrics.handoff_ended(request.role, event.end)
-        self._ahead.discard(leg.sequence)
+        self._offers.settle(leg.sequence)
         if not leg.blocks:
             del self._legs[event.handoff]  # nothing was granted or started, so no Quiet follows
         if not was_over:
