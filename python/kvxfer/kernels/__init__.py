@@ -16,9 +16,11 @@ from kvxfer.kernels._dispatch import (
     set_num_threads,
 )
 from kvxfer.kernels.attention import merge_states, paged_decode, paged_prefill
+from kvxfer.kernels.bound import BoundCache
 from kvxfer.kernels.cache import append_kv, copy_blocks, pack_blocks, unpack_blocks
 
 __all__ = [
+    "BoundCache",
     "append_kv",
     "backend_reasons",
     "build_info",

@@ -19,10 +19,7 @@ from kvxfer import kernels
 from kvxfer.server.config import ModelConfig
 from kvxfer.server.rope import RopeTable, rotate
 
-__all__ = ["CausalLM", "KVViews", "StepInputs"]
-
-# Per layer (k, v), each [blocks, block_size, kv_heads, head_dim], strided as the layout has them.
-KVViews = Sequence[tuple[Tensor, Tensor]]
+__all__ = ["CausalLM", "StepInputs"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class CausalLM:
     def forward(
         self,
         inputs: StepInputs,
-        cache: KVViews,
+        cache: Sequence[kernels.BoundCache],
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Appends the rows' KV to ``cache`` and returns float32 logits [sampled, vocab].
@@ -98,10 +95,7 @@ class CausalLM:
                 qk = F.rms_norm(qk, (cfg.head_dim,), None, cfg.rms_norm_eps) * layer.qk_norm
             qk = rotate(qk, cos, sin)
             q = qk[:, :num_q]
-            k_cache, v_cache = cache[index]
-            kernels.append_kv(
-                qk[:, num_q:], qkv[:, num_rotated:], k_cache, v_cache, inputs.slot_mapping
-            )
+            cache[index].append(qk[:, num_q:], qkv[:, num_rotated:], inputs.slot_mapping)
             if on_layer is not None:
                 on_layer(index)
             if index == final and inputs.sampled_rows is not None:
@@ -110,7 +104,7 @@ class CausalLM:
                     return torch.empty(0, cfg.vocab_size)
                 q = q.index_select(0, inputs.sampled_rows)
                 hidden = hidden.index_select(0, inputs.sampled_rows)
-            attended = self._attend(q, k_cache, v_cache, inputs, layer.window_left, index == final)
+            attended = self._attend(q, cache[index], inputs, layer.window_left, index == final)
             hidden.add_(F.linear(attended.flatten(1), layer.o, layer.o_bias))
             normed = self._rms_norm(hidden, layer.post_norm)
             gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
@@ -121,18 +115,15 @@ class CausalLM:
     def _attend(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: kernels.BoundCache,
         inputs: StepInputs,
         window_left: int,
         final: bool,
     ) -> Tensor:
         attended: Tensor
         if final or inputs.decode_only:
-            attended = kernels.paged_decode(
+            attended = cache.decode(
                 q,
-                k_cache,
-                v_cache,
                 inputs.sampled_block_table if final else inputs.block_table,
                 inputs.sampled_seq_lens if final else inputs.seq_lens,
                 sm_scale=self._scale,
@@ -141,8 +132,8 @@ class CausalLM:
         else:
             attended = kernels.paged_prefill(
                 q,
-                k_cache,
-                v_cache,
+                cache.k_cache,
+                cache.v_cache,
                 inputs.cu_seqlens_q,
                 inputs.block_table,
                 inputs.seq_lens,

@@ -77,7 +77,7 @@ class Runner:
                 )
         self.model = model
         self.block_size = block_size
-        self._cache = list(cache_views)
+        self._cache = [kernels.BoundCache(k, v) for k, v in cache_views]
         self.set_num_threads(num_threads)
 
     def set_num_threads(self, num_threads: int) -> None:
@@ -89,9 +89,9 @@ class Runner:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block's KV in all layers (choices of one prompt part in its last block)."""
-        for k, v in self._cache:
-            k[target].copy_(k[source])
-            v[target].copy_(v[source])
+        for layer in self._cache:
+            for view in (layer.k_cache, layer.v_cache):
+                view[target].copy_(view[source])
 
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Logits float32 [items with ``sample``, vocab], in the items' order.
