@@ -308,3 +308,21 @@ def test_default_is_one_of_each_with_the_bundled_model() -> None:
     args = arguments()
     assert launch._roles(args) == [("prefill-0", "prefill"), ("decode-0", "decode")]
     assert args.model_dir == launch.BUNDLED_MODEL
+
+
+def test_a_second_signal_ends_what_still_runs(
+    serve: Callable[..., Launched], tmp_path: Path
+) -> None:
+    server = serve(STUB_GATE=str(tmp_path / "never"))
+    url = server.url()
+    children = server.children()
+    body = {"prompt": "hello", "max_tokens": 6, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)  # two of one kind may arrive as one
+        server.process.wait(timeout=10)
+        with pytest.raises(httpx.RemoteProtocolError):  # cut off, and seen to be
+            list(lines)
+    assert not any(map(alive, children.values()))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -41,7 +42,9 @@ def bind(host: str, port: int) -> socket.socket:
         sock.listen(2048)
     except OSError as error:
         sock.close()
-        why = "is in use" if error.errno == 98 else f"cannot be used: {error.strerror}"
+        why = (
+            "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        )
         raise InvalidArgumentError(
             f"port {port} on {host} {why}; choose another with --port (0 takes a free one)"
         ) from error

@@ -9,8 +9,9 @@ events, the end of a leg, the loss of a worker, the deadline.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0
 ABORT_TIMEOUT_S = 2.0
-_PREFILL_LINGER_S = 10.0  # after a good answer, for prefill to end its side by itself
+_LINGER_S = 10.0  # after a good answer, for its legs to end by themselves
 _BLAMES_THE_PEER = {"peer_lost", "expired", "write_failed"}
 
 
@@ -108,13 +109,15 @@ class Attempt:
         prefill_leg: asyncio.Task[None] | None,
         ended_well: bool,
     ) -> None:
-        told = [] if ended_well else [self._decode]
+        if ended_well:
+            # Prefill may have a last word to say, and a body read to its end leaves a connection to reuse.
+            for leg in (decode_leg, prefill_leg):
+                if leg is not None and not leg.done():
+                    self._background.start(_linger(leg))
+            return
+        told = [self._decode]
         if prefill_leg is not None and self._prefill is not None and not prefill_leg.done():
-            if ended_well:
-                self._background.start(_linger(prefill_leg))
-                prefill_leg = None
-            else:
-                told.append(self._prefill)
+            told.append(self._prefill)
         for view in told:
             self._background.start(self._abort(view))
         await end_tasks(*(leg for leg in (decode_leg, prefill_leg) if leg is not None))
@@ -157,23 +160,27 @@ class Attempt:
     # -- legs --------------------------------------------------------------------------------------------
 
     async def _run_decode(self) -> None:
+        ended = False
         try:
-            async for event in self._read_decode():
-                if isinstance(event, ErrorEvent):
-                    blames_peer = event.code in _BLAMES_THE_PEER and self._prefill is not None
-                    culprit = self._prefill if blames_peer else self._decode
-                    assert culprit is not None
-                    raise self._fail(event.code, event.message, culprit, retryable=event.retryable)
-                self._inbox.put_nowait(event)
-                if isinstance(event, Usage):
-                    return
-            raise self._fail(
-                "peer_lost", f"decode worker {self._decode.id} ended its stream early", self._decode
-            )
+            async with contextlib.aclosing(self._read_decode()) as events:
+                async for event in events:
+                    if isinstance(event, ErrorEvent):
+                        blames_peer = event.code in _BLAMES_THE_PEER and self._prefill is not None
+                        culprit = self._prefill if blames_peer else self._decode
+                        assert culprit is not None
+                        raise self._fail(
+                            event.code, event.message, culprit, retryable=event.retryable
+                        )
+                    self._inbox.put_nowait(event)
+                    # Read on to the end of the body, so that the connection can be used again.
+                    ended = ended or isinstance(event, Usage)
+            if not ended:
+                message = f"decode worker {self._decode.id} ended its stream early"
+                raise self._fail("peer_lost", message, self._decode)
         except AttemptFailedError as error:
             self._inbox.put_nowait(error)
 
-    async def _read_decode(self) -> AsyncIterator[TokenEvent]:
+    async def _read_decode(self) -> AsyncGenerator[TokenEvent, None]:
         view = self._decode
         response = await self._open(view, "generate", "decode", self._prefill)
         try:
@@ -258,6 +265,6 @@ class Attempt:
 
 async def _linger(leg: asyncio.Task[None]) -> None:
     try:
-        await asyncio.wait_for(leg, _PREFILL_LINGER_S)
+        await asyncio.wait_for(leg, _LINGER_S)
     except asyncio.TimeoutError:
-        log.warning("a prefill leg did not end after its answer did; closed")
+        log.warning("a leg did not end after its answer did; closed")
