@@ -236,9 +236,14 @@ class EngineLoop:
         self._requests.emit_outputs(outputs)
 
     def _draw(self, sequence: Sequence, choice: int) -> SampleRequest:
-        history, params = sequence.history, sequence.request.spec.sampling
-        eos_ids = () if params.ignore_eos else self._eos_ids
-        return SampleRequest(params, len(history), choice, history, eos_ids)
+        spec = sequence.request.spec
+        params, position = spec.sampling, spec.position0 + sequence.num_outputs
+        # Copying a long answer for each of its tokens is quadratic: only for those who count its ids.
+        counts = params.presence_penalty or params.frequency_penalty
+        history = sequence.history if counts else ()
+        return SampleRequest(
+            params, position, choice, history, () if params.ignore_eos else self._eos_ids
+        )
 
     def _flush(self) -> None:
         self.snapshot = self._take_snapshot()
