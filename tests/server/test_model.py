@@ -91,6 +91,20 @@ def test_prompts_of_several_thousand_tokens(
     assert greedy_answers(runner, prompts, NUM_TOKENS, num_blocks=700, chunk=400) == truth
 
 
+def test_two_threads_give_the_same_tokens(tmp_path: Path) -> None:
+    model_dir = make_random_checkpoint(tmp_path / "m", "qwen3", seed=4, num_heads=8)
+    pairs = clear_prompts(model_dir, prompts_of([1, 40, 90, 700]), NUM_TOKENS)
+    assert pairs
+    prompts, truth = [list(x) for x in zip(*pairs, strict=True)]
+    runner, _ = make_runner(model_dir, NUM_BLOCKS)
+    try:
+        runner.set_num_threads(2)
+        answers = greedy_answers(runner, prompts, NUM_TOKENS, num_blocks=NUM_BLOCKS, chunk=300)
+    finally:
+        runner.set_num_threads(1)
+    assert answers == truth
+
+
 def test_logits_differ_from_transformers_by_rounding_only(tmp_path: Path) -> None:
     for family in ("llama", "qwen2", "qwen3", "mistral"):
         model_dir = make_random_checkpoint(tmp_path / family, family, seed=9)

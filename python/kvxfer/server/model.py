@@ -92,7 +92,7 @@ class CausalLM:
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(num_rows, -1, cfg.head_dim)
             qk = qkv[:, :num_rotated]
             if layer.qk_norm is not None:
-                qk = F.rms_norm(qk, (cfg.head_dim,), None, cfg.rms_norm_eps) * layer.qk_norm
+                qk = torch.rms_norm(qk, (cfg.head_dim,), None, cfg.rms_norm_eps) * layer.qk_norm
             qk = rotate(qk, cos, sin)
             q = qk[:, :num_q]
             cache[index].append(qk[:, num_q:], qkv[:, num_rotated:], inputs.slot_mapping)
@@ -145,7 +145,7 @@ class CausalLM:
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             # Bit-equal to the lines below, and one call; in half precision it rounds once less.
-            return F.rms_norm(x, (x.shape[-1],), weight, self.cfg.rms_norm_eps)
+            return torch.rms_norm(x, (x.shape[-1],), weight, self.cfg.rms_norm_eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.cfg.rms_norm_eps)
         return weight * wide.to(x.dtype)
