@@ -82,7 +82,12 @@ class Writer {
   void u16(uint16_t v) { put(v); }
   void u32(uint32_t v) { put(v); }
   void u64(uint64_t v) { put(v); }
-  void raw(ByteView bytes) { out_.insert(out_.end(), bytes.begin(), bytes.end()); }
+  void raw(ByteView bytes) {
+    if (bytes.empty()) return;
+    const size_t at = out_.size();
+    out_.resize(at + bytes.size());
+    std::memcpy(out_.data() + at, bytes.data(), bytes.size());
+  }
   void text(std::string_view value) {
     u16(static_cast<uint16_t>(value.size()));
     raw({reinterpret_cast<const std::byte*>(value.data()), value.size()});

@@ -51,7 +51,7 @@ struct Transfer final : Request {
   std::atomic<State> cancel_wanted{State::kQueued};
   std::atomic<bool> cancelling{false};
   std::shared_ptr<Connection> connection;  // set before kOn
-  std::string_view transport;              // of the connection; "" before it has one
+  std::atomic<const char*> transport{nullptr};  // of the connection; null before it has one
 
   std::weak_ptr<Engine> engine;
   std::shared_ptr<Peer> peer;
@@ -62,8 +62,8 @@ struct Transfer final : Request {
   // A read that also notifies: the notification is a transfer of its own, sent when the bytes are
   // here, and this one ends as that one does.
   std::shared_ptr<Transfer> follow_up, parent;
-  bool following = false;  // engine mutex of the transfer below
-  std::mutex mutex;        // over watchers, following
+  std::mutex mutex;  // over timer, following, watchers
+  bool following = false;
   std::vector<std::shared_ptr<Watch>> watchers;
 
   bool terminal() const noexcept {

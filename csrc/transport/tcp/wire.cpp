@@ -12,13 +12,14 @@ constexpr size_t kMaxTextBytes = 256;
 }  // namespace
 
 void write_head(const Head& head, std::byte* out) noexcept {
-  Bytes bytes;
-  bytes.reserve(kHeadBytes);
-  Writer w(bytes);
-  w.u32(kMagic), w.u8(kVersion), w.u8(static_cast<uint8_t>(head.type)), w.u16(head.flags);
-  w.u32(head.control_nbytes), w.u32(head.body_nbytes), w.u64(head.request);
-  w.u32(head.cancel_count), w.u32(0);
-  std::copy(bytes.begin(), bytes.end(), out);
+  size_t at = 0;
+  auto put = [&](auto value) {
+    std::memcpy(out + at, &value, sizeof value);
+    at += sizeof value;
+  };
+  put(kMagic), put(kVersion), put(static_cast<uint8_t>(head.type)), put(head.flags);
+  put(head.control_nbytes), put(head.body_nbytes), put(head.request);
+  put(head.cancel_count), put(uint32_t{0});
 }
 
 std::optional<Head> decode_head(ByteView bytes, uint32_t max_control) {

@@ -1,0 +1,190 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "buffer.hpp"
+
+#include <mutex>
+#include <string>
+
+#include "dlpack.hpp"
+#include "errors.hpp"
+
+namespace py = pybind11;
+
+namespace kvxfer::bindings {
+namespace {
+
+std::mutex graveyard_mutex;
+std::vector<PyObject*>& graveyard() {
+  static auto* list = new std::vector<PyObject*>;  // outlives every static destructor
+  return *list;
+}
+
+// The object, as something that any thread may drop.
+std::shared_ptr<void> bury_later(py::object object) {
+  return {object.release().ptr(), [](void* p) {
+            std::lock_guard lock(graveyard_mutex);
+            graveyard().push_back(static_cast<PyObject*>(p));
+          }};
+}
+
+std::string type_name(const py::object& object) { return Py_TYPE(object.ptr())->tp_name; }
+
+[[noreturn]] void not_contiguous(const std::string& what) {
+  raise(Code::kInvalidArgument, what + " is not C-contiguous; pass a contiguous copy, or register the "
+                                       "memory it is a view of");
+}
+
+bool contiguous(const DlTensor& t) {
+  if (t.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int32_t i = t.ndim; i-- > 0;) {
+    if (t.shape[i] != 1 && t.strides[i] != expected) return false;
+    expected *= t.shape[i];
+  }
+  return true;
+}
+
+struct One {
+  Piece piece;
+  bool writable;
+  py::object keep;
+};
+
+One from_tensor(const DlTensor& t, bool writable, py::object keep, const std::string& what) {
+  if (t.device.device_type != kDlCpu)
+    raise(Code::kInvalidArgument, what + " is on device type " + std::to_string(t.device.device_type) +
+                                      "; only host memory can be registered by this build");
+  if (!contiguous(t)) not_contiguous(what);
+  uint64_t count = 1;
+  for (int32_t i = 0; i < t.ndim; ++i) count *= static_cast<uint64_t>(t.shape[i]);
+  return {{static_cast<std::byte*>(t.data) + t.byte_offset, 0, count * t.dtype.bits * t.dtype.lanes / 8},
+          writable,
+          std::move(keep)};
+}
+
+One take_dlpack(const py::object& source, const std::string& what) {
+  const auto device = source.attr("__dlpack_device__")().cast<py::tuple>();
+  if (device[0].cast<int>() != kDlCpu)  // before __dlpack__, which would synchronise a stream
+    raise(Code::kInvalidArgument, what + " is on device " + std::string(py::str(device)) +
+                                      "; only host memory can be registered by this build");
+  py::object capsule;
+  try {
+    capsule = source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    capsule = source.attr("__dlpack__")();  // producers of before 1.0 do not know max_version
+  }
+  // The capsule is not consumed: it lives with the region and frees the tensor when it goes.
+  if (void* p = PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")
+                    ? PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")
+                    : nullptr) {
+    auto* managed = static_cast<DlManagedTensorVersioned*>(p);
+    return from_tensor(managed->tensor, !(managed->flags & kDlReadOnly), capsule, what);
+  }
+  if (void* p = PyCapsule_IsValid(capsule.ptr(), "dltensor") ? PyCapsule_GetPointer(capsule.ptr(), "dltensor")
+                                                             : nullptr)
+    return from_tensor(static_cast<DlManagedTensor*>(p)->tensor, true, capsule, what);
+  raise(Code::kInvalidArgument, what + ".__dlpack__() gave no DLPack capsule");
+}
+
+One take_buffer(const py::object& source, const std::string& what) {
+  // A memoryview holds the export, so the memory can neither move nor be resized under us.
+  PyObject* raw = PyMemoryView_FromObject(source.ptr());
+  if (raw == nullptr) throw py::error_already_set();
+  py::object view = py::reinterpret_steal<py::object>(raw);
+  const Py_buffer* buffer = PyMemoryView_GET_BUFFER(raw);
+  if (!PyBuffer_IsContiguous(buffer, 'C')) not_contiguous(what);
+  return {{static_cast<std::byte*>(buffer->buf), 0, static_cast<uint64_t>(buffer->len)},
+          !buffer->readonly,
+          std::move(view)};
+}
+
+One take_one(const py::object& source, const std::string& what) {
+  if (PyObject_CheckBuffer(source.ptr())) return take_buffer(source, what);
+  if (py::hasattr(source, "__dlpack__") && py::hasattr(source, "__dlpack_device__"))
+    return take_dlpack(source, what);
+  raise(Code::kInvalidArgument, what + " of type " + type_name(source) +
+                                    " has neither the buffer protocol nor __dlpack__");
+}
+
+}  // namespace
+
+Buffers take_buffers(const py::object& source) {
+  Buffers out;
+  py::list keep;
+  auto add = [&](const py::object& each, const std::string& what) {
+    One one = take_one(each, what);
+    out.pieces.push_back(one.piece);
+    out.writable = out.writable && one.writable;
+    keep.append(one.keep);
+  };
+  if (py::isinstance<py::list>(source) || py::isinstance<py::tuple>(source)) {
+    size_t i = 0;
+    for (py::handle each : source)
+      add(py::reinterpret_borrow<py::object>(each), "buffers[" + std::to_string(i++) + "]");
+    if (i == 0) raise(Code::kInvalidArgument, "the list of buffers is empty");
+  } else {
+    add(source, "the buffer");
+  }
+  out.keep = bury_later(std::move(keep));
+  return out;
+}
+
+void empty_graveyard() {
+  std::vector<PyObject*> dead;
+  {
+    std::lock_guard lock(graveyard_mutex);
+    dead.swap(graveyard());
+  }
+  for (PyObject* object : dead) Py_DECREF(object);
+}
+
+Offsets::Offsets(const char* name, const py::object& value) { take(name, value, 1); }
+Offsets::Offsets(const char* name, const py::object& value, int columns) { take(name, value, columns); }
+Offsets::~Offsets() {
+  if (has_view_) PyBuffer_Release(&view_);
+}
+
+Column Offsets::column() const noexcept {
+  return {scalar_ ? &value_ : data_, scalar_ ? size_t{1} : size_, scalar_};
+}
+
+void Offsets::take(const char* name, const py::object& value, int columns) {
+  const std::string expected = columns == 1 ? "an int or a one-dimensional C-contiguous int64 array"
+                                            : "a C-contiguous int64 array of shape [m, 2]";
+  auto bad = [&](const std::string& given) {
+    raise(Code::kInvalidArgument, std::string(name) + " must be " + expected + ", not " + given);
+  };
+  if (columns == 1 && !PyBool_Check(value.ptr()) && PyIndex_Check(value.ptr()) &&
+      !PyObject_CheckBuffer(value.ptr())) {
+    py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!index) throw py::error_already_set();
+    int overflow = 0;
+    value_ = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+    if (overflow != 0) bad("an integer beyond 64 bits");
+    scalar_ = true;
+    return;
+  }
+  if (!PyObject_CheckBuffer(value.ptr())) bad(type_name(value));
+  if (PyObject_GetBuffer(value.ptr(), &view_, PyBUF_FULL_RO) != 0) throw py::error_already_set();
+  has_view_ = true;
+  const std::string_view format = view_.format ? view_.format : "B";
+  auto given = [&] {
+    std::string text = cat("dtype format '", format, "', shape [");
+    for (int i = 0; i < view_.ndim; ++i) text += cat(i ? ", " : "", view_.shape[i]);
+    return text + "]";
+  };
+  const bool int64 = view_.itemsize == 8 && (format == "l" || format == "q" || format == "=q" || format == "<q" || format == "<l");
+  if (columns == 1 && int64 && view_.ndim == 0) {  // a NumPy scalar
+    value_ = *static_cast<const int64_t*>(view_.buf);
+    scalar_ = true;
+    return;
+  }
+  const bool shape = columns == 1 ? view_.ndim == 1 : view_.ndim == 2 && view_.shape[1] == columns;
+  if (!int64 || !shape) bad(given());
+  if (!PyBuffer_IsContiguous(&view_, 'C')) bad("a strided view; use numpy.ascontiguousarray");
+  data_ = static_cast<const int64_t*>(view_.buf);
+  size_ = static_cast<size_t>(view_.len) / 8;
+}
+
+}  // namespace kvxfer::bindings

@@ -1,0 +1,190 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The transfer engine: regions, peers, transfers, leases, and the one progress thread beneath them.
+// Every public member may be called from any thread. Set-up and argument errors throw; what goes
+// wrong with a transfer is its own end.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/control.hpp"
+#include "engine/peer.hpp"
+#include "engine/spans.hpp"
+#include "engine/transfer.hpp"
+#include "transport/registry.hpp"
+#include "transport/tcp/transport.hpp"
+
+namespace kvxfer {
+
+using RegionPtr = std::shared_ptr<Region>;
+
+struct EngineOptions {
+  std::string name = "kvxfer", listen = "127.0.0.1:0";
+  std::vector<std::string> transports;  // empty: all that work here, best first
+  Bytes secret;
+  bool secret_is_explicit = false;
+  uint32_t num_lanes = 2;  // bulk lanes of a tcp connection
+};
+
+struct RegionOptions {
+  std::string name;
+  bool require_lease = false;
+  bool shareable = true;
+};
+
+// A lease that knows its engine, for its timer and for telling the application that it is quiet.
+struct EngineLease final : Lease {
+  std::weak_ptr<Engine> engine;
+  Reactor::TimerId timer = Reactor::kNoTimer;  // engine mutex
+  Bytes token;
+};
+using LeasePtr = std::shared_ptr<EngineLease>;
+
+struct Notification {
+  PeerPtr peer;
+  Bytes payload;
+};
+struct PeerEvent {
+  bool connected = true;
+  PeerPtr peer;
+  std::string cause;
+};
+
+struct SubmitOptions {
+  bool has_notify = false, has_arrival = false, has_lease = false;
+  Bytes notify;
+  uint64_t arrival = 0;
+  Bytes lease;
+  int64_t deadline_ns = kNever;
+};
+
+struct PeerStats {
+  std::string incarnation, name, address;
+  bool alive = false;
+  std::map<std::string, Totals> transports;
+};
+struct EngineStats {
+  std::vector<PeerStats> peers;
+  std::map<std::string, Totals> totals;  // of all peers, also those forgotten
+  uint64_t done = 0, failed = 0, timed_out = 0, cancelled = 0, in_flight = 0;
+  uint64_t late_events = 0, late_writes_refused = 0, unquiesced = 0;
+  uint64_t leases_open = 0, leases_expired = 0, wakeups = 0;
+  uint64_t handshakes_refused = 0;
+  std::string last_handshake_refusal;
+};
+
+class Engine final : public tcp::SessionHost, public std::enable_shared_from_this<Engine> {
+ public:
+  static std::shared_ptr<Engine> create(EngineOptions options);
+  explicit Engine(EngineOptions options);  // use create()
+  ~Engine() override;
+  void close() noexcept;
+  bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
+
+  const std::string& address() const noexcept { return identity_.address; }
+  RegionPtr allocate(uint64_t nbytes, RegionOptions options);
+  RegionPtr register_pieces(std::vector<Piece> pieces, bool writable, std::shared_ptr<void> keep,
+                            RegionOptions options);
+  // Closes the region to everybody; the memory is free once region->gate is quiet.
+  void deregister(const RegionPtr& region);
+
+  PeerPtr connect(const std::string& address, double timeout_s);
+  std::map<std::string, RemoteRegionPtr> regions_of(const Peer& peer) const;
+
+  TransferPtr submit(Op op, const RegionPtr& local, const RemoteRegionPtr& remote,
+                     const SpanArguments& spans, SubmitOptions options);
+  TransferPtr notify(const PeerPtr& peer, SubmitOptions options);
+  void cancel(const TransferPtr& transfer) noexcept { stop(transfer, State::kCancelled); }
+
+  std::vector<Notification> notifications();
+  std::vector<PeerEvent> peer_events();
+
+  LeasePtr grant(const RegionPtr& region, const Column& offsets, const Column& nbytes, double ttl_s,
+                 std::optional<Incarnation> peer, uint64_t num_arrivals);
+  void begin_revoke(const LeasePtr& lease) noexcept;
+  void extend(const LeasePtr& lease, double ttl_s);
+
+  uint64_t arrivals(uint64_t tag, const Peer& peer) const;
+  int fileno() const noexcept { return event_.get(); }
+  void clear_wakeup() noexcept;
+  std::string explain(const Peer& peer) const;
+  EngineStats stats() const;
+
+  // SessionHost
+  Reactor& reactor() noexcept override { return reactor_; }
+  const PeerIdentity& self() const noexcept override { return identity_; }
+  void posted(Request& request) noexcept override;
+  void ended(Connection& from, const RequestPtr& request, Completion completion) noexcept override;
+  void quiesced(Request& request) noexcept override;
+  void writable(Connection& from) noexcept override;
+  void unshown(Connection& from, const Request& request) noexcept override;
+  std::optional<Failure> admit(Connection& from, const Access& access, Landing& out) noexcept override;
+  std::optional<Failure> accept(Connection& from, Landing& landing, Arrival arrival) noexcept override;
+  std::optional<Session> session(const Key& id) noexcept override;
+  void adopt(const Key& session, std::shared_ptr<Connection> connection) override;
+  void lost(Connection& from, const Failure& cause) noexcept override;
+  bool opened(const std::shared_ptr<tcp::TcpConnection>& connection) noexcept override;
+  bool control(tcp::TcpConnection& from, ByteView payload) noexcept override;
+  void ready(tcp::TcpConnection& from) noexcept override;
+  Bytes offers() override;
+  void turned_away(const std::string& address, const std::string& reason) noexcept override;
+
+ private:
+  friend struct QuietHook;
+  void check_open() const;
+  RegionPtr add_region(RegionPtr region);
+  bool allows(std::string_view transport) const;
+  PeerPtr peer_for(const PeerIdentity& identity);        // mutex_ held
+  LinkPtr open_link(const std::shared_ptr<tcp::TcpConnection>& connection, bool initiator);
+  void announce(Link& link);                             // mutex_ held
+  void broadcast(const Control& message);                // mutex_ held
+  void forget_old_peers();                               // mutex_ held
+
+  TransferPtr make_transfer(Op op, const PeerPtr& peer, SubmitOptions& options);
+  void launch(const TransferPtr& transfer);
+  void kick(const PeerPtr& peer) noexcept;
+  enum class Posted : uint8_t { kGone, kBusy };
+  Posted post_one(Peer& peer, const TransferPtr& transfer) noexcept;
+  void stop(const TransferPtr& transfer, State why) noexcept;
+  void end(const TransferPtr& transfer, State state, Failure failure, bool agreed, bool quiesced) noexcept;
+  bool return_credit(Peer& peer, Transfer& transfer) noexcept;
+  void completed(const TransferPtr& transfer, Completion completion) noexcept;
+  void signal() noexcept;
+
+  const EngineOptions options_;
+  PeerIdentity identity_;
+  Reactor reactor_;
+  std::unique_ptr<tcp::TcpTransport> tcp_;
+  std::vector<std::pair<std::string, std::unique_ptr<Transport>>> transports_;  // attach, best first
+  std::vector<std::string> not_here_;  // "shm: reason"
+  std::atomic<bool> closed_{false};
+  std::mutex close_mutex_;
+  Fd event_;
+  std::atomic<bool> signalled_{false};
+
+  mutable std::mutex mutex_;  // over all below; a peer's mutex may be taken inside, never outside
+  std::unordered_map<uint64_t, RegionPtr> regions_;
+  std::unordered_map<uint64_t, LeasePtr> leases_;
+  std::map<Incarnation, PeerPtr> peers_;
+  std::map<Key, std::pair<PeerPtr, LinkPtr>> pending_;  // sessions that are being set up
+  std::map<std::string, Totals> forgotten_;
+  uint64_t next_id_ = 1;
+  uint64_t handshakes_refused_ = 0;
+  std::string last_handshake_refusal_;
+
+  std::mutex inbox_mutex_;  // innermost
+  std::vector<Notification> inbox_;
+  std::vector<PeerEvent> events_;
+
+  std::atomic<uint64_t> next_request_{1};
+  std::atomic<uint64_t> ends_[4]{};  // done, failed, timed out, cancelled
+  std::atomic<uint64_t> started_{0}, late_events_{0}, late_writes_{0}, unquiesced_{0}, expired_{0};
+};
+
+}  // namespace kvxfer

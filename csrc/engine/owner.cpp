@@ -1,0 +1,164 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The owner's side: who may touch what, leases, and what becomes visible when a request has landed.
+#include <algorithm>
+
+#include "common/random.hpp"
+#include "common/sha256.hpp"
+#include "engine/engine.hpp"
+
+namespace kvxfer {
+
+struct QuietHook {
+  static void run(void* context) {
+    auto* lease = static_cast<EngineLease*>(context);
+    if (auto engine = lease->engine.lock()) engine->signal();
+  }
+};
+
+std::optional<Failure> Engine::admit(Connection& from, const Access& access, Landing& out) noexcept {
+  auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
+  if (!peer || closed()) return Failure{.code = Code::kPeerDisconnected, .text = "the engine is closing"};
+  std::lock_guard lock(mutex_);
+  if (access.lease.id != 0) {
+    auto it = leases_.find(access.lease.id);
+    if (it == leases_.end() || !equal_constant_time(it->second->key, access.lease.key)) {
+      late_writes_.fetch_add(1, std::memory_order_relaxed);
+      return Failure{.code = Code::kLease,
+                     .text = "the lease is not open here: it was revoked, has expired, or never was"};
+    }
+    if (it->second->peer && *it->second->peer != peer->identity.incarnation)
+      return Failure{.code = Code::kLease, .text = "the lease was granted to another peer"};
+    out.lease = it->second;
+    out.region = it->second->region;
+  }
+  if (access.op == Op::kNotify) return {};
+  auto it = regions_.find(access.region.id);
+  if (it == regions_.end() || !equal_constant_time(it->second->key, access.region.key))
+    return Failure{.code = Code::kRemoteAccess,
+                   .text = "unknown region: deregistered, or of an earlier incarnation"};
+  Region& region = *it->second;
+  if (out.lease && out.lease->region != it->second)
+    return Failure{.code = Code::kLease, .text = cat("the lease is on region '", out.lease->region->name,
+                                                     "', not on '", region.name, "'")};
+  if (!out.lease && region.require_lease)
+    return Failure{.code = Code::kLease, .text = cat("region '", region.name, "' requires a lease")};
+  if (access.op == Op::kWrite && !region.writable)
+    return Failure{.code = Code::kRemoteAccess, .text = cat("region '", region.name, "' is read-only")};
+  out.region = it->second;
+  return {};
+}
+
+std::optional<Failure> Engine::accept(Connection& from, Landing& landing, Arrival arrival) noexcept {
+  auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
+  if (!peer) return Failure{.code = Code::kPeerDisconnected, .text = "the engine is closing"};
+  // Inside the gates: after revoke() has returned quiet, no arrival and no notification of the
+  // lease shows up either.
+  if (!landing.enter()) {
+    late_writes_.fetch_add(1, std::memory_order_relaxed);
+    return landing.closed();
+  }
+  auto refuse = [&](Failure failure) {
+    landing.leave();
+    return std::optional(std::move(failure));
+  };
+  if (arrival.has_arrival && landing.lease && arrival.arrival >= landing.lease->num_arrivals)
+    return refuse({.code = Code::kLease,
+                   .expected = landing.lease->num_arrivals,
+                   .given = arrival.arrival,
+                   .text = "arrival index out of the lease's range"});
+  {
+    std::lock_guard lock(peer->mutex);
+    const bool tag = arrival.has_arrival && !landing.lease;
+    if (tag && peer->tags.size() >= kMaxTags && !peer->tags.contains(arrival.arrival))
+      return refuse({.code = Code::kRemoteAccess,
+                     .expected = kMaxTags,
+                     .given = arrival.arrival,
+                     .text = "too many different arrival tags"});
+    if (arrival.has_notify && peer->undrained >= 2 * kNotifyWindow)
+      return refuse({.code = Code::kTransport,
+                     .expected = kNotifyWindow,
+                     .text = "more notifications than the window allows"});
+    // The last question: from here on it is accepted, and the initiator's cancel comes too late.
+    if (arrival.commit && !arrival.commit())
+      return refuse({.code = Code::kCancelled, .text = "the initiator cancelled it"});
+    if (tag) ++peer->tags[arrival.arrival];
+    if (arrival.has_notify) ++peer->undrained;
+  }
+  if (arrival.has_arrival) {
+    if (landing.lease)
+      landing.lease->arrive(arrival.arrival);
+    else
+      peer->tags_changed.notify_all();
+  }
+  if (arrival.has_notify) {
+    from.counters.notifications_received.fetch_add(1, std::memory_order_relaxed);
+    std::lock_guard lock(inbox_mutex_);
+    inbox_.push_back({peer, std::move(arrival.notify)});
+  }
+  landing.leave();
+  if (arrival.has_arrival || arrival.has_notify) signal();
+  return {};
+}
+
+LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Column& nbytes, double ttl_s,
+                       std::optional<Incarnation> peer, uint64_t num_arrivals) {
+  if (!(ttl_s > 0)) fail(Code::kInvalidArgument, "ttl_s must be positive, not ", ttl_s);
+  if (num_arrivals > (uint64_t{1} << 24))
+    fail(Code::kInvalidArgument, "num_arrivals = ", num_arrivals, " is more than 2^24");
+  auto lease = std::make_shared<EngineLease>();
+  lease->extents = merge_extents(offsets, nbytes, region->name, region->nbytes);
+  if (lease->extents.empty()) fail(Code::kInvalidArgument, "a lease needs at least one span");
+  lease->key = random_bytes<16>();
+  lease->region = region;
+  lease->peer = peer;
+  lease->num_arrivals = num_arrivals;
+  lease->arrivals = std::vector<std::atomic<uint64_t>>((num_arrivals + 63) / 64);
+  lease->engine = weak_from_this();
+  lease->gate.on_quiet(&QuietHook::run, lease.get());
+  {
+    std::lock_guard lock(mutex_);
+    check_open();
+    auto it = regions_.find(region->id);
+    if (it == regions_.end() || it->second != region)
+      fail(Code::kInvalidArgument, "region '", region->name, "' is not registered with this engine");
+    lease->id = next_id_++;
+    leases_.emplace(lease->id, lease);
+  }
+  lease->token = encode_token({identity_.incarnation, {lease->id, lease->key}, region->id});
+  extend(lease, ttl_s);
+  return lease;
+}
+
+void Engine::extend(const LeasePtr& lease, double ttl_s) {
+  if (!(ttl_s > 0)) fail(Code::kInvalidArgument, "ttl_s must be positive, not ", ttl_s);
+  const int64_t deadline_ns = deadline_after(ttl_s);
+  std::lock_guard lock(mutex_);
+  if (lease->gate.closed() || !leases_.contains(lease->id))
+    fail(Code::kLease, "the lease has ended (", lease->expired ? "expired" : "revoked",
+         ") and cannot be extended; grant a new one");
+  reactor_.cancel(lease->timer);
+  lease->expires_ns.store(deadline_ns, std::memory_order_relaxed);
+  // The TTL only triggers the owner's own act; nobody else looks at a clock.
+  lease->timer = reactor_.at(deadline_ns, [weak = std::weak_ptr(lease), self = weak_from_this()] {
+    auto engine = self.lock();
+    auto due = weak.lock();
+    if (!engine || !due || now_ns() < due->expires_ns.load(std::memory_order_relaxed)) return;
+    if (due->gate.closed()) return;
+    due->expired.store(true, std::memory_order_relaxed);
+    engine->expired_.fetch_add(1, std::memory_order_relaxed);
+    engine->begin_revoke(due);
+  });
+}
+
+void Engine::begin_revoke(const LeasePtr& lease) noexcept {
+  lease->gate.close();
+  {
+    std::lock_guard lock(mutex_);
+    leases_.erase(lease->id);
+    reactor_.cancel(lease->timer);
+  }
+  lease->arrival_word.notify_all();  // nothing more will arrive: whoever waits must know
+}
+
+}  // namespace kvxfer

@@ -1,0 +1,313 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// How peers come, attach, announce their regions, and are lost.
+#include <algorithm>
+
+#include "engine/engine.hpp"
+
+namespace kvxfer {
+namespace {
+constexpr double kReadyTimeoutS = 10.0;  // from an authenticated session to its READY
+constexpr size_t kMaxLostPeers = 256;    // kept for stats() and late questions
+}  // namespace
+
+PeerPtr Engine::peer_for(const PeerIdentity& identity) {
+  auto [it, inserted] = peers_.try_emplace(identity.incarnation);
+  if (inserted) it->second = std::make_shared<Peer>();
+  std::lock_guard lock(it->second->mutex);
+  if (!it->second->alive) it->second->identity = identity;
+  PeerPtr peer = it->second;
+  if (inserted) forget_old_peers();
+  return peer;
+}
+
+void Engine::forget_old_peers() {
+  if (peers_.size() <= kMaxLostPeers) return;
+  for (auto it = peers_.begin(); it != peers_.end() && peers_.size() > kMaxLostPeers;) {
+    Peer& peer = *it->second;
+    // Only we know of it, and it has no session.
+    if (it->second.use_count() == 1 && !peer.alive) {
+      for (auto& [name, totals] : peer.past) forgotten_[name].add(totals);
+      it = peers_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+}
+
+LinkPtr Engine::open_link(const std::shared_ptr<tcp::TcpConnection>& connection, bool initiator) {
+  auto link = std::make_shared<Link>();
+  link->control = connection;
+  link->initiator = initiator ? identity_.incarnation : connection->session().peer.incarnation;
+  PeerPtr peer = peer_for(connection->session().peer);
+  connection->peer = peer;
+  if (allows("tcp")) link->data.push_back(connection);
+  pending_.emplace(connection->session().id, std::pair{peer, link});
+  return link;
+}
+
+void Engine::announce(Link& link) {
+  for (auto& [id, region] : regions_)
+    link.control->send_control(
+        encode(RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name}));
+  link.control->send_ready();
+  link.announced = true;
+}
+
+void Engine::broadcast(const Control& message) {
+  const Bytes payload = encode(message);
+  for (auto& [id, pending] : pending_)
+    if (pending.second->announced) pending.second->control->send_control(payload);
+  for (auto& [incarnation, peer] : peers_) {
+    std::lock_guard lock(peer->mutex);
+    for (auto& link : peer->links) link->control->send_control(payload);
+  }
+}
+
+PeerPtr Engine::connect(const std::string& address, double timeout_s) {
+  check_open();
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  PeerPtr known;
+  auto established = tcp_->connect(address, deadline_ns, [&](const PeerIdentity& who) {
+    if (who.incarnation == identity_.incarnation)
+      fail(Code::kInvalidArgument, "an engine cannot be its own peer");
+    std::lock_guard lock(mutex_);
+    auto it = peers_.find(who.incarnation);
+    if (it != peers_.end() && it->second->alive) known = it->second;
+    return known == nullptr;
+  });
+  if (known) return known;
+  const auto& connection = established.connection;
+  const Session session = connection->session();
+  LinkPtr link;
+  PeerPtr peer;
+  {
+    std::lock_guard lock(mutex_);
+    check_open();
+    link = open_link(connection, true);
+    peer = pending_.at(session.id).first;
+    connection->start();
+  }
+  auto give_up = [&](Code code, const std::string& why, int err = 0) {
+    connection->close({.code = Code::kTransport, .text = why});
+    throw Error(code, cat("connecting to '", session.peer.name, "' at ", address, " failed: ", why), err, "tcp",
+                address);
+  };
+
+  // The other transports attach to the session; each refusal is kept for explain().
+  const auto offers = decode_offers(established.offers);
+  if (!offers) give_up(Code::kTransport, "malformed offers");
+  std::vector<std::string> refusals;
+  for (auto& [name, transport] : transports_) {
+    auto offer = std::ranges::find(*offers, name, &Offer::transport);
+    std::optional<std::string> refusal;
+    if (offer == offers->end()) {
+      refusal = "the peer does not offer it";
+    } else {
+      try {
+        refusal = transport->attach(session, offer->data, deadline_ns);
+      } catch (const Error& error) {
+        refusal = error.what();
+      }
+    }
+    if (refusal) refusals.push_back(cat(name, ": ", *refusal));
+  }
+  bool usable;
+  {
+    std::lock_guard lock(mutex_);
+    link->refusals = refusals;
+    usable = !link->data.empty();
+  }
+  if (!usable) {
+    std::string reasons;
+    for (auto& refusal : refusals) reasons += cat(reasons.empty() ? "" : "; ", refusal);
+    give_up(Code::kUnavailable, cat("none of the transports asked for can be used: ", reasons));
+  }
+  {
+    std::lock_guard lock(mutex_);
+    announce(*link);
+  }
+  for (;;) {
+    const uint32_t seen = link->changed.read();
+    {
+      std::lock_guard lock(mutex_);
+      if (link->ready) return peer;
+      if (link->lost || closed()) break;
+    }
+    if (link->changed.wait(seen, deadline_ns) == Woken::kTimedOut)
+      give_up(Code::kTimeout, "the peer did not get ready in time");
+  }
+  check_open();
+  give_up(link->cause.code, link->cause.text, link->cause.err);
+  return {};
+}
+
+bool Engine::opened(const std::shared_ptr<tcp::TcpConnection>& connection) noexcept {
+  std::lock_guard lock(mutex_);
+  if (closed()) return false;
+  LinkPtr link = open_link(connection, false);
+  link->timer = reactor_.at(deadline_after(kReadyTimeoutS), [connection] {
+    connection->close({.code = Code::kTransport, .text = "the peer did not get ready in time"});
+  });
+  return true;
+}
+
+std::optional<Session> Engine::session(const Key& id) noexcept {
+  std::lock_guard lock(mutex_);
+  auto it = pending_.find(id);
+  if (it == pending_.end()) return {};
+  return it->second.second->control->session();
+}
+
+void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
+  std::shared_ptr<Connection> orphan;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = pending_.find(session);
+    if (it == pending_.end() || closed()) {
+      orphan = connection;
+    } else {
+      auto& [peer, link] = it->second;
+      connection->peer = peer;
+      // Best first, in the registry's order.
+      auto rank = [](const std::shared_ptr<Connection>& c) {
+        const auto& names = transport_names();
+        return std::ranges::find(names, c->transport()) - names.begin();
+      };
+      link->data.insert(std::ranges::upper_bound(link->data, rank(connection), {}, rank), connection);
+    }
+  }
+  if (orphan) orphan->close({.code = Code::kTransport, .text = "its session has ended"});
+}
+
+bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {
+  const auto message = decode_control(payload);
+  auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
+  if (!message || !peer) return false;
+  if (auto* added = std::get_if<RegionAdded>(&*message)) {
+    auto region = std::make_shared<RemoteRegion>();
+    region->ref = added->ref;
+    region->name = added->name;
+    region->nbytes = added->nbytes;
+    region->writable = added->writable;
+    region->peer = peer;
+    std::lock_guard lock(peer->mutex);
+    auto it = peer->regions.find(added->name);
+    if (it == peer->regions.end()) {
+      if (peer->regions.size() >= kMaxRegions) return false;
+      peer->regions.emplace(added->name, std::move(region));
+    } else if (it->second->ref.id != added->ref.id) {  // a second session announces the same ones
+      it->second = std::move(region);
+    }
+  } else if (auto* removed = std::get_if<RegionRemoved>(&*message)) {
+    std::lock_guard lock(peer->mutex);
+    std::erase_if(peer->regions, [&](auto& entry) { return entry.second->ref.id == removed->id; });
+  } else {
+    const uint32_t count = std::get<Credit>(*message).count;
+    {
+      std::lock_guard lock(peer->mutex);
+      if (count > kNotifyWindow) return false;
+      peer->credits = std::min(peer->credits + count, kNotifyWindow);
+    }
+    kick(peer);
+  }
+  return true;
+}
+
+void Engine::ready(tcp::TcpConnection& from) noexcept {
+  PeerPtr peer;
+  LinkPtr link;
+  bool is_new = false;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = pending_.find(from.session().id);
+    if (it == pending_.end()) return;
+    std::tie(peer, link) = it->second;
+    pending_.erase(it);
+    reactor_.cancel(link->timer);
+    if (!link->announced) announce(*link);
+    link->ready = true;
+    std::lock_guard inner(peer->mutex);
+    // Both sides order by who connected, so that crossed connects leave one in use.
+    auto at = std::ranges::upper_bound(peer->links, link->initiator, {}, &Link::initiator);
+    peer->links.insert(at, link);
+    is_new = !peer->alive.exchange(true, std::memory_order_acq_rel);
+    if (is_new) {
+      peer->credits = kNotifyWindow;
+      peer->drained = 0;
+      peer->lost_because.clear();
+      std::lock_guard innermost(inbox_mutex_);
+      events_.push_back({true, peer, {}});
+    }
+  }
+  link->changed.notify_all();
+  if (is_new) signal();
+  kick(peer);
+}
+
+void Engine::lost(Connection& from, const Failure& cause) noexcept {
+  auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
+  if (!peer) return;
+  LinkPtr link;
+  bool was_alive = false;
+  {
+    std::lock_guard lock(mutex_);
+    auto holds = [&](const LinkPtr& each) {
+      return each->control.get() == &from ||
+             std::ranges::any_of(each->data, [&](auto& c) { return c.get() == &from; });
+    };
+    for (auto it = pending_.begin(); it != pending_.end(); ++it)
+      if (holds(it->second.second)) {
+        link = it->second.second;
+        reactor_.cancel(link->timer);
+        pending_.erase(it);
+        break;
+      }
+    std::lock_guard inner(peer->mutex);
+    if (!link) {
+      auto it = std::ranges::find_if(peer->links, holds);
+      if (it == peer->links.end()) return;  // its session went before it
+      link = *it;
+      peer->links.erase(it);
+      for (auto& connection : link->data)
+        peer->past[std::string(connection->transport())].add(connection->counters);
+      if (std::ranges::find(link->data, link->control) == link->data.end())
+        peer->past["tcp"].add(link->control->counters);
+      if (peer->links.empty()) {
+        was_alive = peer->alive.exchange(false, std::memory_order_acq_rel);
+        peer->lost_because = cause.text;
+        peer->regions.clear();
+      }
+    }
+    link->lost = true;
+    link->cause = cause;
+    if (was_alive) {
+      std::lock_guard innermost(inbox_mutex_);
+      events_.push_back({false, peer, cause.text});
+    }
+  }
+  // One lane's or one transport's death is the session's: what it carried cannot be told apart.
+  for (auto& connection : link->data)
+    if (connection.get() != &from) connection->close(cause);
+  if (link->control.get() != &from) link->control->close(cause);
+  link->changed.notify_all();
+  if (was_alive) {
+    peer->tags_changed.notify_all();
+    signal();
+  }
+  kick(peer);
+}
+
+Bytes Engine::offers() {
+  std::vector<Offer> out;
+  for (auto& [name, transport] : transports_) out.push_back({name, transport->offer()});
+  return encode_offers(out);
+}
+
+void Engine::turned_away(const std::string& address, const std::string& reason) noexcept {
+  std::lock_guard lock(mutex_);
+  ++handshakes_refused_;
+  last_handshake_refusal_ = cat(address, ": ", reason);
+}
+
+}  // namespace kvxfer

@@ -1,0 +1,29 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Moves spans of registered memory between processes: engines, regions, transfers, leases."""
+
+from __future__ import annotations
+
+from kvxfer._transfer import (
+    MAX_NOTIFICATION_NBYTES,
+    Peer,
+    RemoteRegion,
+    Transfer,
+    probe_transports,
+)
+from kvxfer.transfer.engine import EngineConfig, Notification, PeerEvent, TransferEngine
+from kvxfer.transfer.region import Lease, Region
+
+__all__ = [
+    "MAX_NOTIFICATION_NBYTES",
+    "EngineConfig",
+    "Lease",
+    "Notification",
+    "Peer",
+    "PeerEvent",
+    "Region",
+    "RemoteRegion",
+    "Transfer",
+    "TransferEngine",
+    "probe_transports",
+]

@@ -1,0 +1,326 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""``TransferEngine``: the typed face of the native engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from kvxfer import _transfer
+from kvxfer._transfer import Peer, RemoteRegion, Transfer
+from kvxfer.errors import InvalidArgumentError
+from kvxfer.transfer.region import Int64Array, Lease, Region
+from kvxfer.transfer.secret import user_secret
+
+__all__ = ["EngineConfig", "Notification", "PeerEvent", "TransferEngine"]
+
+DEFAULT_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What rarely needs to be said.
+
+    Args:
+        deadline_s: of transfers that name none.
+        num_lanes: sockets for bulk per tcp peer, beside the one for control and small messages.
+    """
+
+    deadline_s: float = DEFAULT_DEADLINE_S
+    num_lanes: int = 2
+
+
+@dataclass(frozen=True)
+class Notification:
+    """A message of a peer, seen only after the data it was sent with."""
+
+    peer: Peer
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class PeerEvent:
+    """A peer came (``connected``) or went (``lost``, with the cause)."""
+
+    kind: str
+    peer: Peer
+    cause: str = field(default="")
+
+
+class TransferEngine:
+    """Registers memory, connects to peers, and moves bytes between the two.
+
+    Every method may be called from any thread; those that can block release the GIL. Mistakes in
+    the arguments raise at the call. What goes wrong with a transfer, a lost peer included, is its
+    end: ``xfer.state``, ``xfer.error``, raised by ``xfer.wait()`` and ``await xfer``.
+
+    Args:
+        name: what peers and error messages call this engine.
+        listen: "host:port"; port 0 lets the system choose. Other hosts than loopback need a secret.
+        transports: which may be used, for example ``("tcp",)``; None: all that work here, best
+            first. One that is named and does not work here is an error, never skipped.
+        secret: shared by all engines that may talk to each other; None: this user's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        listen: str = "127.0.0.1:0",
+        transports: Sequence[str] | None = None,
+        secret: bytes | str | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        if isinstance(transports, str):
+            raise InvalidArgumentError(
+                f'transports must be a sequence of names like ("tcp",), not the string {transports!r}'
+            )
+        if transports is not None and len(transports) == 0:
+            raise InvalidArgumentError("transports is empty; None means all that work here")
+        if isinstance(secret, str):
+            secret = secret.encode()
+        self._config = config or EngineConfig()
+        self._core = _transfer.Engine(
+            name=name,
+            listen=listen,
+            transports=list(transports or ()),
+            secret=user_secret() if secret is None else bytes(secret),
+            secret_is_explicit=secret is not None,
+            num_lanes=self._config.num_lanes,
+        )
+        self._num_regions = 0
+
+    @property
+    def name(self) -> str:
+        return self._core.name
+
+    @property
+    def address(self) -> str:
+        """``host:port``, what a peer connects to."""
+        return self._core.address
+
+    @property
+    def incarnation(self) -> str:
+        """32 hex digits, new for each engine object: who this engine is to its peers."""
+        return self._core.incarnation
+
+    @property
+    def closed(self) -> bool:
+        return self._core.closed
+
+    # ------------------------------------------------------------------ memory
+
+    def allocate(
+        self, nbytes: int, name: str | None = None, *, require_lease: bool = False
+    ) -> Region:
+        """Zeroed memory that peers on this host may map to read; only this process can write it."""
+        core = self._core.allocate(
+            nbytes, name=self._region_name(name), require_lease=require_lease, shareable=True
+        )
+        return Region(core)
+
+    def register(
+        self,
+        buffer: Any,
+        name: str | None = None,
+        *,
+        require_lease: bool = False,
+        share: str = "auto",
+    ) -> Region:
+        """Memory that exists: buffer protocol or DLPack, C-contiguous, on the CPU.
+
+        A list of buffers becomes one region with one offset space (``region.piece_offsets``). The
+        buffers are kept alive until the region is deregistered or the engine closed.
+        """
+        if share not in ("auto", "never"):
+            raise InvalidArgumentError(f'share must be "auto" or "never", not {share!r}')
+        core = self._core.register(
+            buffer,
+            name=self._region_name(name),
+            require_lease=require_lease,
+            shareable=share != "never",
+        )
+        return Region(core)
+
+    def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
+        """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
+        self._core.deregister(region._core, timeout_s)
+
+    def _region_name(self, name: str | None) -> str:
+        if name is None:
+            self._num_regions += 1
+            return f"region-{self._num_regions}"
+        return name
+
+    # ------------------------------------------------------------------ peers
+
+    def connect(self, address: str, timeout_s: float = 5.0) -> Peer:
+        """The peer that listens at ``address``; the same object when it is connected already.
+
+        Raises:
+            TransportError: nobody listens, or the secrets differ.
+            TransferTimeoutError: no answer within ``timeout_s``.
+        """
+        return self._core.connect(address, timeout_s)
+
+    def peer_events(self) -> list[PeerEvent]:
+        """Peers that came or went since the last call."""
+        return [PeerEvent(*event) for event in self._core.peer_events()]
+
+    def explain(self, peer: Peer) -> str:
+        """Which transports carry requests to this peer, and why the others do not."""
+        return self._core.explain(peer)
+
+    # ------------------------------------------------------------------ transfers
+
+    def write(
+        self,
+        region: Region,
+        remote: RemoteRegion,
+        local_offsets: Int64Array | int,
+        remote_offsets: Int64Array | int,
+        nbytes: Int64Array | int,
+        *,
+        bases: Int64Array | None = None,
+        notify: bytes | None = None,
+        arrival: int | None = None,
+        lease: bytes | None = None,
+        deadline_s: float | None = None,
+    ) -> Transfer:
+        """Copies spans of ``region`` into ``remote``; returns at once.
+
+        Args:
+            local_offsets: int64 ``[n]`` or an int; likewise ``remote_offsets`` and ``nbytes``.
+            bases: int64 ``[m, 2]``: the span list is repeated at each (local, remote) pair.
+            notify: message that the peer sees after all bytes; ``MAX_NOTIFICATION_NBYTES``.
+            arrival: with a lease, the index to set; without one, the tag to count under.
+            lease: token of the owner's lease.
+            deadline_s: from now; default ``config.deadline_s``.
+        Raises:
+            InvalidArgumentError: out of range, overlapping destinations, wrong dtype, read-only
+                destination, closed engine, foreign region: nothing was sent.
+            LeaseError: the token is of another incarnation.
+        """
+        return self._core.submit(
+            False,
+            region._core,
+            remote,
+            local_offsets,
+            remote_offsets,
+            nbytes,
+            bases,
+            notify,
+            arrival,
+            lease,
+            self._config.deadline_s if deadline_s is None else deadline_s,
+        )
+
+    def read(
+        self,
+        region: Region,
+        remote: RemoteRegion,
+        local_offsets: Int64Array | int,
+        remote_offsets: Int64Array | int,
+        nbytes: Int64Array | int,
+        *,
+        bases: Int64Array | None = None,
+        notify: bytes | None = None,
+        arrival: int | None = None,
+        lease: bytes | None = None,
+        deadline_s: float | None = None,
+    ) -> Transfer:
+        """Copies spans of ``remote`` into ``region``; arguments as for ``write``.
+
+        ``notify`` and ``arrival`` tell the owner that its bytes have been read.
+        """
+        return self._core.submit(
+            True,
+            region._core,
+            remote,
+            local_offsets,
+            remote_offsets,
+            nbytes,
+            bases,
+            notify,
+            arrival,
+            lease,
+            self._config.deadline_s if deadline_s is None else deadline_s,
+        )
+
+    def notify(self, peer: Peer, payload: bytes, *, deadline_s: float | None = None) -> Transfer:
+        """Sends a message alone. It is ordered after nothing."""
+        return self._core.notify(
+            peer, payload, self._config.deadline_s if deadline_s is None else deadline_s
+        )
+
+    def notifications(self) -> list[Notification]:
+        """Messages that came since the last call."""
+        return [Notification(*each) for each in self._core.notifications()]
+
+    # ------------------------------------------------------------------ leases and arrivals
+
+    def grant(
+        self,
+        region: Region,
+        offsets: Int64Array | int,
+        nbytes: Int64Array | int,
+        *,
+        ttl_s: float,
+        peer: Peer | str | None = None,
+        num_arrivals: int = 0,
+    ) -> Lease:
+        """Lets a peer (or whoever holds the token) write and read just these spans for a time."""
+        who = peer.incarnation if isinstance(peer, Peer) else peer
+        core = self._core.grant(
+            region._core, offsets, nbytes, ttl_s=ttl_s, peer=who, num_arrivals=num_arrivals
+        )
+        return Lease(core, region)
+
+    def arrivals(self, tag: int, peer: Peer) -> int:
+        """How many transfers without a lease have arrived under ``tag`` from this peer."""
+        return self._core.arrivals(tag, peer)
+
+    def wait_arrivals(self, tag: int, peer: Peer, n: int, timeout_s: float | None = None) -> None:
+        """Returns when ``arrivals(tag, peer) >= n``.
+
+        Raises:
+            TransferTimeoutError: not within ``timeout_s``.
+            PeerDisconnectedError: the peer is gone, so the rest will never arrive.
+        """
+        self._core.wait_arrivals(tag, peer, n, timeout_s)
+
+    # ------------------------------------------------------------------ the application's loop
+
+    def fileno(self) -> int:
+        """An eventfd, readable after a notification, peer event, end, arrival or quiet lease."""
+        return self._core.fileno()
+
+    def clear_wakeup(self) -> None:
+        """Call this first, then look at what there is: nothing is missed."""
+        self._core.clear_wakeup()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters per peer and transport, and of the engine."""
+        return self._core.stats()
+
+    def close(self) -> None:
+        """Ends everything: own transfers are cancelled, leases and regions closed. Idempotent."""
+        self._core.close()
+
+    def __enter__(self) -> TransferEngine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"<TransferEngine {self.name!r} at {self.address}{state}>"

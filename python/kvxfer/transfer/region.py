@@ -1,0 +1,118 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""The owner's handles: a region of memory that peers may be given access to, and a lease on it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kvxfer import _transfer
+
+__all__ = ["Int64Array", "Lease", "Region"]
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class Region:
+    """Registered or allocated memory of this process, one linear offset space."""
+
+    def __init__(self, core: _transfer.Region) -> None:
+        self._core = core
+
+    @property
+    def name(self) -> str:
+        return self._core.name
+
+    @property
+    def nbytes(self) -> int:
+        return self._core.nbytes
+
+    @property
+    def writable(self) -> bool:
+        """False for a read-only buffer, which can be a source but not a destination."""
+        return self._core.writable
+
+    @property
+    def piece_offsets(self) -> tuple[int, ...]:
+        """Where each of the registered buffers begins in the region's offset space."""
+        return tuple(self._core.piece_offsets)
+
+    @cached_property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The bytes, as a view that keeps the memory alive; a region of one buffer only."""
+        return np.asarray(self._core)
+
+    def __repr__(self) -> str:
+        return f"<Region {self.name!r}, {self.nbytes} bytes>"
+
+
+class Lease:
+    """The right that the owner of a region gave to a peer, and the owner's means to end it."""
+
+    def __init__(self, core: _transfer.Lease, region: Region) -> None:
+        self._core = core
+        self.region = region
+
+    @property
+    def token(self) -> bytes:
+        """What the holder passes as ``lease=``; at most 128 bytes, unguessable."""
+        return self._core.token
+
+    @property
+    def num_arrivals(self) -> int:
+        return self._core.num_arrivals
+
+    @property
+    def num_arrived(self) -> int:
+        return self._core.num_arrived
+
+    @property
+    def arrived(self) -> Int64Array:
+        """Sorted indices of the transfers that have landed under this lease; a set."""
+        return np.asarray(self._core.arrived_indices(), dtype=np.int64)
+
+    def wait_arrived(self, indices: Int64Array | int, timeout_s: float | None = None) -> None:
+        """Returns when all ``indices`` have arrived.
+
+        Raises:
+            TransferTimeoutError: not within ``timeout_s``.
+            LeaseError: the lease ended, so the rest will never arrive.
+        """
+        self._core.wait_arrived(indices, timeout_s)
+
+    def extend(self, ttl_s: float) -> None:
+        """The time to live starts again, from now."""
+        self._core.extend(ttl_s)
+
+    @property
+    def expired(self) -> bool:
+        return self._core.expired
+
+    @property
+    def closed(self) -> bool:
+        """Revoked or expired: nothing new is taken. See ``quiet`` for what was on its way."""
+        return self._core.closed
+
+    def begin_revoke(self) -> None:
+        """Closes the lease and returns at once; ``quiet`` follows, signalled by the eventfd."""
+        self._core.begin_revoke()
+
+    @property
+    def quiet(self) -> bool:
+        """True when nothing can land under this lease any more, whatever the peer does."""
+        return self._core.quiet
+
+    def revoke(self, timeout_s: float | None = None) -> None:
+        """Closes the lease and returns when it is quiet.
+
+        Raises:
+            TransferTimeoutError: not quiet within ``timeout_s``; the spans stay quarantined.
+        """
+        self._core.revoke(timeout_s)
+
+    def __repr__(self) -> str:
+        state = "quiet" if self.quiet else "closed" if self.closed else "open"
+        return f"<Lease on {self.region.name!r}, {state}, {self.num_arrived} arrived>"

@@ -1,0 +1,66 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""``await transfer``: one eventfd per event loop, watched only while something is awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+
+from kvxfer import _transfer
+
+__all__ = ["wait_async"]
+
+
+class _LoopWatch:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._watch = _transfer.Watch()
+        self._pending: dict[int, set[asyncio.Future[None]]] = {}
+
+    def add(self, transfer: _transfer.Transfer) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = self._loop.create_future()
+        if transfer.watch(self._watch):
+            future.set_result(None)
+            return future
+        if not self._pending:
+            self._loop.add_reader(self._watch.fileno(), self._on_ready)
+        # Ids are unique in one engine only, so several transfers may share an entry; each future
+        # looks at its own transfer when it wakes.
+        self._pending.setdefault(transfer.id, set()).add(future)
+        future.add_done_callback(lambda f: self._forget(transfer.id, f))
+        return future
+
+    def _forget(self, transfer_id: int, future: asyncio.Future[None]) -> None:
+        futures = self._pending.get(transfer_id)
+        if futures is None:
+            return
+        futures.discard(future)
+        if not futures:
+            del self._pending[transfer_id]
+        if not self._pending and not self._loop.is_closed():
+            self._loop.remove_reader(self._watch.fileno())
+
+    def _on_ready(self) -> None:
+        for transfer_id in self._watch.take():
+            for future in tuple(self._pending.get(transfer_id, ())):
+                if not future.done():
+                    future.set_result(None)
+
+
+_watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWatch] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+async def wait_async(transfer: _transfer.Transfer) -> None:
+    """Returns when the transfer is done; raises its error if it ended otherwise."""
+    loop = asyncio.get_running_loop()
+    watch = _watches.get(loop)
+    if watch is None:
+        watch = _watches[loop] = _LoopWatch(loop)
+    while not transfer.done:
+        await watch.add(transfer)
+    error = transfer.error
+    if error is not None:
+        raise error
