@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import os
 import sys
 import threading
@@ -18,8 +19,9 @@ from pathlib import Path
 from fake_workers import FakeWorker
 
 from kvxfer.errors import KvxferError
-from kvxfer.server import launch, router
 from kvxfer.server.child import bind, serve_app
+
+MODULES = {"serve": "kvxfer.server.launch", "router": "kvxfer.server.router"}
 
 
 class FileGate(asyncio.Event):
@@ -70,13 +72,13 @@ def main(argv: list[str]) -> int:
     if command == "worker":
         return worker(rest)
     parser = argparse.ArgumentParser()
-    module = {"serve": launch, "router": router}[command]
+    module = importlib.import_module(MODULES[command])  # workers need neither, and start sooner
     module.add_arguments(parser)
     args = parser.parse_args(rest)
     try:
         if command == "serve":
-            return launch.run(args, program=(sys.executable, __file__))
-        return router.run(args)
+            return int(module.run(args, program=(sys.executable, __file__)))
+        return int(module.run(args))
     except KvxferError as error:
         print(f"kvxfer {command}: {error}", file=sys.stderr)
         return 1
