@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvxfer import TransferEngine
 from kvxfer.connector import Endpoint, Event, Granted, HandoffConfig, Offered
 from kvxfer.layout import KVLayout
+from kvxfer.transfer import TransferEngine
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 2, 16
 SHAPE = {
@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, role: str, transport: str) -> None:
         self.layout = LAYOUTS[role]
         self.engine = TransferEngine(role, transports=(transport,))
-        region = self.engine.allocate(self.layout.nbytes, name="kv")
+        region = self.engine.allocate(self.layout.nbytes, name="kv", require_lease=True)
         self.array = region.array
         self.views = self.layout.views(region.array)
         self.endpoint = Endpoint(
@@ -131,6 +131,7 @@ def main(role: str, transport: str) -> None:
     prefill: Prefill | None = None
     blocks: list[int] = []
     layers = 0
+    commands = sys.stdin.buffer.raw  # unbuffered: what select() says must be true
 
     def tell(**values: object) -> None:
         print(json.dumps(values), flush=True)
@@ -139,7 +140,7 @@ def main(role: str, transport: str) -> None:
     while True:
         # A command comes before news from the peer, as a forward pass comes before a poll.
         if worker.sleep(60.0, 0):
-            line = sys.stdin.readline()
+            line = commands.readline()
             if not line:
                 break
             command = json.loads(line)
@@ -206,15 +207,15 @@ class Child:
 
     def close(self) -> int:
         """Ends it kindly; returns its status."""
-        if self.process.stdin is not None and self.process.poll() is None:
-            self.process.stdin.close()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
         try:
-            status = self.process.wait(BOUND_S)
+            return self.process.wait(BOUND_S)
         finally:
             self.process.kill()
-            assert self.process.stdout is not None
+            self.process.wait(BOUND_S)
             self.process.stdout.close()
-        return status
 
 
 if __name__ == "__main__":

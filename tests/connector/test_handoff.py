@@ -361,6 +361,29 @@ def test_another_model_is_refused(world: World) -> None:
     assert "prefill serves 'another', decode 'model'" in prefill.legs["h"].log[0].cause
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scales": [[]]},
+        {"layers": ["0", None]},
+        {"num_blocks": -1},
+        {"num_blocks": 1 << 61},
+        {"head_dim": 1.5},
+        {"dtype": "float128"},
+        {"parts": []},
+        {"parts": [{}, {}]},
+        {"version": 9},
+        {"more": 1},
+    ],
+)
+def test_a_malformed_layout_costs_its_sender_the_handoff_only(world: World, change: dict) -> None:
+    prefill, decode_worker = world.prefill[0], world.decode
+    prefill.endpoint.sender._wire = prefill.endpoint.sender._wire | change
+    open_both(world)
+    for worker in (prefill, decode_worker):
+        assert [event.end for event in worker.legs["h"].log] == ["refused"]
+
+
 def test_ids_are_not_used_twice(world: World) -> None:
     prefill, decode_worker = open_both(world)
     with pytest.raises(DuplicateHandoffError):

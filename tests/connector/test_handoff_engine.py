@@ -13,9 +13,11 @@ import pytest
 
 pytest.importorskip("kvxfer._transfer", reason="the transfer engine is not built")
 
-from handoff_process import NUM_LAYERS, Child, Prefill, Worker, kv_of
+from handoff_process import HEAD_DIM, NUM_HEADS, NUM_LAYERS, Child, Prefill, Worker, kv_of
 
 from kvxfer.connector import Accepted, Failed, Granted, Offered, Quiet
+from kvxfer.connector.protocol import MAX_MESSAGE_NBYTES
+from kvxfer.transfer import MAX_NOTIFICATION_NBYTES, probe_transports
 
 ENDS = [48, 96, 131]  # chunks; the last block is partial
 SOON_S = 5.0  # "within seconds", on a machine that others use too
@@ -23,6 +25,9 @@ SOON_S = 5.0  # "within seconds", on a machine that others use too
 
 @pytest.fixture(params=["tcp", "shm"])
 def transport(request: pytest.FixtureRequest) -> str:
+    reason = dict(probe_transports()).get(request.param, "not compiled in")
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
     return str(request.param)
 
 
@@ -86,7 +91,7 @@ def test_the_kv_arrives_bitwise(
                         got.view(np.uint32), wanted[token].view(np.uint32)
                     )
     assert untouched(decode, blocks)
-    nbytes = (ENDS[-1] - cached) * NUM_LAYERS * decode.layout.token_nbytes
+    nbytes = (ENDS[-1] - cached) * NUM_LAYERS * 2 * NUM_HEADS * HEAD_DIM * 4
     assert isinstance(accepted, Accepted)
     assert (accepted.handoff, accepted.first_tokens) == (handoff, (5,))
     assert (accepted.nbytes, accepted.transport) == (nbytes, transport)
@@ -186,3 +191,7 @@ def test_a_write_after_the_lease_ended_is_refused_and_counted(
     prefill.wait("Quiet")
     assert decode.engine.stats()["late_writes_refused"] > 0
     assert (decode.array == 0xAB).all()
+
+
+def test_the_biggest_message_fits_the_engines_notification() -> None:
+    assert MAX_MESSAGE_NBYTES <= MAX_NOTIFICATION_NBYTES

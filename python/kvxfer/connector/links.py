@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer.connector.events import HandoffConfig
 from kvxfer.connector.protocol import Message, encode
-from kvxfer.errors import KvxferError
+from kvxfer.errors import KvxferError, LayoutError
 from kvxfer.layout import KVLayout
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ class Link:
         key = repr(wire)
         layout = self._layouts.get(key)
         if layout is None:
-            layout = KVLayout.from_wire(wire)
+            try:
+                layout = KVLayout.from_wire(wire)
+                if layout.nbytes >= 1 << 62:  # or offsets would wrap when a plan adds to them
+                    raise LayoutError("wire", f"{layout.nbytes} bytes are beyond any memory")
+            except (ValueError, TypeError, OverflowError) as error:
+                if isinstance(error, KvxferError):
+                    raise
+                raise LayoutError("wire", f"malformed: {error}") from error
             if (
                 len(self._layouts) >= 8
             ):  # a peer has one layout a cache group; more is a mistake or malice

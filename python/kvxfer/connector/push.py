@@ -137,7 +137,7 @@ class Push:
             if not write.quiesced:
                 waiting.append(write)
             elif write.state == "done":
-                name = write.transport
+                name = write.transport or "unknown"
                 self.nbytes[name] = self.nbytes.get(name, 0) + write.nbytes_done
                 self._context.counters[f"bytes_sent_{name}"] += write.nbytes_done
         self._writes = waiting

@@ -160,8 +160,8 @@ class Receiver:
         item.nbytes = int(np.sum(sizes))
         item.state = _State.RESERVED
         item.grant = {
-            "token_begin": token_begin,
-            "token_end": token_end,
+            "token_begin": int(token_begin),
+            "token_end": int(token_end),
             "max_chunks": max_chunks,
             "ttl_s": ttl_s,
             "region": context.region.name,
@@ -425,7 +425,7 @@ class Receiver:
         commit, context = item.commit, self._context
         assert commit is not None
         assert item.grant is not None
-        transport = commit.transport or "unknown"
+        transport = commit.transport or self._busiest_transport(item.peer)
         del self._open[item.handoff]
         context.events.append(
             Accepted(
@@ -441,6 +441,13 @@ class Receiver:
         context.counters[f"bytes_received_{transport}"] += item.nbytes
         self._tombstones.add(item.handoff, reply=(Accept, {}))
         self._answer(item.peer, item.handoff)
+
+    def _busiest_transport(self, peer: str) -> str:
+        """For a commit that was sent before any write had chosen its transport."""
+        transports = self._context.engine.stats()["peers"].get(peer, {}).get("transport", {})
+        return max(
+            transports, key=lambda name: transports[name]["bytes_received"], default="unknown"
+        )
 
     def _extend(self, item: _Handoff, now: float) -> None:
         config = self._context.config

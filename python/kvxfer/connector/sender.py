@@ -112,9 +112,8 @@ class Sender:
             self._context.events.append(tombstone.failed)
             self._context.end("sender", tombstone.failed.end)
             return
-        item = _Handoff(
-            handoff, peer_incarnation, peer_address, num_tokens, self._context.clock() + deadline_s
-        )
+        deadline = self._context.clock() + deadline_s
+        item = _Handoff(handoff, peer_incarnation, peer_address, int(num_tokens), deadline)
         self._open[handoff] = item
         link = self._context.links.get(peer_incarnation)
         if link is not None and link.peer.alive:
@@ -171,7 +170,7 @@ class Sender:
         if item is None or item.state is not _State.SENDING or item.push is None:
             return
         item.push.check_complete(num_chunks)
-        item.first_tokens, item.cached_tokens = tuple(first_tokens), cached_tokens
+        item.first_tokens, item.cached_tokens = tuple(first_tokens), int(cached_tokens)
         if not item.first_tokens:
             raise InvalidArgumentError(f"commit of handoff {handoff} without a first token")
         item.state = _State.COMMITTED
@@ -184,7 +183,9 @@ class Sender:
         if item is not None:
             self._fail(item, cause, "client_gone", retryable=False)
         elif self._tombstones.get(handoff) is None:
-            self._tombstones.add(handoff, failed=Failed(handoff, cause, "client_gone", False))
+            self._tombstones.add(
+                handoff, failed=Failed(handoff, clip_text(cause), "client_gone", False)
+            )
 
     def shut_down(self, cause: str) -> None:
         for item in list(self._open.values()):
@@ -207,7 +208,11 @@ class Sender:
         try:
             self._check_grant(item, message)
         except KvxferError as error:
-            self._fail(item, f"unusable grant: {error}", "refused", retryable=False)
+            link = self._context.links.get(peer)
+            if link is None or not link.peer.alive:  # its regions went with it
+                self._fail(item, f"peer {peer} is gone", "peer_lost", retryable=True)
+            else:
+                self._fail(item, f"unusable grant: {error}", "refused", retryable=False)
             return
         item.grant = message
         item.state = _State.GRANTED
@@ -398,9 +403,8 @@ class Sender:
     def _send_offer(self, item: _Handoff) -> None:
         item.state = _State.OFFERED
         layout = self._context.layout
-        chunks = (
-            -(-item.num_tokens // layout.block_size) + 1
-        )  # chunks end on block ends, but the last
+        # Chunks end on block ends, but the last.
+        chunks = -(-item.num_tokens // layout.block_size) + 1
         self._context.links.send(
             item.peer,
             Offer,
