@@ -16,7 +16,10 @@ from kvxfer.kernels.triton.attention_prefill import paged_prefill
 from kvxfer.kernels.triton.copy import copy_blocks
 from kvxfer.kernels.triton.merge import merge_states
 
+TAKES_NUMPY = False
+
 __all__ = [
+    "TAKES_NUMPY",
     "append_kv",
     "copy_blocks",
     "describe",

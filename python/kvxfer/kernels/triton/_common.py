@@ -21,6 +21,8 @@ __all__ = [
     "check_slots",
     "dot_in_float32",
     "ids_are_checked",
+    "narrow",
+    "need_tensors",
     "on_device_of",
     "padded_width",
     "soft_cap",
@@ -41,6 +43,21 @@ def soft_cap(logits, cap):  # type: ignore[no-untyped-def]
 
 # TRITON_INTERPRET decides at decoration, so this says how the kernels of this process were made.
 INTERPRETED: bool = type(soft_cap).__name__ == "InterpretedFunction"
+ROUND_BY_BITS = tl.constexpr(INTERPRETED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def narrow(values, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``values`` as ``dtype``, to nearest even; the interpreter would cut float32 off to bfloat16."""
+    if ROUND_BY_BITS and dtype == tl.bfloat16:
+        wide = values.to(tl.float32)
+        bits = wide.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(wide == wide, rounded, (bits >> 16) | 0x40)
+        result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = values.to(dtype)
+    return result
 
 
 def unavailable(op: str, device: str) -> str | None:
@@ -58,6 +75,14 @@ def unavailable(op: str, device: str) -> str | None:
 
 def describe() -> str:
     return f"Triton {triton.__version__}" + (", interpreted (for tests)" if INTERPRETED else "")
+
+
+def need_tensors(name: str, array: Any) -> None:
+    """Arguments of one call are of one library, so looking at one is enough."""
+    if not isinstance(array, torch.Tensor):
+        raise InvalidArgumentError(
+            f"{name}: the triton backend takes torch tensors, given {type(array).__name__}"
+        )
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvxfer.kernels.triton._common import check_slots, on_device_of
+from kvxfer.kernels.triton._common import check_slots, narrow, need_tensors, on_device_of
 
 __all__ = ["append_kv"]
 
@@ -41,7 +41,7 @@ def _append_rows(  # type: ignore[no-untyped-def]
         values = tl.div_rn(values.to(tl.float32), scale)
     target = cache + block * stride_block + slot * stride_token
     target += head.to(tl.int64)[:, None] * stride_head
-    tl.store(target + channel[None, :], values.to(cache.dtype.element_ty), mask=inside)
+    tl.store(target + channel[None, :], narrow(values, cache.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -102,6 +102,7 @@ def append_kv(
     v_scale: float,
 ) -> None:
     """See :func:`kvxfer.kernels.append_kv`. One program per token and group of heads."""
+    need_tensors("key", key)
     num_blocks, block_size, num_heads, width_k = k_cache.shape
     check_slots(slot_mapping, num_blocks, block_size)
     num_tokens, width_v = key.shape[0], v_cache.shape[3]

@@ -12,6 +12,8 @@ from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
     dot_in_float32,
+    narrow,
+    need_tensors,
     on_device_of,
     padded_width,
     soft_cap,
@@ -182,7 +184,7 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def]
         highest = raised
     safe = tl.where(total == 0.0, 1.0, total)
     target = out + batch * stride_out_batch + head * stride_out_head + dv
-    tl.store(target, (sums / safe * v_scale).to(out.dtype.element_ty), mask=dv < WIDTH_V)
+    tl.store(target, narrow(sums / safe * v_scale, out.dtype.element_ty), mask=dv < WIDTH_V)
     if HAS_LSE:
         merged = (highest + tl.log2(safe)) * 0.6931471805599453
         tl.store(lse + batch * num_q_heads + head, tl.where(total == 0.0, float("-inf"), merged))
@@ -209,6 +211,7 @@ def paged_decode(
     The grid follows from shapes alone (the table's width bounds the lengths), so that a CUDA graph of it
     stays right when lengths change.
     """
+    need_tensors("q", q)
     batch, num_q_heads, width_k = q.shape
     num_blocks, block_size, num_kv_heads, width_v = v_cache.shape
     first_keys = (seq_lens - 1 - window_left) if window_left >= 0 else torch.zeros_like(seq_lens)

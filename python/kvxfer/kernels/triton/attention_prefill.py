@@ -18,6 +18,8 @@ from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
     dot_in_float32,
+    narrow,
+    need_tensors,
     on_device_of,
     padded_width,
     soft_cap,
@@ -44,15 +46,12 @@ def prefill_config(head_dim: int, rows_per_sequence: int, *, wide: bool) -> Pref
     """
     if wide:  # float32 dots have no tensor core path that keeps float32's precision
         return PrefillConfig(32, 32, 4, 2)
+    short = rows_per_sequence <= 64
     if head_dim > 128:
-        return (
-            PrefillConfig(128, 32, 8, 3) if rows_per_sequence > 64 else PrefillConfig(64, 32, 4, 3)
-        )
-    if head_dim > 64:
-        return (
-            PrefillConfig(128, 64, 8, 3) if rows_per_sequence > 64 else PrefillConfig(64, 64, 4, 3)
-        )
-    return PrefillConfig(128, 128, 8, 3) if rows_per_sequence > 64 else PrefillConfig(64, 64, 4, 3)
+        return PrefillConfig(64, 32, 8, 3) if short else PrefillConfig(128, 32, 8, 3)
+    if short:
+        return PrefillConfig(64, 64, 4, 3)
+    return PrefillConfig(128, 64, 8, 3) if head_dim > 64 else PrefillConfig(128, 128, 8, 3)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -279,7 +278,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         target = out + token[:, None] * stride_out_token + head.to(tl.int64) * stride_out_head
         tl.store(
             target + dv[None, :],
-            values.to(out.dtype.element_ty),
+            narrow(values, out.dtype.element_ty),
             mask=inside[:, None] & (dv < WIDTH_V)[None, :],
         )
         if HAS_LSE:
@@ -306,6 +305,7 @@ def paged_prefill(
     sinks: torch.Tensor | None,
 ) -> None:
     """See :func:`kvxfer.kernels.paged_prefill`."""
+    need_tensors("q", q)
     num_tokens, num_q_heads, width_k = q.shape
     num_blocks, block_size, num_kv_heads, width_v = v_cache.shape
     batch = seq_lens.shape[0]

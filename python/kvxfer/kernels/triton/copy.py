@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kvxfer.kernels._copy_job import ITEMSIZE, CopyJob, PartCopy
-from kvxfer.kernels.triton._common import on_device_of
+from kvxfer.kernels.triton._common import narrow, on_device_of
 
 __all__ = ["copy_blocks"]
 
@@ -43,6 +43,7 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     SRC: tl.constexpr,
     DST: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row starts at a multiple of 16 bytes on both sides
     HEADS_INSIDE: tl.constexpr,  # walk a token's heads before the next token: as the destination lies
 ):
     column = tl.arange(0, BLOCK_C)
@@ -64,11 +65,14 @@ def copy_kernel(  # type: ignore[no-untyped-def]
             inside = row < tokens * num_heads
             source = src + token * src_token + head * src_head
             target = dst + token * dst_token + head * dst_head
+            if ALIGNED:
+                # Addresses out of a table tell the compiler nothing; with this, accesses are 16 bytes.
+                source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
             for start in range(0, WIDTH, BLOCK_C):
                 at = start + column
                 mask = inside[:, None] & (at < WIDTH)[None, :]
                 values = tl.load(source[:, None] + at[None, :], mask=mask)
-                tl.store(target[:, None] + at[None, :], values.to(DST), mask=mask)
+                tl.store(target[:, None] + at[None, :], narrow(values, DST), mask=mask)
 
 
 def copy_blocks(job: CopyJob) -> None:
@@ -126,16 +130,21 @@ def _copy_part(
         BLOCK_C=block_c,
         SRC=types[0],
         DST=types[1],
+        ALIGNED=_row_alignment(part, addresses) == 16,
         HEADS_INSIDE=part.dst_strides[2] <= part.dst_strides[1],
         num_warps=8,
     )
 
 
+def _row_alignment(part: PartCopy, addresses: np.ndarray[Any, Any]) -> int:
+    """The largest power of two, up to 16, at whose multiples every row starts on both sides."""
+    starts = int(np.gcd.reduce(addresses, axis=None))
+    return math.gcd(16, starts, *part.src_strides, *part.dst_strides)
+
+
 def _unit(part: PartCopy, itemsize: int, addresses: np.ndarray[Any, Any]) -> int:
     """The widest integer at whose multiples every row starts and ends."""
-    numbers = [8, part.width * itemsize, *part.src_strides, *part.dst_strides]
-    numbers.append(int(np.gcd.reduce(addresses, axis=None)))
-    return math.gcd(*numbers)
+    return math.gcd(8, _row_alignment(part, addresses), part.width * itemsize)
 
 
 def _programs(job: CopyJob, num_tiles: int, where: torch.Tensor) -> int:

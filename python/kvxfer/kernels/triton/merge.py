@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvxfer.kernels.triton._common import on_device_of
+from kvxfer.kernels.triton._common import narrow, need_tensors, on_device_of
 
 __all__ = ["merge_states"]
 
@@ -42,7 +42,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     from_b = tl.load(v_b + at, mask=inside & (weight_b != 0.0)[:, None], other=0.0).to(tl.float32)
     values = from_a * weight_a[:, None] + from_b * weight_b[:, None]
     values = values / tl.where(empty, 1.0, total)[:, None]
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, narrow(values, out.dtype.element_ty), mask=inside)
     merged = tl.log(tl.where(empty, 1.0, total)) + finite
     tl.store(lse + row, tl.where(empty, float("-inf"), merged), mask=row < num_rows)
 
@@ -56,6 +56,7 @@ def merge_states(
     lse: torch.Tensor,
 ) -> None:
     """See :func:`kvxfer.kernels.merge_states`."""
+    need_tensors("v_a", v_a)
     num_rows, width = lse.numel(), out.shape[-1]
     if not num_rows:
         return
