@@ -138,8 +138,16 @@ class Attempt:
             self._silence.cancel()
         if not self._begun:
             self._silence = asyncio.get_running_loop().call_later(
-                self._beat_timeout_s, self._decode_lost, f"silent for {self._beat_timeout_s:g} s"
+                0.9 * self._beat_timeout_s, self._nearly_silent
             )
+
+    def _nearly_silent(self) -> None:
+        # In two steps: had this router's own loop been held up, what came meanwhile is read in between.
+        self._silence = asyncio.get_running_loop().call_later(
+            0.1 * self._beat_timeout_s,
+            self._decode_lost,
+            f"silent for {self._beat_timeout_s:g} s",
+        )
 
     # -- what ends an attempt ----------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class WorkerView:
     up: bool = False
     why: str = "not heard of yet"  # while it is not up
     last_heard: float = 0.0
+    misses: int = 0  # polls in a row without an answer in time
     in_flight: int = 0  # this router's open legs
     leaving: bool = False  # asked to be dropped: no new legs
     on_lost: set[Callable[[str], None]] = field(default_factory=set)
@@ -235,7 +236,9 @@ class Pool:
             answer.raise_for_status()
             state = _STATE.decode(answer.content)
         except httpx.TimeoutException:
-            if time.monotonic() >= silent_until or not view.up:
+            view.misses += 1
+            # Two at least: one may be our own loop's, held up by something else.
+            if view.misses > 1 and time.monotonic() >= silent_until:
                 self._lost(view, f"no answer for {self._lost_after_s:g} s")
         except httpx.HTTPStatusError as error:
             self._lost(view, f"GET /internal/state answered {error.response.status_code}")
@@ -245,7 +248,7 @@ class Pool:
             self._heard(view, state)
 
     def _heard(self, view: WorkerView, state: WorkerState) -> None:
-        view.last_heard = time.monotonic()
+        view.last_heard, view.misses = time.monotonic(), 0
         if view.up and view.state is not None and view.state.incarnation != state.incarnation:
             self._lost(view, "it was restarted")
         if not view.up:
