@@ -5,8 +5,7 @@
 // (isa_*.cpp).
 #pragma once
 
-constexpr int64_t kDecodeTile =
-    16;  // keys; two tiles of K and V fit into 32 KiB of L1 at head_dim 128
+constexpr int64_t kDecodeTile = 32;  // keys
 
 KVXFER_INLINE int64_t pad_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -30,27 +29,42 @@ KVXFER_INLINE void locate_rows(const Attention& a, int64_t sequence, int64_t beg
     rows.v[i] = static_cast<const T*>(a.v.data) + row_offset(a.v.strides, block, offset, 0);
     if (++offset == a.block_size) offset = 0, ++column;
   }
-}
-
-template <class T>
-KVXFER_INLINE void prefetch_row(const T* p, int64_t n) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += 64) {
-    __builtin_prefetch(bytes + at);
+  // Entries behind the last key are only ever prefetched.
+  for (int64_t i = rows.count; i < kDecodeTile; ++i) {
+    rows.k[i] = static_cast<const T*>(a.k.data);
+    rows.v[i] = static_cast<const T*>(a.v.data);
   }
 }
 
-// scores[r][t..t+3] = q[r] . k[t..t+3] for R query rows and four keys.
-template <int R, class T>
-KVXFER_INLINE void dot_rows(const float* q, int64_t q_stride, const T* const* k, int64_t shift,
-                            int64_t n, float* scores) {
+// scores[r][t..t+3] = q[r] . k[t..t+3] for R query rows and four keys. A line of the next tile's
+// rows is asked for between the products: in bursts the requests would fill the core's few miss
+// buffers, and the products would wait.
+template <int R, bool kTail, bool kPrefetch, class T>
+KVXFER_INLINE void dot_rows(const float* q, int64_t q_stride, const T* const* k,
+                            const T* const* ahead, int64_t shift, int64_t n, float* scores) {
+  constexpr int kPerLine = 64 / (kLanes * static_cast<int>(sizeof(T))) > 0
+                               ? 64 / (kLanes * static_cast<int>(sizeof(T)))
+                               : 1;  // steps that one line lasts
   Vf acc[R][4] = {};
   const T* k0 = k[0] + shift;
   const T* k1 = k[1] + shift;
   const T* k2 = k[2] + shift;
   const T* k3 = k[3] + shift;
+  const T* next[4] = {ahead[0] + shift, ahead[1] + shift, ahead[2] + shift, ahead[3] + shift};
   int64_t d = 0;
   for (; d + kLanes <= n; d += kLanes) {
+    if (kPrefetch) {
+      const int64_t step = d / kLanes;
+      if (kPerLine == 1) {
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(next[i] + d);
+      } else if (kPerLine == 2) {
+        const int64_t line = step / 2 * 2 * kLanes;
+        __builtin_prefetch((step % 2 == 0 ? next[0] : next[2]) + line);
+        __builtin_prefetch((step % 2 == 0 ? next[1] : next[3]) + line);
+      } else {
+        __builtin_prefetch(next[step % 4] + step / 4 * 4 * kLanes);
+      }
+    }
     const Vf x0 = load(k0 + d), x1 = load(k1 + d), x2 = load(k2 + d), x3 = load(k3 + d);
     for (int r = 0; r < R; ++r) {
       const Vf y = load(q + r * q_stride + d);
@@ -60,7 +74,7 @@ KVXFER_INLINE void dot_rows(const float* q, int64_t q_stride, const T* const* k,
       acc[r][3] += x3 * y;
     }
   }
-  if (d < n) {
+  if (kTail) {
     const Vf x0 = load_part(k0 + d, n - d), x1 = load_part(k1 + d, n - d);
     const Vf x2 = load_part(k2 + d, n - d), x3 = load_part(k3 + d, n - d);
     for (int r = 0; r < R; ++r) {
@@ -78,13 +92,19 @@ KVXFER_INLINE void dot_rows(const float* q, int64_t q_stride, const T* const* k,
 }
 
 // values[r][d..] += sum over keys of p[r][t] * v[t][d..], N vectors of channels at a time.
-template <int R, int N, class T>
-KVXFER_INLINE void add_values(const float* p, const T* const* v, int64_t shift, int64_t count,
-                              float* values, int64_t stride) {
+template <int R, int N, bool kPrefetch, class T>
+KVXFER_INLINE void add_values(const float* p, const T* const* v, const T* const* ahead,
+                              int64_t shift, int64_t count, float* values, int64_t stride) {
   Vf acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) acc[r][j] = load(values + r * stride + j * kLanes);
   for (int64_t t = 0; t < count; ++t) {
+    if (kPrefetch) {
+      const char* next = reinterpret_cast<const char*>(ahead[t] + shift);
+      for (int64_t at = 0; at < N * kLanes * static_cast<int64_t>(sizeof(T)); at += 64) {
+        __builtin_prefetch(next + at);
+      }
+    }
     Vf x[N];
     for (int j = 0; j < N; ++j) x[j] = load(v[t] + shift + j * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -148,50 +168,36 @@ KVXFER_INLINE void soften(const Attention& a, float* scores, int64_t count, RowS
   }
 }
 
-// One tile of keys for R query rows of one KV head.
-template <int R, class T>
-KVXFER_INLINE void decode_tile(const Attention& a, const TileRows<T>& rows, const TileRows<T>& next,
-                               int64_t k_shift, int64_t v_shift, const float* q, int64_t q_stride,
-                               RowState* state, float* values, int64_t stride, bool prefetch) {
+// One tile of keys for R query rows of one KV head. The first rows of a group to see it prefetch
+// the next tile.
+template <int R, bool kTail, bool kPrefetch, class T>
+void decode_tile(const Attention& a, const TileRows<T>& rows, const TileRows<T>& next,
+                 int64_t k_shift, int64_t v_shift, const float* q, int64_t q_stride,
+                 RowState* state, float* values, int64_t stride) {
   alignas(64) float scores[R * kDecodeTile];
   for (int64_t t = 0; t < rows.count; t += 4) {
     // Short of four keys the last one stands in: its scores are masked, and no foreign row is read.
     const T* k[4];
     for (int64_t i = 0; i < 4; ++i) k[i] = rows.k[t + i < rows.count ? t + i : rows.count - 1];
-    dot_rows<R>(q, q_stride, k, k_shift, a.head_dim, scores + t);
-    if (prefetch) {
-      for (int64_t i = t; i < t + 4 && i < next.count; ++i)
-        prefetch_row(next.k[i] + k_shift, a.head_dim);
-    }
-  }
-  if (prefetch) {
-    for (int64_t i = rows.count; i < next.count; ++i) prefetch_row(next.k[i] + k_shift, a.head_dim);
+    dot_rows<R, kTail, kPrefetch>(q, q_stride, k, next.k + t, k_shift, a.head_dim, scores + t);
   }
   for (int64_t t = (rows.count + 3) / 4 * 4; t < kDecodeTile; ++t) {
     for (int r = 0; r < R; ++r) scores[r * kDecodeTile + t] = 0;
   }
   soften<R>(a, scores, rows.count, state, values, stride);
   constexpr int kWide = R >= 4 ? 2 : R == 2 ? 4 : 8;
-  int64_t d = 0, ahead = 0;
-  const int64_t steps = (a.head_dim_v + kWide * kLanes - 1) / (kWide * kLanes);
-  for (int64_t step = 0; step < steps; ++step) {
-    if (prefetch) {  // evenly: a share of the next tile's rows in each step
-      const int64_t until = next.count * (step + 1) / steps;
-      for (; ahead < until; ++ahead) prefetch_row(next.v[ahead] + v_shift, a.head_dim_v);
-    }
-    const int64_t left = a.head_dim_v - d;
-    if (left >= kWide * kLanes) {
-      add_values<R, kWide>(scores, rows.v, v_shift + d, rows.count, values + d, stride);
-      d += kWide * kLanes;
-      continue;
-    }
-    for (; d + kLanes <= a.head_dim_v; d += kLanes) {
-      add_values<R, 1>(scores, rows.v, v_shift + d, rows.count, values + d, stride);
-    }
-    if (d < a.head_dim_v) {
-      add_values_tail<R>(scores, rows.v, v_shift + d, rows.count, a.head_dim_v - d, values + d,
-                         stride);
-    }
+  int64_t d = 0;
+  for (; d + kWide * kLanes <= a.head_dim_v; d += kWide * kLanes) {
+    add_values<R, kWide, kPrefetch>(scores, rows.v, next.v, v_shift + d, rows.count, values + d,
+                                    stride);
+  }
+  for (; d + kLanes <= a.head_dim_v; d += kLanes) {
+    add_values<R, 1, kPrefetch>(scores, rows.v, next.v, v_shift + d, rows.count, values + d,
+                                stride);
+  }
+  if (d < a.head_dim_v) {
+    add_values_tail<R>(scores, rows.v, v_shift + d, rows.count, a.head_dim_v - d, values + d,
+                       stride);
   }
 }
 
@@ -234,6 +240,7 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
     for (int64_t d = 0; d < v_stride; ++d) s.values[h * v_stride + d] = 0;
     s.state[h] = {kLowest, Vf{}};
   }
+  const bool tail = a.head_dim % kLanes != 0;
   TileRows<T> tiles[2];
   const auto tile_end = [&](int64_t begin) {
     return begin + kDecodeTile < item.key_end ? begin + kDecodeTile : item.key_end;
@@ -250,11 +257,13 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
         const int64_t h = (kv_head - item.head_begin) * group + g;
         const float* q = s.q + h * q_stride;
         float* values = s.values + h * v_stride;
-        const bool prefetch = g == 0;
         const auto run = [&](auto rows_at_once) {
           constexpr int kRows = decltype(rows_at_once)::value;
-          decode_tile<kRows>(a, rows, next, k_shift, v_shift, q, q_stride, s.state + h, values,
-                             v_stride, prefetch);
+          const auto tile = tail ? (g == 0 ? &decode_tile<kRows, true, true, T>
+                                           : &decode_tile<kRows, true, false, T>)
+                                 : (g == 0 ? &decode_tile<kRows, false, true, T>
+                                           : &decode_tile<kRows, false, false, T>);
+          tile(a, rows, next, k_shift, v_shift, q, q_stride, s.state + h, values, v_stride);
           g += kRows;
         };
         if (group - g >= kMaxDecodeRows) {

@@ -145,6 +145,19 @@ KVXFER_INLINE void gather_tile(const T* const* rows, int64_t shift, int64_t coun
 }
 
 template <class T>
+KVXFER_INLINE void prefetch_row(const T* p, int64_t n) {
+  const char* at = reinterpret_cast<const char*>(p);
+  const char* const end = at + n * static_cast<int64_t>(sizeof(T));
+  for (; at + 256 <= end; at += 256) {
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
+    __builtin_prefetch(at + 128);
+    __builtin_prefetch(at + 192);
+  }
+  for (; at < end; at += 64) __builtin_prefetch(at);
+}
+
+template <class T>
 KVXFER_INLINE void locate_tile(const Attention& a, int64_t sequence, int64_t begin, int64_t count,
                                const T** k, const T** v) {
   const int32_t* table = a.block_table + sequence * a.table_stride;

@@ -26,7 +26,9 @@ struct BFloat {
 
 #define KVXFER_INLINE inline __attribute__((always_inline))
 
-KVXFER_INLINE Vf splat(float x) { return Vf{} + x; }
+// Minus, because x - 0 is x for every x, so that only the broadcast is left; x + 0 would turn -0
+// into 0.
+KVXFER_INLINE Vf splat(float x) { return x - Vf{}; }
 KVXFER_INLINE Vf load(const float* p) { return *reinterpret_cast<const VfLoose*>(p); }
 KVXFER_INLINE void store(float* p, Vf v) { *reinterpret_cast<VfLoose*>(p) = v; }
 
@@ -101,9 +103,14 @@ KVXFER_INLINE float sum_lanes(Vf v) {
 }
 
 KVXFER_INLINE float max_lanes(Vf v) {
-  float highest = v[0];
-  for (int i = 1; i < kLanes; ++i) highest = v[i] > highest ? v[i] : highest;
-  return highest;
+  // Halves against each other by shuffles; which order does not matter to a maximum.
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    Vi index;
+    for (int i = 0; i < kLanes; ++i) index[i] = (i + step) % kLanes;
+    const Vf other = __builtin_shuffle(v, index);
+    v = max_or_second(other, v);
+  }
+  return v[0];
 }
 
 KVXFER_INLINE bool all_equal(Vf a, Vf b) {

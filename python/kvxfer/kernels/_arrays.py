@@ -3,7 +3,8 @@
 """What an array is (library, device, dtype), and the checks every kernel shares.
 
 A message names the argument, what was expected and what was given: silent corruption from a wrong
-shape or stride is the fault this package exists to prevent.
+shape or stride is the fault this package exists to prevent. A server calls these checks for every layer
+of every step, so they look at each array once: on the host through its NumPy view.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ from kvxfer.errors import InvalidArgumentError
 __all__ = [
     "FLOAT_DTYPES",
     "Array",
+    "Operands",
     "as_numpy",
-    "check_array",
-    "check_same_place",
     "device_of",
     "dtype_of",
-    "empty_like_library",
     "is_torch",
     "same_memory",
 ]
@@ -33,10 +32,19 @@ Array = Any  # numpy.ndarray or torch.Tensor; torch stays out of the type too
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
+# A NumPy uint16 is bfloat16, for which NumPy has no type of its own.
+_NUMPY_NAMES = {
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float16): "float16",
+    np.dtype(np.uint16): "bfloat16",
+    np.dtype(np.int32): "int32",
+    np.dtype(np.int64): "int64",
+}
+
 
 # A decode step makes some ten calls of five arrays each, so what is asked of an array here is asked
 # hundreds of times a step: names of dtypes are remembered, and the common case comes first.
-_torch_dtype_names: dict[object, str] = {}
+_torch_names: dict[object, str] = {}
 
 
 def is_torch(array: object) -> bool:
@@ -52,126 +60,37 @@ def device_of(array: Array) -> str:
 
 
 def dtype_of(array: Array) -> str:
-    """The dtype's name; a NumPy ``uint16`` is bfloat16, for which NumPy has no type of its own."""
-    if is_torch(array):
-        known = _torch_dtype_names.get(array.dtype)
-        if known is None:
-            known = _torch_dtype_names[array.dtype] = str(array.dtype).removeprefix("torch.")
-        return known
-    name = str(array.dtype.name)
-    return "bfloat16" if name == "uint16" else name
+    """The dtype's name, ``"bfloat16"`` for a NumPy ``uint16``."""
+    if isinstance(array, np.ndarray):
+        return _NUMPY_NAMES.get(array.dtype) or str(array.dtype.name)
+    known = _torch_names.get(array.dtype)
+    if known is None:
+        known = _torch_names[array.dtype] = str(array.dtype).removeprefix("torch.")
+    return known
 
 
 def as_numpy(array: Array) -> np.ndarray[Any, Any]:
     """A NumPy view of host memory, no copy; bfloat16 becomes ``uint16``."""
-    if is_torch(array):
-        if array.requires_grad:
-            array = array.detach()
-        if dtype_of(array) == "bfloat16":
-            array = array.view(sys.modules["torch"].uint16)
-        return array.numpy()  # type: ignore[no-any-return]
-    if array.dtype.name == "bfloat16":  # the ml_dtypes extension type
-        return array.view(np.uint16)  # type: ignore[no-any-return]
-    return array  # type: ignore[no-any-return]
-
-
-def empty_like_library(like: Array, shape: Sequence[int], dtype: str) -> Array:
-    """An uninitialised array of the library and device of ``like``."""
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
-    if like.dtype.name == "bfloat16" and dtype == "bfloat16":
-        return np.empty(shape, like.dtype)
-    return np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
-
-
-def check_array(
-    name: str,
-    array: Array,
-    *,
-    shape: Sequence[int | str],
-    dtypes: Sequence[str],
-    contiguous: str = "last",
-) -> tuple[int, ...]:
-    """Check one argument and return its shape.
-
-    Args:
-        shape: per axis the expected extent, or a letter where any extent will do.
-        contiguous: ``"last"``: elements of the last axis are adjacent; ``"all"``: C-contiguous.
-    """
-    torch_array = is_torch(array)
-    if not torch_array and not isinstance(array, np.ndarray):
-        raise InvalidArgumentError(
-            f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
-        )
-    given: tuple[int, ...] = tuple(array.shape)
-    matches = len(given) == len(shape)
-    if matches:
-        for want, have in zip(shape, given, strict=True):
-            if want != have and not isinstance(want, str):
-                matches = False
-    if not matches:
-        want_text = "[" + ", ".join(str(n) for n in shape) + "]"
-        raise InvalidArgumentError(f"{name}: expected shape {want_text}, given {list(given)}")
-    dtype = dtype_of(array)
-    if dtype not in dtypes:
-        raise InvalidArgumentError(f"{name}: expected dtype {' or '.join(dtypes)}, given {dtype}")
-    # torch has no negative strides, so its last one says all that "last" asks for.
-    if not (torch_array and contiguous == "last" and given and array.stride(-1) == 1):
-        _check_strides(name, array, given, contiguous)
-    return given
-
-
-def _check_strides(name: str, array: Array, shape: tuple[int, ...], contiguous: str) -> None:
-    if is_torch(array):
-        strides, unit = tuple(array.stride()), 1
-    else:
-        strides, unit = array.strides, array.itemsize
-    if contiguous == "last":
-        # Strides of axes of extent 1 mean nothing, and libraries report arbitrary ones.
-        if shape and shape[-1] > 1 and strides[-1] != unit:
-            raise InvalidArgumentError(
-                f"{name}: expected adjacent elements along the last axis (stride 1), "
-                f"given stride {strides[-1] / unit:g}"
-            )
-        if any(n > 1 and s < 0 for n, s in zip(shape, strides, strict=True)):
-            raise InvalidArgumentError(f"{name}: expected strides >= 0, given {list(strides)}")
-        return
-    dense = unit
-    for n, s in zip(reversed(shape), reversed(strides), strict=True):
-        if n > 1 and s != dense:
-            raise InvalidArgumentError(
-                f"{name}: expected a C-contiguous array, given strides {list(strides)} "
-                f"for shape {list(shape)}"
-            )
-        dense *= n
-
-
-def check_same_place(arrays: dict[str, Array]) -> str:
-    """All arrays are of one library and on one device; returns that device."""
-    items = iter(arrays.items())
-    first_name, first = next(items)
-    library, device = is_torch(first), device_of(first)
-    for name, array in items:
-        if is_torch(array) != library:
-            kinds = ("a NumPy array", "a torch tensor")
-            raise InvalidArgumentError(
-                f"{name}: expected {kinds[library]} like {first_name}, given {kinds[not library]}"
-            )
-        given = device_of(array)
-        if given != device:
-            raise InvalidArgumentError(
-                f"{name}: expected device {device} like {first_name}, given {given}"
-            )
-    return device
+    if isinstance(array, np.ndarray):
+        if array.dtype.name == "bfloat16":  # the ml_dtypes extension type
+            return array.view(np.uint16)
+        return array
+    torch = sys.modules["torch"]
+    if array.requires_grad:
+        array = array.detach()
+    if array.dtype is torch.bfloat16:
+        array = array.view(torch.uint16)
+    return array.numpy()  # type: ignore[no-any-return]
 
 
 def same_memory(a: Array, b: Array) -> bool:
     """May the two share bytes? Compares address ranges, so never falsely negative."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.may_share_memory(a, b)
     if device_of(a) != device_of(b):
         return False
     if device_of(a) == "cpu":
-        return bool(np.may_share_memory(as_numpy(a), as_numpy(b)))
+        return np.may_share_memory(as_numpy(a), as_numpy(b))
     (low_a, high_a), (low_b, high_b) = _device_range(a), _device_range(b)
     return low_a < high_b and low_b < high_a
 
@@ -182,3 +101,120 @@ def _device_range(tensor: Array) -> tuple[int, int]:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.data_ptr())
     return start, start + (int(last) + 1) * int(tensor.element_size())
+
+
+class Operands:
+    """The arrays of one call: all of one library, on one device.
+
+    ``views`` holds what is looked at and what NumPy backends get; ``given`` what the caller passed.
+    """
+
+    def __init__(self) -> None:
+        self.views: dict[str, Array] = {}
+        self.given: dict[str, Array] = {}
+        self.dtypes: dict[str, str] = {}
+        self.torch = False
+        self.device = ""
+        self._swapped: tuple[str, ...] = ()  # whose `given` form is still to be swapped
+
+    def add(
+        self,
+        name: str,
+        array: Array,
+        shape: Sequence[int | str],
+        dtypes: Sequence[str],
+        *,
+        dense: bool = False,
+    ) -> tuple[int, ...]:
+        """Check one argument and return its shape.
+
+        Args:
+            shape: per axis the expected extent, or a word where any extent will do.
+            dense: expect a C-contiguous array; else only the last axis' elements need be adjacent.
+        """
+        view = self._place(name, array)
+        given: tuple[int, ...] = tuple(view.shape)
+        matches = len(given) == len(shape)
+        if matches:
+            for want, have in zip(shape, given, strict=True):
+                if want != have and not isinstance(want, str):
+                    matches = False
+        if not matches:
+            text = ", ".join(str(n) for n in shape)
+            raise InvalidArgumentError(f"{name}: expected shape [{text}], given {list(given)}")
+        dtype = dtype_of(array)
+        if dtype not in dtypes:
+            raise InvalidArgumentError(
+                f"{name}: expected dtype {' or '.join(dtypes)}, given {dtype}"
+            )
+        _check_strides(name, view, given, dense)
+        self.views[name], self.given[name], self.dtypes[name] = view, array, dtype
+        return given
+
+    def _place(self, name: str, array: Array) -> Array:
+        torch = not isinstance(array, np.ndarray)
+        if torch and not is_torch(array):
+            raise InvalidArgumentError(
+                f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
+            )
+        device = str(array.device) if torch and not array.is_cpu else "cpu"
+        if not self.device:
+            self.torch, self.device = torch, device
+        elif torch != self.torch or device != self.device:
+            kinds = ("a NumPy array", "a torch tensor")
+            raise InvalidArgumentError(
+                f"{name}: expected {kinds[self.torch]} on {self.device} like {next(iter(self.views))}, "
+                f"given {kinds[torch]} on {device}"
+            )
+        return as_numpy(array) if device == "cpu" else array
+
+    def swap_middle(self, *names: str) -> None:
+        """Exchange axes 1 and 2 of these arrays: a head-major cache seen as a token-major one."""
+        for name in names:
+            self.views[name] = self.views[name].swapaxes(1, 2)
+        self._swapped = names
+
+    def source(self, numpy: bool) -> dict[str, Array]:
+        """The arrays by name, as a backend wants them."""
+        if numpy:
+            return self.views
+        for name in self._swapped:
+            self.given[name] = self.given[name].swapaxes(1, 2)
+        self._swapped = ()
+        return self.given
+
+    def allocate(self, shape: Sequence[int], dtype: str) -> tuple[Array, Array]:
+        """An uninitialised array of the call's library and device, and its view."""
+        if not self.torch:
+            array: Array = np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
+            like = next(iter(self.given.values()))
+            if dtype == "bfloat16" and like.dtype.name == "bfloat16":
+                return array.view(like.dtype), array
+            return array, array
+        torch = sys.modules["torch"]
+        array = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=self.device)
+        return array, as_numpy(array) if self.device == "cpu" else array
+
+
+def _check_strides(name: str, view: Array, shape: tuple[int, ...], dense: bool) -> None:
+    # Strides of axes of extent 1 mean nothing, and libraries report arbitrary ones.
+    if isinstance(view, np.ndarray):
+        strides, unit = view.strides, view.itemsize
+        contiguous = view.flags.c_contiguous
+    else:
+        strides, unit = tuple(view.stride()), 1
+        contiguous = view.is_contiguous()
+    if contiguous:
+        return
+    if dense:
+        raise InvalidArgumentError(
+            f"{name}: expected a C-contiguous array, given strides {list(strides)} "
+            f"for shape {list(shape)}"
+        )
+    if shape[-1] > 1 and strides[-1] != unit:
+        raise InvalidArgumentError(
+            f"{name}: expected adjacent elements along the last axis (stride 1), "
+            f"given stride {strides[-1] / unit:g}"
+        )
+    if min(strides) < 0:
+        raise InvalidArgumentError(f"{name}: expected strides >= 0, given {list(strides)}")

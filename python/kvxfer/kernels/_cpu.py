@@ -26,6 +26,8 @@ __all__ = [
     "unavailable",
 ]
 
+TAKES_NUMPY = True
+
 NpArray = npt.NDArray[Any]
 
 _DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2}

@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs a call, and why not the others.
 
-A backend is a module with any of the functions in ``OPS`` and ``unavailable(op, device)``, which gives
-the reason why it cannot run that op on that device here, or None. The public functions have checked and
+A backend is a module with any of the functions in ``OPS``, ``unavailable(op, device)``, which gives the reason
+why it cannot run that op on that device here, or None, and ``TAKES_NUMPY``. The public functions have checked and
 normalised everything before a backend is called:
 
 - caches are views ``[block, token, head, channel]`` with any strides, last axis contiguous (an HND cache
-  is the same view with other strides); ``reference`` and ``cpu`` get NumPy views (bfloat16 as ``uint16``),
-  ``triton`` and ``cuda`` get torch tensors;
+  is the same view with other strides); where ``TAKES_NUMPY`` all arrays are NumPy views (bfloat16 as ``uint16``:
+  ``reference``, ``cpu``), else what the caller gave, torch tensors as a rule (``triton``, ``cuda``);
 - outputs are allocated; ``lse`` is a float32 array or None; ``k_scale`` is folded into ``sm_scale``.
 
     append_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale, v_scale)
@@ -41,6 +41,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "set_num_threads",
+    "takes_numpy",
 ]
 
 OPS = ("append_kv", "paged_decode", "paged_prefill", "merge_states", "copy_blocks")
@@ -113,6 +114,11 @@ def choose(op: str, device: str, backend: str) -> ModuleType:
         reasons[name] = reason
     text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UnavailableError(f"{op}: no backend for arrays on {device}: {text}", reason=text)
+
+
+def takes_numpy(module: ModuleType) -> bool:
+    """Does this backend want NumPy views (else: what the caller gave)?"""
+    return bool(getattr(module, "TAKES_NUMPY", False))
 
 
 def _loaded(backend: str) -> ModuleType:

@@ -8,21 +8,10 @@ import math
 from typing import Any
 
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels._arrays import (
-    FLOAT_DTYPES,
-    Array,
-    as_numpy,
-    check_array,
-    check_same_place,
-    dtype_of,
-    empty_like_library,
-    same_memory,
-)
-from kvxfer.kernels._dispatch import choose
+from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, same_memory
+from kvxfer.kernels._dispatch import choose, takes_numpy
 
 __all__ = ["merge_states", "paged_decode", "paged_prefill"]
-
-_NUMPY_BACKENDS = ("kvxfer.kernels.reference", "kvxfer.kernels._cpu")
 
 
 def paged_decode(
@@ -73,21 +62,17 @@ def paged_decode(
         UnavailableError: no kernel for this device; carries the reason.
     Source: PagedAttention (Kwon et al., 2023), split-KV merge as in FlashDecoding.
     """
-    batch, _, head_dim = check_array(
-        "q", q, shape=["batch", "num_q_heads", "head_dim"], dtypes=FLOAT_DTYPES
-    )
-    k_cache, v_cache = check_caches(k_cache, v_cache, kv_layout, head_dim)
-    check_array("block_table", block_table, shape=[batch, "max_blocks"], dtypes=("int32",))
-    check_array("seq_lens", seq_lens, shape=[batch], dtypes=("int32",))
+    call = Operands()
+    batch, _, head_dim = call.add("q", q, ("batch", "num_q_heads", "head_dim"), FLOAT_DTYPES)
+    add_caches(call, k_cache, v_cache, kv_layout, head_dim)
+    call.add("block_table", block_table, (batch, "max_blocks"), ("int32",))
+    call.add("seq_lens", seq_lens, (batch,), ("int32",))
     if split_size is not None and split_size <= 0:
         raise InvalidArgumentError(f"split_size: expected > 0 or None, given {split_size}")
-    call = _AttentionCall(
-        "paged_decode", q, k_cache, v_cache, out, return_lse, sinks,
-        {"block_table": block_table, "seq_lens": seq_lens},
-        sm_scale, k_scale, v_scale, window_left, logits_soft_cap, backend,
-    )  # fmt: skip
-    call.options["split_size"] = split_size
-    return call.run(block_table, seq_lens)
+    options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
+    options["split_size"] = split_size
+    arrays = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
+    return _attend("paged_decode", call, arrays, out, return_lse, options, backend)
 
 
 def paged_prefill(
@@ -130,22 +115,20 @@ def paged_prefill(
         InvalidArgumentError, UnavailableError: as in :func:`paged_decode`.
     Source: FlashAttention-2 (Dao, 2023) over paged keys.
     """
-    num_tokens, _, head_dim = check_array(
-        "q", q, shape=["num_tokens", "num_q_heads", "head_dim"], dtypes=FLOAT_DTYPES
+    call = Operands()
+    num_tokens, _, head_dim = call.add(
+        "q", q, ("num_tokens", "num_q_heads", "head_dim"), FLOAT_DTYPES
     )
-    k_cache, v_cache = check_caches(k_cache, v_cache, kv_layout, head_dim)
-    (batch,) = check_array("seq_lens", seq_lens, shape=["batch"], dtypes=("int32",))
-    check_array("block_table", block_table, shape=[batch, "max_blocks"], dtypes=("int32",))
-    check_array("cu_seqlens_q", cu_seqlens_q, shape=[batch + 1], dtypes=("int32",))
-    call = _AttentionCall(
-        "paged_prefill", q, k_cache, v_cache, out, return_lse, sinks,
-        {"cu_seqlens_q": cu_seqlens_q, "block_table": block_table, "seq_lens": seq_lens},
-        sm_scale, k_scale, v_scale, window_left, logits_soft_cap, backend,
-    )  # fmt: skip
+    add_caches(call, k_cache, v_cache, kv_layout, head_dim)
+    (batch,) = call.add("seq_lens", seq_lens, ("batch",), ("int32",))
+    call.add("block_table", block_table, (batch, "max_blocks"), ("int32",))
+    call.add("cu_seqlens_q", cu_seqlens_q, (batch + 1,), ("int32",))
     if call.device == "cpu":
-        _check_rows(as_numpy(cu_seqlens_q), as_numpy(seq_lens), num_tokens)
-    call.options["causal"] = causal
-    return call.run(cu_seqlens_q, block_table, seq_lens)
+        _check_rows(call.views["cu_seqlens_q"], call.views["seq_lens"], num_tokens)
+    options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
+    options["causal"] = causal
+    arrays = ("q", "k_cache", "v_cache", "cu_seqlens_q", "block_table", "seq_lens")
+    return _attend("paged_prefill", call, arrays, out, return_lse, options, backend)
 
 
 def merge_states(
@@ -160,51 +143,39 @@ def merge_states(
         ``(v, lse)``. Where both are -inf: zeros and -inf.
     Source: FlashAttention's log-sum-exp identity; cascade inference (FlashInfer).
     """
-    shape = check_array(
-        "v_a", v_a, shape=["num_tokens", "num_q_heads", "head_dim"], dtypes=FLOAT_DTYPES
-    )
-    check_array("v_b", v_b, shape=shape, dtypes=(dtype_of(v_a),))
-    check_array("lse_a", lse_a, shape=shape[:2], dtypes=("float32",))
-    check_array("lse_b", lse_b, shape=shape[:2], dtypes=("float32",))
-    device = check_same_place({"v_a": v_a, "lse_a": lse_a, "v_b": v_b, "lse_b": lse_b})
-    module = choose("merge_states", device, backend)
-    out = empty_like_library(v_a, shape, dtype_of(v_a))
-    lse = empty_like_library(lse_a, shape[:2], "float32")
-    arrays: tuple[Array, ...] = (v_a, lse_a, v_b, lse_b, out, lse)
-    if module.__name__ in _NUMPY_BACKENDS:
-        arrays = tuple(as_numpy(array) for array in arrays)
-    module.merge_states(*arrays)
+    call = Operands()
+    shape = call.add("v_a", v_a, ("num_tokens", "num_q_heads", "head_dim"), FLOAT_DTYPES)
+    call.add("v_b", v_b, shape, (call.dtypes["v_a"],))
+    call.add("lse_a", lse_a, shape[:2], ("float32",))
+    call.add("lse_b", lse_b, shape[:2], ("float32",))
+    module = choose("merge_states", call.device, backend)
+    out, out_view = call.allocate(shape, call.dtypes["v_a"])
+    lse, lse_view = call.allocate(shape[:2], "float32")
+    numpy = takes_numpy(module)
+    arrays = call.source(numpy)
+    inputs = [arrays[name] for name in ("v_a", "lse_a", "v_b", "lse_b")]
+    module.merge_states(*inputs, *((out_view, lse_view) if numpy else (out, lse)))
     return out, lse
 
 
-def check_caches(
-    k_cache: Array, v_cache: Array, kv_layout: str, head_dim: int | None
-) -> tuple[Array, Array]:
-    """Check both caches and return them as views ``[block, token, head, channel]``."""
+def add_caches(
+    call: Operands, k_cache: Array, v_cache: Array, kv_layout: str, head_dim: int | str
+) -> None:
+    """Check both caches; from here on they are views ``[block, token, head, channel]``."""
     if kv_layout not in ("NHD", "HND"):
         raise InvalidArgumentError(f"kv_layout: expected 'NHD' or 'HND', given {kv_layout!r}")
     nhd = kv_layout == "NHD"
-    inner = ["block_size", "num_kv_heads"] if nhd else ["num_kv_heads", "block_size"]
-    shape = check_array(
-        "k_cache",
-        k_cache,
-        shape=["num_blocks", *inner, "head_dim" if head_dim is None else head_dim],
-        dtypes=FLOAT_DTYPES,
-    )
-    check_array("v_cache", v_cache, shape=[*shape[:3], "head_dim_v"], dtypes=(dtype_of(k_cache),))
+    inner = ("block_size", "num_kv_heads") if nhd else ("num_kv_heads", "block_size")
+    shape = call.add("k_cache", k_cache, ("num_blocks", *inner, head_dim), FLOAT_DTYPES)
+    call.add("v_cache", v_cache, (*shape[:3], "head_dim_v"), (call.dtypes["k_cache"],))
     block_size = shape[1] if nhd else shape[2]
     if not 1 <= block_size <= 256:
         raise InvalidArgumentError(
             f"k_cache: expected a block size from 1 to 256, given {block_size} "
             f"(kv_layout {kv_layout}, shape {list(shape)})"
         )
-    if nhd:
-        return k_cache, v_cache
-    return _swap_middle(k_cache), _swap_middle(v_cache)
-
-
-def _swap_middle(cache: Array) -> Array:
-    return cache.permute(0, 2, 1, 3) if hasattr(cache, "permute") else cache.transpose(0, 2, 1, 3)
+    if not nhd:
+        call.swap_middle("k_cache", "v_cache")
 
 
 def _check_rows(cu_seqlens_q: Any, seq_lens: Any, num_tokens: int) -> None:
@@ -222,77 +193,83 @@ def _check_rows(cu_seqlens_q: Any, seq_lens: Any, num_tokens: int) -> None:
         )
 
 
-class _AttentionCall:
-    """What decode and prefill have in common: checks, output, scale folding, the call itself."""
+def _options(
+    call: Operands,
+    sm_scale: float | None,
+    k_scale: float,
+    v_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: Array | None,
+) -> dict[str, Any]:
+    """Check what decode and prefill have in common, and fold the scales."""
+    _, num_q_heads, head_dim = call.views["q"].shape
+    num_kv_heads, head_dim_v = call.views["k_cache"].shape[2], call.views["v_cache"].shape[3]
+    if num_kv_heads == 0 or num_q_heads % num_kv_heads:
+        raise InvalidArgumentError(
+            f"q: expected num_q_heads to be a multiple of the cache's {num_kv_heads} KV heads, "
+            f"given {num_q_heads}"
+        )
+    if head_dim == 0 or head_dim_v == 0:
+        raise InvalidArgumentError(f"head_dim: expected > 0, given {head_dim} and {head_dim_v}")
+    if window_left < -1:
+        raise InvalidArgumentError(f"window_left: expected >= -1, given {window_left}")
+    if not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
+        raise InvalidArgumentError(
+            f"logits_soft_cap: expected a finite value >= 0, given {logits_soft_cap}"
+        )
+    scale = head_dim**-0.5 if sm_scale is None else float(sm_scale)
+    scales = {"sm_scale": scale, "k_scale": float(k_scale), "v_scale": float(v_scale)}
+    for name, value in scales.items():
+        if not math.isfinite(value):
+            raise InvalidArgumentError(f"{name}: expected a finite value, given {value}")
+    if sinks is not None:
+        call.add("sinks", sinks, (num_q_heads,), ("float32",), dense=True)
+    return {
+        "sm_scale": scale * scales["k_scale"],
+        "v_scale": scales["v_scale"],
+        "window_left": int(window_left),
+        "logits_soft_cap": float(logits_soft_cap),
+    }
 
-    def __init__(
-        self,
-        op: str,
-        q: Array,
-        k_cache: Array,
-        v_cache: Array,
-        out: Array | None,
-        return_lse: bool,
-        sinks: Array | None,
-        others: dict[str, Array],
-        sm_scale: float | None,
-        k_scale: float,
-        v_scale: float,
-        window_left: int,
-        logits_soft_cap: float,
-        backend: str,
-    ) -> None:
-        rows, num_q_heads, head_dim = (int(n) for n in q.shape)
-        num_kv_heads, head_dim_v = int(k_cache.shape[2]), int(v_cache.shape[3])
-        if num_kv_heads == 0 or num_q_heads % num_kv_heads:
-            raise InvalidArgumentError(
-                f"q: expected num_q_heads to be a multiple of the cache's {num_kv_heads} KV heads, "
-                f"given {num_q_heads}"
-            )
-        if head_dim == 0 or head_dim_v == 0:
-            raise InvalidArgumentError(f"head_dim: expected > 0, given {head_dim} and {head_dim_v}")
-        if window_left < -1:
-            raise InvalidArgumentError(f"window_left: expected >= -1, given {window_left}")
-        if not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
-            raise InvalidArgumentError(
-                f"logits_soft_cap: expected a finite value >= 0, given {logits_soft_cap}"
-            )
-        scale = head_dim**-0.5 if sm_scale is None else float(sm_scale)
-        if not math.isfinite(scale):
-            raise InvalidArgumentError(f"sm_scale: expected a finite value, given {sm_scale}")
-        arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **others}
-        if sinks is not None:
-            check_array("sinks", sinks, shape=[num_q_heads], dtypes=("float32",), contiguous="all")
-            arrays["sinks"] = sinks
-        out_shape = (rows, num_q_heads, head_dim_v)
-        if out is not None:
-            check_array("out", out, shape=out_shape, dtypes=(dtype_of(q),))
-            arrays["out"] = out
-        self.device = check_same_place(arrays)
-        if out is not None:
-            for name in ("q", "k_cache", "v_cache"):
-                if same_memory(out, arrays[name]):
-                    raise InvalidArgumentError(
-                        f"out: expected memory of its own, given some of {name}"
-                    )
-        self.module = choose(op, self.device, backend)
-        self.op, self.q, self.k_cache, self.v_cache = op, q, k_cache, v_cache
-        self.out = empty_like_library(q, out_shape, dtype_of(q)) if out is None else out
-        self.lse = empty_like_library(q, out_shape[:2], "float32") if return_lse else None
-        self.options: dict[str, Any] = {
-            "sm_scale": scale * float(k_scale),
-            "v_scale": float(v_scale),
-            "window_left": int(window_left),
-            "logits_soft_cap": float(logits_soft_cap),
-            "sinks": sinks,
-        }
 
-    def run(self, *tables: Array) -> Any:
-        arrays = (self.q, self.k_cache, self.v_cache, *tables, self.out, self.lse)
-        options = self.options
-        if self.module.__name__ in _NUMPY_BACKENDS:
-            arrays = tuple(None if array is None else as_numpy(array) for array in arrays)
-            if options["sinks"] is not None:
-                options["sinks"] = as_numpy(options["sinks"])
-        getattr(self.module, self.op)(*arrays, **options)
-        return self.out if self.lse is None else (self.out, self.lse)
+def _attend(
+    op: str,
+    call: Operands,
+    arrays: tuple[str, ...],
+    out: Array | None,
+    return_lse: bool,
+    options: dict[str, Any],
+    backend: str,
+) -> Any:
+    """Allocate what is missing and run; returns what the public function returns."""
+    views = call.views
+    shape = (*views["q"].shape[:2], views["v_cache"].shape[3])
+    if out is not None:
+        call.add("out", out, shape, (call.dtypes["q"],))
+        for name in ("q", "k_cache", "v_cache"):
+            if same_memory(views["out"], views[name]):
+                raise InvalidArgumentError(f"out: expected memory of its own, given some of {name}")
+        if not getattr(views["out"], "flags", _WRITABLE).writeable:
+            raise InvalidArgumentError("out: expected a writable array, given a read-only one")
+    module = choose(op, call.device, backend)
+    if out is None:
+        call.given["out"], views["out"] = call.allocate(shape, call.dtypes["q"])
+    lse = lse_view = None
+    if return_lse:
+        lse, lse_view = call.allocate(shape[:2], "float32")
+    numpy = takes_numpy(module)
+    source = call.source(numpy)
+    getattr(module, op)(
+        *[source[name] for name in arrays],
+        source["out"],
+        lse_view if numpy else lse,
+        sinks=source.get("sinks"),
+        **options,
+    )
+    result = call.given["out"]
+    return (result, lse) if return_lse else result
+
+
+class _WRITABLE:  # what a tensor has instead of NumPy's flags
+    writeable = True

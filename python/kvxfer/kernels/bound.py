@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from kvxfer.kernels._arrays import Array, as_numpy, device_of, dtype_of, is_torch
+from kvxfer.kernels._arrays import Array, Operands
 from kvxfer.kernels._dispatch import choose
-from kvxfer.kernels.attention import check_caches, paged_decode
+from kvxfer.kernels.attention import add_caches, paged_decode
 from kvxfer.kernels.cache import append_kv
 
 __all__ = ["BoundCache"]
@@ -30,16 +30,16 @@ class BoundCache:
     """
 
     def __init__(self, k_cache: Array, v_cache: Array) -> None:
-        check_caches(k_cache, v_cache, "NHD", None)
+        call = Operands()
+        add_caches(call, k_cache, v_cache, "NHD", "head_dim")
         self.k_cache, self.v_cache = k_cache, v_cache
         _, _, self._num_kv_heads, self._head_dim = k_cache.shape
         self._short = (
-            is_torch(k_cache)
-            and device_of(k_cache) == device_of(v_cache) == "cpu"
-            and k_cache.dtype == v_cache.dtype
+            call.torch
+            and call.device == "cpu"
             and k_cache.shape == v_cache.shape
             # Half precision would need views of another dtype per call: not the case worth shortening.
-            and dtype_of(k_cache) == "float32"
+            and call.dtypes["k_cache"] == "float32"
             and all(
                 choose(op, "cpu", "auto").__name__ == "kvxfer.kernels._cpu"
                 for op in ("append_kv", "paged_decode")
@@ -48,7 +48,7 @@ class BoundCache:
         if self._short:
             self._torch = sys.modules["torch"]
             self._module: Any = choose("paged_decode", "cpu", "auto")
-            self._k, self._v = as_numpy(k_cache), as_numpy(v_cache)
+            self._k, self._v = call.views["k_cache"], call.views["v_cache"]
 
     def append(self, key: Array, value: Array, slot_mapping: Array) -> None:
         """:func:`append_kv` into this cache."""

@@ -12,18 +12,10 @@ from typing import Any
 import numpy as np
 
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels._arrays import (
-    FLOAT_DTYPES,
-    Array,
-    as_numpy,
-    check_array,
-    check_same_place,
-    dtype_of,
-    is_torch,
-)
+from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, is_torch
 from kvxfer.kernels._copy_job import LayoutLike, Side, make_job, make_side, wire_side
-from kvxfer.kernels._dispatch import choose
-from kvxfer.kernels.attention import check_caches
+from kvxfer.kernels._dispatch import choose, takes_numpy
+from kvxfer.kernels.attention import add_caches
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the block list of a packed buffer, which starts at first_token
 
@@ -57,36 +49,30 @@ def append_kv(
         UnavailableError: no kernel for this device; carries the reason.
     Source: reshape_and_cache (vLLM).
     """
-    num_tokens, num_kv_heads, head_dim = check_array(
-        "key", key, shape=["num_tokens", "num_kv_heads", "head_dim"], dtypes=FLOAT_DTYPES
+    call = Operands()
+    num_tokens, num_kv_heads, head_dim = call.add(
+        "key", key, ("num_tokens", "num_kv_heads", "head_dim"), FLOAT_DTYPES
     )
-    k_cache, v_cache = check_caches(k_cache, v_cache, kv_layout, head_dim)
-    if int(k_cache.shape[2]) != num_kv_heads:
+    add_caches(call, k_cache, v_cache, kv_layout, head_dim)
+    heads_here, head_dim_v = call.views["k_cache"].shape[2], call.views["v_cache"].shape[3]
+    if heads_here != num_kv_heads:
         raise InvalidArgumentError(
-            f"key: expected num_kv_heads {int(k_cache.shape[2])} like k_cache (kv_layout {kv_layout}), "
+            f"key: expected num_kv_heads {heads_here} like k_cache (kv_layout {kv_layout}), "
             f"given {num_kv_heads}"
         )
-    check_array(
-        "value",
-        value,
-        shape=[num_tokens, num_kv_heads, int(v_cache.shape[3])],
-        dtypes=(dtype_of(key),),
-    )
-    check_array("slot_mapping", slot_mapping, shape=[num_tokens], dtypes=("int64",))
+    call.add("value", value, (num_tokens, num_kv_heads, head_dim_v), (call.dtypes["key"],))
+    call.add("slot_mapping", slot_mapping, (num_tokens,), ("int64",))
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not (scale > 0 and math.isfinite(scale)):
             raise InvalidArgumentError(f"{name}: expected a finite value > 0, given {scale}")
-    arrays: tuple[Array, ...] = (key, value, k_cache, v_cache, slot_mapping)
+    for name in ("k_cache", "v_cache"):
+        view = call.views[name]
+        if isinstance(view, np.ndarray) and not view.flags.writeable:
+            raise InvalidArgumentError(f"{name}: expected a writable array, given a read-only one")
+    module = choose("append_kv", call.device, backend)
+    source = call.source(takes_numpy(module))
     names = ("key", "value", "k_cache", "v_cache", "slot_mapping")
-    device = check_same_place(dict(zip(names, arrays, strict=True)))
-    module = choose("append_kv", device, backend)
-    if module.__name__ in ("kvxfer.kernels.reference", "kvxfer.kernels._cpu"):
-        arrays = tuple(as_numpy(array) for array in arrays)
-        for name, array in zip(("k_cache", "v_cache"), arrays[2:4], strict=True):
-            if not array.flags.writeable:
-                raise InvalidArgumentError(
-                    f"{name}: expected a writable array, given a read-only one"
-                )
+    arrays = [source[name] for name in names]
     module.append_kv(*arrays, k_scale=float(k_scale), v_scale=float(v_scale))
 
 

@@ -24,6 +24,8 @@ __all__ = [
     "unavailable",
 ]
 
+TAKES_NUMPY = True
+
 F32 = npt.NDArray[np.float32]
 NpArray = npt.NDArray[Any]
 
