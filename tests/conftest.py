@@ -11,6 +11,8 @@ import pytest
 
 # Two test processes with as many OpenMP threads as cores each would spin against each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Decided when triton is first imported, whoever does it; 0 on a machine with a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -240,3 +240,29 @@ def test_numpy_arrays_are_refused_by_name() -> None:
         InvalidArgumentError, match="q: the triton backend takes torch tensors, given ndarray"
     ):
         kernels.paged_decode(*arrays, backend="triton")
+
+
+def test_offsets_past_two_to_the_31_elements() -> None:
+    """Two blocks 2**31 elements apart, in memory of which only these blocks are ever touched."""
+    apart, size, head_dim = (1 << 31) + 64, 4, 16
+    memory = torch.empty(apart + 64 * size * 2, dtype=torch.float16)
+    k, v = (
+        memory.as_strided(
+            (2, size, 1, head_dim), (apart, head_dim, head_dim, 1), half * 64 * size // 4
+        )
+        for half in (0, 1)
+    )
+    row = torch.randn(5, 1, head_dim).half()
+    slots = torch.tensor([4, 5, 6, 7, 1])
+    kernels.append_kv(row, row + 1, k, v, slots, backend="triton")
+    assert torch.equal(k[1], row[:4])
+    assert torch.equal(v[0, 1], row[4] + 1)
+    k[0, 0], v[0, 0] = row[0], row[0]
+    table, lens = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    q = torch.randn(1, 1, head_dim).half()
+    near = [part.contiguous() for part in (k, v)]
+    far = kernels.paged_decode(q, k, v, table, lens, backend="triton")
+    assert torch.equal(far, kernels.paged_decode(q, *near, table, lens, backend="triton"))
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    rows = kernels.paged_prefill(q, k, v, starts, table, lens, backend="triton")
+    assert torch.equal(rows, kernels.paged_prefill(q, *near, starts, table, lens, backend="triton"))

@@ -1,0 +1,72 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton makes of the kernels for sm_90, compiled here without a GPU by the ptxas in its wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+pytestmark = pytest.mark.skipif(
+    not TOOL.is_file(), reason=f"triton for {platform.machine()} came without NVIDIA's tools"
+)
+
+
+def compile_for_sm90(which: str, cache: Path) -> dict[str, dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    program = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(program), which],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return made
+
+
+def check_attention(name: str, made: dict[str, Any]) -> None:
+    assert made["spilled"] == 0, name
+    assert made["registers"] < 255, name
+    assert made["cp_async"] > 0, f"{name}: keys do not arrive asynchronously"
+    assert made["shared"] <= 227 * 1024, name
+    if name.startswith("prefill"):
+        assert made["wgmma"] > 0, name
+        assert made["mma_sync"] == 0, name
+    else:  # 16 rows are too few for wgmma
+        assert made["mma_sync"] > 0, name
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    made = compile_for_sm90("usual", tmp_path)
+    check_attention("prefill 128", made["prefill 128"])
+    check_attention("decode 128", made["decode 128"])
+    for name in ("merge_splits", "append", "copy", "convert", "merge"):
+        assert made[name]["spilled"] == 0, name
+        assert made[name]["registers"] <= 80, name
+    assert made["append"]["wide_stores"] > 0
+    assert made["copy"]["wide_stores"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_no_configuration_of_attention_spills(tmp_path: Path) -> None:
+    for name, result in compile_for_sm90("all", tmp_path).items():
+        check_attention(name, result)
