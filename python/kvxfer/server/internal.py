@@ -42,13 +42,13 @@ class _LegStream(EventStream):
             self._backend.close(self._leg)
 
 
-def add_internal_routes(app: FastAPI, backend: EngineBackend, secret: str | None) -> None:
-    """What routers ask of a worker. ``secret`` guards every route; None leaves them open (loopback only)."""
-    expected = None if secret is None else f"Bearer {secret}".encode()
+def add_internal_routes(app: FastAPI, backend: EngineBackend, secret: str) -> None:
+    """What routers ask of a worker. ``secret`` guards every route."""
+    expected = f"Bearer {secret}".encode()
 
     def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
-        if expected is not None and not hmac.compare_digest(given, expected):
+        if not hmac.compare_digest(given, expected):
             message = "/internal needs the cluster's secret as a bearer token"
             raise RequestRefusedError(401, message, code="unauthorized")
         wanted = request.headers.get("x-kvxfer-incarnation", backend.identity.incarnation)

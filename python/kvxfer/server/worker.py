@@ -41,6 +41,7 @@ from kvxfer.server.model import CausalLM
 from kvxfer.server.text import Text
 from kvxfer.server.weights import load_weights, parse_dtype
 from kvxfer.transfer import TransferEngine
+from kvxfer.transfer.secret import user_secret
 
 __all__ = ["Worker", "add_arguments", "run"]
 
@@ -100,7 +101,7 @@ def cache_size(args: argparse.Namespace, cfg: ModelConfig, token_nbytes: int) ->
 
 
 def check_secret(host: str, secret: str | None) -> None:
-    """Whoever can reach /internal can read prompts: only this machine may, without a secret."""
+    """Whoever can reach the engine or /internal needs more than this user's cookie, off this machine."""
     if secret:
         return
     with contextlib.suppress(ValueError):
@@ -200,7 +201,9 @@ class Worker:
         worker.app = create_app(
             backend, text, [identity.served_model_name], lifespan=worker.lifespan
         )
-        add_internal_routes(worker.app, backend, secret)
+        # Without a secret the engines share the user's cookie, and so do the routes: other users of this
+        # machine reach a loopback port too.
+        add_internal_routes(worker.app, backend, secret or user_secret().hex())
         return worker
 
     @contextlib.asynccontextmanager
