@@ -1,0 +1,332 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""append, copy, pack and unpack on the host, byte for byte; what is not asked for stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from paged_cases import DTYPES, NpArray, digest, encode
+
+from kvxfer import kernels
+from kvxfer.errors import InvalidArgumentError, LayoutError
+from kvxfer.layout import KVLayout
+
+# Values whose narrowing is a trap: ties, subnormals, overflow, signed zero, infinity, NaN.
+TRAPS = np.array(
+    [0, -0.0, 1.00390625, 1.01171875, 1.0009765625, 65504, 65519.996, 65520, 1e30, -3e38, 6e-8, 2e-8, 3e-8,
+     1e-40, 6.1e-5, 3.3895314e38, 3.4e38, np.inf, -np.inf, np.nan, 2.0**-14, 2.0**-24, 2.0**-25, 5.9604645e-8],
+    np.float32,
+)  # fmt: skip
+
+
+def expected_bits(values: NpArray, dtype: str) -> NpArray:
+    """Round to nearest even, independent of the kernels: by NumPy for float16, by exact halves for bfloat16."""
+    if dtype == "float32":
+        return values.view(np.uint32)
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    torch = pytest.importorskip("torch")
+    bits: NpArray = torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy()
+    return bits.view(np.uint16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_rounds_to_nearest_even(backend: str, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        key = np.tile(TRAPS, (3, 2, 1)).copy()
+    cache = encode(np.zeros((2, 4, 2, len(TRAPS))), dtype)
+    kernels.append_kv(
+        key, key, cache, cache.copy(), np.array([5, -1, 0], np.int64), backend=backend
+    )
+    nan = np.isnan(key[0])
+    want = expected_bits(key[0], dtype)
+    for block, offset in ((1, 1), (0, 0)):
+        got = cache[block, offset].view(want.dtype)
+        assert np.array_equal(got[~nan], want[~nan])
+        values = cache[block, offset]
+        if dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        assert np.array_equal(np.isnan(values), nan)
+    assert not cache[0, 1:].any()
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("block_size", [1, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_writes_its_slots_and_no_other_byte(
+    rng: np.random.Generator, backend: str, dtype: str, block_size: int, kv_layout: str
+) -> None:
+    shape = (6, block_size, 3) if kv_layout == "NHD" else (6, 3, block_size)
+    both = encode(rng.standard_normal((*shape, 40)), dtype)  # fused: K and V in one row
+    k, v = both[..., :24], both[..., 24:]
+    rows = encode(rng.standard_normal((5, 3, 2 * 40)), dtype)
+    key, value = rows[..., 3:27], rows[..., 30:46]
+    slots = np.array([0, 6 * block_size - 1, -1, 3 * block_size, block_size], np.int64)
+    want = both.copy()
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            block, offset = divmod(int(slot), block_size)
+            at: Any = (block, offset) if kv_layout == "NHD" else (block, slice(None), offset)
+            want[at] = np.concatenate([key[token], value[token]], axis=-1)
+    kernels.append_kv(key, value, k, v, slots, kv_layout=kv_layout, backend=backend)
+    assert np.array_equal(both, want)
+
+
+def test_append_divides_by_the_scale(rng: np.random.Generator, backend: str) -> None:
+    key = rng.standard_normal((2, 1, 24)).astype(np.float32)
+    k, v = np.zeros((1, 2, 1, 24), np.float32), np.zeros((1, 2, 1, 24), np.float32)
+    kernels.append_kv(
+        key, key, k, v, np.array([0, 1], np.int64), k_scale=0.3, v_scale=7.0, backend=backend
+    )
+    assert np.array_equal(k[0], key / np.float32(0.3))
+    assert np.array_equal(v[0], key / np.float32(7.0))
+
+
+def test_nothing_is_appended_when_one_slot_is_wrong(backend: str) -> None:
+    rows, cache = np.ones((3, 1, 8), np.float32), np.zeros((2, 4, 1, 8), np.float32)
+    for wrong in (8, -2, 2**62, -(2**63)):
+        slots = np.array([0, wrong, 2], np.int64)
+        with pytest.raises(InvalidArgumentError, match=rf"slot_mapping\[1\].*{wrong}"):
+            kernels.append_kv(rows, rows, cache, cache, slots, backend=backend)
+        assert not cache.any()
+
+
+ORDERS = ("LKBNHC", "LKBHNC", "BLKHNC", "LBKNHC", "KLBNHC", "LBHNKC", "LHBNKC", "BLNHKC")
+
+
+def layout(order: str, **shape: Any) -> KVLayout:
+    return KVLayout.from_order(
+        order, **{"head_dim": 6, "dtype": "float32", "num_layers": 2, **shape}
+    )
+
+
+def random_memory(rng: np.random.Generator, shape: KVLayout) -> NpArray:
+    return rng.integers(0, 256, shape.nbytes, dtype=np.uint8)
+
+
+def gather(
+    shape: KVLayout, memory: NpArray, blocks: list[int], first: int, end: int
+) -> dict[Any, NpArray]:
+    """Bytes by coordinate, through `views` (NumPy axes), not through the strides that the kernels use."""
+    rows = {}
+    for layer, parts in zip(shape.layers, shape.views(memory), strict=True):
+        for part, view in enumerate(parts):
+            for token in range(first, end):
+                block = blocks[token // shape.block_size]
+                if block >= 0:
+                    rows[layer, part, token] = view[block, token % shape.block_size].copy()
+    return rows
+
+
+@st.composite
+def copies(draw: st.DrawFn) -> dict[str, Any]:
+    num_tokens = draw(st.integers(1, 60))
+    sides = []
+    for _ in range(2):
+        block_size = draw(st.integers(1, 20))
+        needed = -(-num_tokens // block_size)
+        num_blocks = needed + draw(st.integers(0, 3))
+        order = draw(st.sampled_from(ORDERS))
+        blocks = draw(st.permutations(range(num_blocks)))[:needed]
+        sides.append(
+            {"order": order, "block_size": block_size, "num_blocks": num_blocks, "blocks": blocks}
+        )
+    return {
+        "sides": sides,
+        "num_tokens": num_tokens,
+        "first_token": draw(st.integers(0, num_tokens)),
+        "num_kv_heads": draw(st.integers(1, 4)),
+        "dtype": draw(st.sampled_from(("float32", "bfloat16", "uint8"))),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "backend": draw(st.sampled_from(("auto", "reference"))),
+    }
+
+
+@hypothesis.settings(max_examples=80)
+@hypothesis.given(copies())
+def test_copy_between_any_two_layouts_moves_exactly_the_tokens(case: dict[str, Any]) -> None:
+    rng = np.random.default_rng(case["seed"])
+    sides = []
+    for side in case["sides"]:
+        made = layout(
+            side["order"],
+            num_blocks=side["num_blocks"],
+            block_size=side["block_size"],
+            num_kv_heads=case["num_kv_heads"],
+            dtype=case["dtype"],
+        )
+        sides.append((made, random_memory(rng, made), side["blocks"]))
+    (src, src_memory, src_blocks), (dst, dst_memory, dst_blocks) = sides
+    first, end = case["first_token"], case["num_tokens"]
+    want = dst_memory.copy()
+    rows = gather(src, src_memory, src_blocks, first, end)
+    for layer, parts in zip(dst.layers, dst.views(want), strict=True):
+        for part, view in enumerate(parts):
+            for token in range(first, end):
+                block = dst_blocks[token // dst.block_size]
+                view[block, token % dst.block_size] = rows[layer, part, token]
+    before = digest(src_memory)
+    kernels.copy_blocks(
+        src, src_memory, dst, dst_memory, src_blocks, dst_blocks,
+        num_tokens=end, first_token=first, backend=case["backend"],
+    )  # fmt: skip
+    assert np.array_equal(dst_memory, want)
+    assert digest(src_memory) == before
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_unpack_undoes_pack_and_leaves_the_rest(
+    rng: np.random.Generator, backend: str, order: str
+) -> None:
+    shape = layout(order, num_blocks=7, block_size=5, num_kv_heads=4)
+    memory = random_memory(rng, shape)
+    blocks = [4, 1, 6]
+    chosen: dict[str, Any] = {"num_tokens": 13, "first_token": 3, "layers": [1], "heads": (1, 3)}
+    packed = kernels.pack_blocks(shape, memory, blocks, backend=backend, **chosen)
+    assert packed.nbytes == 2 * 2 * 10 * 6 * 4  # parts, heads, tokens, channels, bytes
+    rows = gather(shape, memory, blocks, 3, 13)
+    wire = packed.view(np.float32).reshape(2, 2, 10, 6)
+    for part in range(2):
+        for token in range(3, 13):
+            assert np.array_equal(
+                wire[part, :, token - 3].view(np.uint32), rows[1, part, token][1:3].view(np.uint32)
+            )
+    other = random_memory(rng, shape)
+    want = other.copy()
+    for part, view in enumerate(shape.views(want)[1]):
+        for token in range(3, 13):
+            view[[2, 0, 3][token // 5], token % 5, 1:3] = rows[1, part, token][1:3]
+    kernels.unpack_blocks(packed, shape, other, [2, 0, 3], backend=backend, **chosen)
+    assert np.array_equal(other, want)
+
+
+def test_copy_converts_between_float_types(rng: np.random.Generator, backend: str) -> None:
+    src = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2, head_dim=len(TRAPS))
+    memory = np.resize(TRAPS, src.nbytes // 4).view(np.uint8).copy()
+    for dtype in ("float16", "bfloat16"):
+        dst = layout(
+            "LKBNHC", num_blocks=2, block_size=4, num_kv_heads=2, head_dim=len(TRAPS), dtype=dtype
+        )
+        out = np.zeros(dst.nbytes, np.uint8)
+        kernels.copy_blocks(src, memory, dst, out, [0, 1], [1, 0], backend=backend)
+        got = dst.views(out)[0][0][1, 0, 0].view(np.uint16)
+        nan = np.isnan(TRAPS)
+        assert np.array_equal(got[~nan], expected_bits(TRAPS, dtype)[~nan])
+
+
+def test_ranks_exchange_the_heads_that_both_hold(rng: np.random.Generator, backend: str) -> None:
+    shape = {"num_blocks": 3, "block_size": 4, "num_kv_heads": 4}
+    src = layout("LKBHNC", tp_rank=1, tp_size=2, **shape)  # heads 2, 3
+    dst = layout("LKBNHC", tp_rank=3, tp_size=4, **shape)  # head 3
+    src_memory, dst_memory = random_memory(rng, src), random_memory(rng, dst)
+    kernels.copy_blocks(src, src_memory, dst, dst_memory, [2], [0], backend=backend)
+    for source, target in zip(src.views(src_memory), dst.views(dst_memory), strict=True):
+        for a, b in zip(source, target, strict=True):
+            assert np.array_equal(a[2, :, 1].view(np.uint32), b[0, :, 0].view(np.uint32))
+
+
+def test_memory_may_be_pieces_of_one_offset_space(rng: np.random.Generator, backend: str) -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=2)
+    memory = random_memory(rng, shape)
+    halves = [memory[: memory.size // 2].copy(), memory[memory.size // 2 :].copy()]
+    whole = kernels.pack_blocks(shape, memory, [1, 2], backend=backend)
+    assert np.array_equal(kernels.pack_blocks(shape, halves, [1, 2], backend=backend), whole)
+    third = memory.size // 3
+    with pytest.raises(InvalidArgumentError, match="in one piece"):
+        kernels.pack_blocks(
+            shape, [memory[:third].copy(), memory[third:].copy()], [1], backend=backend
+        )
+
+
+def test_a_copy_past_the_caches_is_exact(rng: np.random.Generator, backend: str) -> None:
+    # Above 8 MiB the C++ backend streams its stores; odd offsets make it start in the middle of a line.
+    src = layout(
+        "LKBHNC", num_blocks=40, block_size=16, num_kv_heads=2, head_dim=125, num_layers=16
+    )
+    dst = layout(
+        "LKBNHC",
+        num_blocks=40,
+        block_size=16,
+        num_kv_heads=2,
+        head_dim=125,
+        num_layers=16,
+        offset=4,
+    )
+    src_memory, dst_memory = random_memory(rng, src), random_memory(rng, dst)
+    blocks = rng.permutation(40)
+    kernels.copy_blocks(src, src_memory, dst, dst_memory, blocks, np.arange(40), backend=backend)
+    for source, target in zip(src.views(src_memory), dst.views(dst_memory), strict=True):
+        for a, b in zip(source, target, strict=True):
+            assert np.array_equal(a[blocks].view(np.uint32), b.view(np.uint32))
+
+
+def bad_copies() -> list[tuple[str, type[Exception], str, dict[str, Any]]]:
+    return [
+        ("source id out of range", InvalidArgumentError, r"src_blocks\[1\].*given 3", {"src_blocks": [0, 3]}),
+        ("source hole", InvalidArgumentError, r"src_blocks\[0\].*given -1", {"src_blocks": [-1, 0]}),
+        ("destination id out of range", InvalidArgumentError, r"dst_blocks\[0\].*given 9", {"dst_blocks": [9, 0]}),
+        ("destination twice", InvalidArgumentError, "at most once, given 1", {"dst_blocks": [1, 1]}),
+        ("too many tokens", InvalidArgumentError, "num_tokens.*given first_token 0, num_tokens 9", {"num_tokens": 9}),
+        ("negative first", InvalidArgumentError, "first_token -1", {"first_token": -1}),
+        ("unknown layer", LayoutError, "layers: layer 5", {"layers": [5]}),
+        ("no list", InvalidArgumentError, "src_blocks: expected a list", {"src_blocks": [0.5, 1.5]}),
+        ("head_dim", LayoutError, "head_dim: part k: source 6, destination 7", {"dst": {"head_dim": 7}}),
+        ("dtype", LayoutError, "dtype: part k", {"dst": {"dtype": "int8"}}),
+        ("short memory", InvalidArgumentError, "dst: layer 1, part v needs", {"cut": 1}),
+        ("negative ctas", InvalidArgumentError, "max_ctas", {"max_ctas": -1}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "error", "match", "change"), bad_copies())
+def test_a_bad_copy_is_refused_and_nothing_moves(
+    rng: np.random.Generator, name: str, error: type[Exception], match: str, change: dict[str, Any]
+) -> None:
+    base = {"num_blocks": 3, "block_size": 4, "num_kv_heads": 2}
+    src, dst = layout("LKBHNC", **base), layout("LKBHNC", **{**base, **change.pop("dst", {})})
+    src_memory, dst_memory = random_memory(rng, src), random_memory(rng, dst)
+    cut = change.pop("cut", 0)
+    dst_memory = dst_memory[: dst_memory.size - cut].copy()
+    before = digest(dst_memory)
+    arguments = {"src_blocks": [0, 1], "dst_blocks": [1, 2], **change}
+    blocks = arguments.pop("src_blocks"), arguments.pop("dst_blocks")
+    with pytest.raises(error, match=match):
+        kernels.copy_blocks(src, src_memory, dst, dst_memory, *blocks, **arguments)
+    assert digest(dst_memory) == before
+
+
+def test_one_cache_may_be_copied_within_but_not_onto_what_is_read(
+    rng: np.random.Generator, backend: str
+) -> None:
+    shape = layout("LKBHNC", num_blocks=4, block_size=4, num_kv_heads=2)
+    memory = random_memory(rng, shape)
+    kernels.copy_blocks(shape, memory, shape, memory, [0, 1], [3, 2], backend=backend)
+    for parts in shape.views(memory):
+        for view in parts:
+            assert np.array_equal(view[0].view(np.uint32), view[3].view(np.uint32))
+    with pytest.raises(InvalidArgumentError, match=r"not read by the same copy, given \[1\]"):
+        kernels.copy_blocks(shape, memory, shape, memory, [0, 1], [1, 2], backend=backend)
+    other = layout("LKBNHC", num_blocks=4, block_size=4, num_kv_heads=2)
+    with pytest.raises(InvalidArgumentError, match="overlap"):
+        kernels.copy_blocks(shape, memory, other, memory, [0], [1], backend=backend)
+
+
+def test_destination_holes_skip_their_tokens(rng: np.random.Generator, backend: str) -> None:
+    shape = layout("LKBHNC", num_blocks=4, block_size=4, num_kv_heads=2)
+    src, dst = random_memory(rng, shape), random_memory(rng, shape)
+    before = dst.copy()
+    kernels.copy_blocks(shape, src, shape, dst, [-1, 1], [-1, 2], backend=backend)
+    want = shape.views(before)
+    for layer, parts in enumerate(shape.views(dst)):
+        for part, view in enumerate(parts):
+            source = shape.views(src)[layer][part]
+            for block in (0, 1, 3):
+                assert np.array_equal(
+                    view[block].view(np.uint32), want[layer][part][block].view(np.uint32)
+                )
+            assert np.array_equal(view[2].view(np.uint32), source[1].view(np.uint32))
