@@ -172,6 +172,7 @@ class TcpConnection final : public Connection {
   Step fill(Lane& lane, size_t need);
   Step receive_body(Lane& lane);
   Step protocol_error(std::string text);
+  Step stream_ended(Lane& lane, int err);
   Step on_head(Lane& lane);
   Step on_control(Lane& lane, ByteView control);
   Step on_stripe(Lane& lane, ByteView control);

@@ -55,6 +55,13 @@ TcpConnection::Step TcpConnection::protocol_error(std::string text) {
   return Step::kFailed;
 }
 
+TcpConnection::Step TcpConnection::stream_ended(Lane& lane, int err) {
+  // A BYE or ERROR on lane 0 may tell the reason; the lanes' ends come in no order.
+  if (lane.index != 0) receive(*lanes_[0]);
+  close(disconnected(err));
+  return Step::kFailed;
+}
+
 // At least `need` bytes in the lane's buffer. Lane 0 reads ahead; bulk lanes do not, since what
 // follows is a body that belongs elsewhere.
 TcpConnection::Step TcpConnection::fill(Lane& lane, size_t need) {
@@ -73,13 +80,11 @@ TcpConnection::Step TcpConnection::fill(Lane& lane, size_t need) {
     if (n > 0) {
       lane.end += static_cast<size_t>(n);
     } else if (n == 0) {
-      close(disconnected(0));
-      return Step::kFailed;
+      return stream_ended(lane, 0);
     } else if (errno == EAGAIN) {
       return Step::kBlocked;
     } else if (errno != EINTR) {
-      close(disconnected(errno));
-      return Step::kFailed;
+      return stream_ended(lane, errno);
     }
   }
   return Step::kAgain;
@@ -240,13 +245,11 @@ TcpConnection::Step TcpConnection::receive_body(Lane& lane) {
       counter.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
       if (lane.body.left > 0 && lane.index != 0) continue;
     } else if (n == 0) {
-      close(disconnected(0));
-      return Step::kFailed;
+      return stream_ended(lane, 0);
     } else if (err == EAGAIN) {
       return Step::kBlocked;
     } else if (err != EINTR) {
-      close(disconnected(err));
-      return Step::kFailed;
+      return stream_ended(lane, err);
     }
   }
   lane.phase = Phase::kTrailer;

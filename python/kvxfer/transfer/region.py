@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvxfer import _transfer
+from kvxfer.errors import InvalidArgumentError
 
 __all__ = ["Int64Array", "Lease", "Region"]
 
@@ -43,7 +44,12 @@ class Region:
     @cached_property
     def array(self) -> npt.NDArray[np.uint8]:
         """The bytes, as a view that keeps the memory alive; a region of one buffer only."""
-        return np.asarray(self._core)
+        if len(self.piece_offsets) != 1:
+            raise InvalidArgumentError(
+                f"region {self.name!r} has {len(self.piece_offsets)} pieces and no single array; "
+                "use the buffers it was made of"
+            )
+        return np.frombuffer(memoryview(self._core), np.uint8)
 
     def __repr__(self) -> str:
         return f"<Region {self.name!r}, {self.nbytes} bytes>"

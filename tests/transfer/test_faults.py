@@ -1,0 +1,234 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Peers that die, stop or come back; nothing hangs, nothing leaks."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transfer_peers import TIMEOUT_S, PeerProcess, wait_for
+
+from conftest import SECRET
+from kvxfer.errors import (
+    InvalidArgumentError,
+    PeerDisconnectedError,
+    TransferCancelledError,
+    TransferTimeoutError,
+)
+from kvxfer.transfer import Peer, Region, TransferEngine
+
+NBYTES = 8 << 20
+
+
+def connect(engine: TransferEngine, process: PeerProcess) -> tuple[Peer, Region]:
+    process.call("add_region", "kv", NBYTES, "allocated")
+    local = engine.allocate(NBYTES, "kv")
+    return engine.connect(process.address), local
+
+
+def lost(engine: TransferEngine) -> Callable[[], bool]:
+    return lambda: any(event.kind == "lost" for event in engine.peer_events())
+
+
+def test_peer_death_fails_pending_transfers(engine: TransferEngine, own_peer: PeerProcess) -> None:
+    peer, local = connect(engine, own_peer)
+    own_peer.stop()  # so that they are pending for certain
+    xfers = [engine.write(local, peer.regions["kv"], 0, 0, NBYTES) for _ in range(20)]
+    xfers.append(engine.notify(peer, b"x"))
+    xfers.append(engine.read(local, peer.regions["kv"], 0, 0, 100))
+    own_peer.kill()
+    for xfer in xfers:
+        with pytest.raises(PeerDisconnectedError, match="victim") as info:
+            xfer.wait(TIMEOUT_S)
+        assert info.value.peer == "victim"
+        assert xfer.state == "failed"
+        wait_for(engine, lambda xfer=xfer: xfer.quiesced)
+    wait_for(engine, lost(engine))
+    assert not peer.alive
+    assert peer.lost_because
+    assert peer.regions == {}
+    late = engine.notify(peer, b"x")
+    with pytest.raises(PeerDisconnectedError, match="connect"):
+        late.wait(TIMEOUT_S)
+
+
+def test_stopped_peer_ends_transfers_at_their_deadline(
+    engine: TransferEngine, own_peer: PeerProcess
+) -> None:
+    peer, local = connect(engine, own_peer)
+    own_peer.stop()
+    began = time.monotonic()
+    xfers = [
+        engine.write(local, peer.regions["kv"], 0, 0, NBYTES, deadline_s=0.2) for _ in range(5)
+    ]
+    xfers.append(engine.read(local, peer.regions["kv"], 0, 0, NBYTES, deadline_s=0.2))
+    for xfer in xfers:
+        with pytest.raises(TransferTimeoutError, match="deadline"):
+            xfer.wait(TIMEOUT_S)
+        assert xfer.state == "timed_out"
+        wait_for(engine, lambda xfer=xfer: xfer.quiesced)
+    assert 0.2 <= time.monotonic() - began < TIMEOUT_S / 2
+    local.array[:] = 77  # quiesced: ours again
+    own_peer.resume()
+    engine.write(local, peer.regions["kv"], 0, 0, NBYTES).wait(TIMEOUT_S)
+    assert own_peer.call("bytes_of", "kv") == bytes([77]) * NBYTES
+    assert peer.alive
+
+
+def test_revoke_is_quiet_while_the_writer_is_stopped(
+    engine: TransferEngine, own_peer: PeerProcess
+) -> None:
+    for round_ in range(5):
+        name = f"target{round_}"
+        target = engine.allocate(NBYTES, name)
+        if round_ == 0:
+            own_peer.call("add_region", "source", NBYTES, "allocated")
+            own_peer.call("fill", "source", 0x55)
+            engine.connect(own_peer.address)
+        lease = engine.grant(target, 0, NBYTES, ttl_s=60, peer=own_peer.incarnation, num_arrivals=1)
+        # The region's announcement and the writes go the same way, in order.
+        wait_for_region(engine, own_peer, name)
+        own_peer.call("start_endless_writes", "source", name, lease.token)
+        lease.wait_arrived(0, TIMEOUT_S)  # they land, one after the other
+        own_peer.stop()
+        lease.revoke(TIMEOUT_S)  # nobody over there takes part
+        assert lease.quiet
+        target.array[:] = 0xEE  # reused at once
+        own_peer.resume()
+        own_peer.call("stats")
+        engine.notify(engine.connect(own_peer.address), b"marker").wait(TIMEOUT_S)
+        assert (target.array == 0xEE).all()
+
+
+def wait_for_region(engine: TransferEngine, process: PeerProcess, name: str) -> None:
+    engine.notify(engine.connect(process.address), b"announced").wait(TIMEOUT_S)
+    process.call("notifications", 1)
+
+
+def test_expired_lease_of_a_stopped_writer_is_quiet(
+    engine: TransferEngine, own_peer: PeerProcess
+) -> None:
+    target = engine.allocate(NBYTES, "target")
+    engine.connect(own_peer.address)
+    own_peer.stop()
+    lease = engine.grant(target, 0, NBYTES, ttl_s=0.05, num_arrivals=1)
+    wait_for(engine, lambda: lease.quiet)
+    assert lease.expired
+    with pytest.raises(Exception, match="expired"):
+        lease.wait_arrived(0, TIMEOUT_S)
+
+
+def test_restarted_peer_is_a_new_incarnation(engine: TransferEngine, transport: str) -> None:
+    first = PeerProcess("decode", (transport,), SECRET)
+    peer, local = connect(engine, first)
+    old = peer.regions["kv"]
+    _, token = first.call("grant", "kv", 0, 100, ttl_s=60)
+    first.kill()
+    wait_for(engine, lost(engine))
+    second = PeerProcess("decode", (transport,), SECRET)
+    second.call("add_region", "kv", NBYTES, "allocated")
+    again = engine.connect(second.address)
+    assert again.incarnation != peer.incarnation
+    assert again is not peer
+    with pytest.raises(PeerDisconnectedError):
+        engine.write(local, old, 0, 0, 10).wait(TIMEOUT_S)
+    with pytest.raises(Exception, match="restarted"):
+        engine.write(local, again.regions["kv"], 0, 0, 10, lease=token)
+    engine.write(local, again.regions["kv"], 0, 0, 10).wait(TIMEOUT_S)
+    second.close()
+
+
+def test_peer_that_leaves_in_order_is_reported_so(engine: TransferEngine, transport: str) -> None:
+    peer = PeerProcess("polite", (transport,), SECRET)
+    engine.connect(peer.address)
+    peer.close()
+    event = wait_for(engine, lambda: [e for e in engine.peer_events() if e.kind == "lost"])[0]
+    assert event.peer.name == "polite"
+    assert "closed" in event.cause
+
+
+def test_close_cancels_what_is_open(engine: TransferEngine, own_peer: PeerProcess) -> None:
+    peer, local = connect(engine, own_peer)
+    remote = peer.regions["kv"]
+    own_peer.stop()
+    xfers = [engine.write(local, remote, 0, 0, NBYTES) for _ in range(3)]
+    waiter_saw: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            xfers[0].wait(TIMEOUT_S)
+        except TransferCancelledError as error:
+            waiter_saw.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    engine.close()
+    engine.close()
+    thread.join(TIMEOUT_S)
+    assert len(waiter_saw) == 1
+    assert [xfer.state for xfer in xfers] == ["cancelled"] * 3
+    assert all(xfer.quiesced for xfer in xfers)
+    local.array[:] = 1  # the memory outlives the engine
+    with pytest.raises(InvalidArgumentError, match="closed"):
+        engine.write(local, remote, 0, 0, 10)
+    own_peer.resume()
+
+
+def test_dropping_an_engine_with_open_transfers_returns(
+    own_peer: PeerProcess, transport: str
+) -> None:
+    engine = TransferEngine("dropped", transports=(transport,), secret=SECRET)
+    peer, local = connect(engine, own_peer)
+    own_peer.stop()
+    xfer = engine.write(local, peer.regions["kv"], 0, 0, NBYTES)
+    del engine
+    with pytest.raises(TransferCancelledError):
+        xfer.wait(TIMEOUT_S)
+
+
+def _resources() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def _mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("kvxfer:")
+
+
+def test_no_descriptor_thread_or_mapping_leaks(shared_peer: PeerProcess, transport: str) -> None:
+    shared_peer.call("add_region", "leaks", 4096, "allocated")
+
+    def round_trip() -> None:
+        with TransferEngine("leaky", transports=(transport,), secret=SECRET) as engine:
+            local = engine.allocate(1 << 16, "kv")
+            peer = engine.connect(shared_peer.address)
+            engine.write(local, peer.regions["leaks"], 0, 0, 4096, notify=b"x").wait(TIMEOUT_S)
+            engine.register(np.zeros(100, np.uint8), "other")
+            engine.grant(local, 0, 10, ttl_s=60)
+        shared_peer.call("notifications", 1)
+
+    round_trip()
+    before, mappings = _resources(), _mappings()
+    for _ in range(10):
+        round_trip()
+    assert _resources() == before
+    assert _mappings() == mappings
+    shared_peer.call("drop_region", "leaks")
+
+
+def test_idle_engine_uses_no_cpu(engine: TransferEngine, shared_peer: PeerProcess) -> None:
+    peer = engine.connect(shared_peer.address)
+    engine.notify(peer, b"warm").wait(TIMEOUT_S)
+    shared_peer.call("notifications", 1)
+    idle = threading.Event()
+    wakeups = engine.stats()["wakeups"], shared_peer.call("stats")["wakeups"]
+    began = time.process_time()
+    idle.wait(1.0)
+    assert time.process_time() - began < 0.05
+    assert engine.stats()["wakeups"] - wakeups[0] <= 2
+    assert shared_peer.call("stats")["wakeups"] - wakeups[1] <= 2

@@ -1,0 +1,227 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""A peer in a process of its own, driven over a pipe; its exit code is asserted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kvxfer.errors import KvxferError
+from kvxfer.transfer import TransferEngine
+
+TIMEOUT_S = 30.0  # of anything that must happen; generous, since machines that run tests are shared
+
+
+def wait_for(engine: TransferEngine, look: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    """The first true value of ``look``, asked after each wake-up of the engine."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        engine.clear_wakeup()
+        value = look()
+        if value:
+            return value
+        left = deadline - time.monotonic()
+        assert left > 0, f"nothing true within {timeout_s} s"
+        select.select([engine.fileno()], [], [], left)
+
+
+def take_notifications(
+    engine: TransferEngine, n: int, timeout_s: float = TIMEOUT_S
+) -> list[tuple[str, bytes]]:
+    got: list[tuple[str, bytes]] = []
+
+    def look() -> bool:
+        got.extend((each.peer.name, each.payload) for each in engine.notifications())
+        return len(got) >= n
+
+    wait_for(engine, look, timeout_s)
+    return got
+
+
+class Agent:
+    """What the child does when told; every argument and result is picklable."""
+
+    def __init__(self, name: str, transports: tuple[str, ...], secret: bytes) -> None:
+        self.engine = TransferEngine(name, transports=transports, secret=secret)
+        self.regions: dict[str, Any] = {}
+        self.leases: list[Any] = []
+        self.peers: list[Any] = []
+
+    def address(self) -> tuple[str, str]:
+        return self.engine.address, self.engine.incarnation
+
+    def add_region(self, name: str, nbytes: int, kind: str, require_lease: bool = False) -> None:
+        if kind == "allocated":
+            region = self.engine.allocate(nbytes, name, require_lease=require_lease)
+        else:
+            buffer = np.zeros(nbytes, np.uint8)
+            region = self.engine.register(buffer, name, require_lease=require_lease)
+        self.regions[name] = region
+
+    def drop_region(self, name: str) -> None:
+        self.engine.deregister(self.regions.pop(name))
+
+    def fill(self, name: str, value: int | bytes) -> None:
+        if isinstance(value, int):
+            self.regions[name].array[:] = value
+        else:
+            self.regions[name].array[:] = np.frombuffer(value, np.uint8)
+
+    def bytes_of(self, name: str) -> bytes:
+        return self.regions[name].array.tobytes()
+
+    def grant(self, name: str, offsets: Any, nbytes: Any, **how: Any) -> tuple[int, bytes]:
+        self.leases.append(self.engine.grant(self.regions[name], offsets, nbytes, **how))
+        return len(self.leases) - 1, self.leases[-1].token
+
+    def lease_state(self, lease: int) -> tuple[list[int], bool, bool, bool]:
+        each = self.leases[lease]
+        return each.arrived.tolist(), each.closed, each.quiet, each.expired
+
+    def wait_arrived(self, lease: int, indices: Any) -> None:
+        self.leases[lease].wait_arrived(indices, TIMEOUT_S)
+
+    def revoke(self, lease: int) -> bool:
+        self.leases[lease].revoke(TIMEOUT_S)
+        return self.leases[lease].quiet
+
+    def wait_quiet(self, lease: int) -> None:
+        wait_for(self.engine, lambda: self.leases[lease].quiet)
+
+    def notifications(self, n: int) -> list[tuple[str, bytes]]:
+        return take_notifications(self.engine, n)
+
+    def arrivals(self, tag: int, n: int) -> int:
+        peer = self._peer()
+        self.engine.wait_arrivals(tag, peer, n, TIMEOUT_S)
+        return self.engine.arrivals(tag, peer)
+
+    def _peer(self) -> Any:
+        """The newest peer that is alive: the engine of the test that is running."""
+
+        def look() -> Any:
+            self.peers += [e.peer for e in self.engine.peer_events() if e.kind == "connected"]
+            self.peers = [peer for peer in self.peers if peer.alive]
+            return self.peers
+
+        return wait_for(self.engine, look)[-1]
+
+    def write_back(self, name: str, remote: str, offset: int, nbytes: int, **how: Any) -> str:
+        xfer = self.engine.write(
+            self.regions[name], self._peer().regions[remote], offset, offset, nbytes, **how
+        )
+        xfer.wait(TIMEOUT_S)
+        return str(xfer.state)
+
+    def start_endless_writes(self, name: str, remote: str, lease: bytes) -> None:
+        """Keeps the pipe to the peer full without the driver's help, until a write fails."""
+        peer = self._peer()
+        region, target = self.regions[name], peer.regions[remote]
+
+        def run() -> None:
+            while True:
+                xfer = self.engine.write(
+                    region, target, 0, 0, region.nbytes, lease=lease, arrival=0
+                )
+                try:
+                    xfer.wait(TIMEOUT_S)
+                except KvxferError:
+                    return
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def stats(self) -> dict[str, Any]:
+        return self.engine.stats()
+
+
+def _main(pipe: Any, name: str, transports: tuple[str, ...], secret: bytes) -> None:
+    agent = Agent(name, transports, secret)
+    pipe.send(agent.address())
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            break
+        if message is None:
+            break
+        method, args, kwargs = message
+        try:
+            pipe.send((True, getattr(agent, method)(*args, **kwargs)))
+        except Exception as error:  # noqa: BLE001 - the driver raises it
+            pipe.send((False, f"{type(error).__name__}: {error}"))
+    agent.engine.close()
+
+
+class PeerProcess:
+    """``peer.call("method", ...)`` runs ``Agent.method`` over there."""
+
+    def __init__(self, name: str, transports: tuple[str, ...], secret: bytes) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self.process = context.Process(target=_main, args=(child, name, transports, secret))
+        self.process.start()
+        child.close()
+        self._stopped = False
+        assert self._pipe.poll(60), f"{name} did not start"
+        self.address, self.incarnation = self._pipe.recv()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._pipe.send((method, args, kwargs))
+
+    def receive(self) -> Any:
+        assert self._pipe.poll(TIMEOUT_S + 15), "the peer does not answer"
+        ok, value = self._pipe.recv()
+        assert ok, value
+        return value
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.send(method, *args, **kwargs)
+        return self.receive()
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        # Stopped is a state that the kernel reports, so it is waited for and not slept for.
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        self._stopped = True
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+        self._stopped = False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(TIMEOUT_S)
+        assert self.process.exitcode == -signal.SIGKILL
+        self._pipe.close()
+
+    def close(self) -> None:
+        """Leaves in order: exit code 0, in bounded time."""
+        if self.process.exitcode is not None:
+            self.process.close()
+            return
+        if self._stopped:
+            self.resume()
+        self._pipe.send(None)
+        self.process.join(TIMEOUT_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(TIMEOUT_S)
+            raise AssertionError("the peer did not leave")
+        assert self.process.exitcode == 0
+        self._pipe.close()
+        self.process.close()
