@@ -98,6 +98,11 @@ def paged_decode(
     **options: Any,
 ) -> None:
     """A prefill of one row per sequence; ``split_size`` is how others sum, not what."""
+    if (seq_lens < 0).any():
+        index = int((seq_lens < 0).argmax())
+        raise InvalidArgumentError(
+            f"seq_lens[{index}]: expected >= 0, given {int(seq_lens[index])}"
+        )
     rows = np.minimum(seq_lens, 1)
     starts = np.concatenate([[0], np.cumsum(rows)])
     have = np.flatnonzero(rows)

@@ -1,0 +1,192 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every caller's mistake is refused before memory is touched, naming the argument, the expected and the given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvxfer import kernels
+from kvxfer.errors import InvalidArgumentError, UnavailableError
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def decode_call() -> dict[str, Any]:
+    return {
+        "q": np.zeros((2, 4, 16), np.float32),
+        "k_cache": np.zeros((5, 8, 2, 16), np.float32),
+        "v_cache": np.zeros((5, 8, 2, 16), np.float32),
+        "block_table": np.array([[0, 1, -1], [2, 3, 4]], np.int32),
+        "seq_lens": np.array([16, 17], np.int32),
+    }
+
+
+def prefill_call() -> dict[str, Any]:
+    call = decode_call()
+    call["q"] = np.zeros((6, 4, 16), np.float32)
+    call["cu_seqlens_q"] = np.array([0, 2, 6], np.int32)
+    return call
+
+
+def append_call() -> dict[str, Any]:
+    call = decode_call()
+    return {
+        "key": np.zeros((3, 2, 16), np.float32),
+        "value": np.zeros((3, 2, 16), np.float32),
+        "k_cache": call["k_cache"],
+        "v_cache": call["v_cache"],
+        "slot_mapping": np.array([0, 1, 2], np.int64),
+    }
+
+
+def to(name: str, value: Any) -> Change:
+    return lambda call: call.__setitem__(name, value)
+
+
+def entry(name: str, index: Any, value: Any) -> Change:
+    return lambda call: call[name].__setitem__(index, value)
+
+
+ATTENTION: list[tuple[str, Change, str]] = [
+    ("q axes", to("q", np.zeros((2, 64), np.float32)), r"q: expected shape \[.*given \[2, 64\]"),
+    ("q dtype", to("q", np.zeros((2, 4, 16))), "q: expected dtype float32 or .*given float64"),
+    ("q type", to("q", [[1.0]]), "q: expected a NumPy array or a torch tensor, given list"),
+    ("heads", to("q", np.zeros((2, 3, 16), np.float32)), "q: expected num_q_heads .* 2 KV heads, given 3"),
+    ("head_dim", to("k_cache", np.zeros((5, 8, 2, 8), np.float32)), r"k_cache: expected shape .*16\].*given"),
+    ("kv dtype", to("v_cache", np.zeros((5, 8, 2, 16), np.float16)), "v_cache: expected dtype float32, given float16"),
+    ("kv blocks", to("v_cache", np.zeros((4, 8, 2, 16), np.float32)), r"v_cache: expected shape \[5, 8, 2,"),
+    ("channels", to("k_cache", np.zeros((5, 8, 2, 32), np.float32)[..., ::2]), "k_cache: .*adjacent.*given stride 2"),
+    ("reversed", to("v_cache", np.zeros((5, 8, 2, 16), np.float32)[::-1]), "v_cache: expected strides >= 0"),
+    ("block size", lambda c: c.update(k_cache=np.zeros((1, 300, 2, 16), np.float32), v_cache=np.zeros((1, 300, 2, 16), np.float32)), "block size from 1 to 256, given 300"),
+    ("kv_layout", to("kv_layout", "NDH"), "kv_layout: expected 'NHD' or 'HND', given 'NDH'"),
+    ("table dtype", to("block_table", np.zeros((2, 3), np.int64)), "block_table: expected dtype int32, given int64"),
+    ("lens shape", to("seq_lens", np.zeros((2, 1), np.int32)), r"seq_lens: expected shape"),
+    ("lens negative", entry("seq_lens", 1, -4), r"seq_lens\[1\]: expected .* given -4"),
+    ("short table", entry("seq_lens", 1, 25), "block_table: expected at least 4 blocks of 8 .*sequence 1, given 3"),
+    ("hole", entry("block_table", (0, 1), -1), r"block_table\[0, 1\]: expected a block id from 0 to 4, given -1"),
+    ("id", entry("block_table", (1, 2), 5), r"block_table\[1, 2\]: .* given 5"),
+    ("huge id", entry("block_table", (1, 0), 2**31 - 1), r"block_table\[1, 0\]: .* given 2147483647"),
+    ("window", to("window_left", -2), "window_left: expected >= -1, given -2"),
+    ("cap", to("logits_soft_cap", -1.0), "logits_soft_cap: expected a finite value >= 0, given -1.0"),
+    ("cap nan", to("logits_soft_cap", float("nan")), "logits_soft_cap: .* given nan"),
+    ("scale", to("sm_scale", float("inf")), "sm_scale: expected a finite value, given inf"),
+    ("sinks", to("sinks", np.zeros(3, np.float32)), r"sinks: expected shape \[4\], given \[3\]"),
+    ("sinks dtype", to("sinks", np.zeros(4)), "sinks: expected dtype float32, given float64"),
+    ("out shape", to("out", np.zeros((2, 4, 8), np.float32)), "out: expected shape"),
+    ("out dtype", to("out", np.zeros((2, 4, 16), np.float16)), "out: expected dtype float32"),
+    ("out is q", lambda c: c.update(out=c["q"]), "out: expected memory of its own, given some of q"),
+    ("backend", to("backend", "cublas"), "backend: expected one of auto, cuda, triton, cpu, reference, given 'cublas'"),
+]  # fmt: skip
+
+
+def ops_and_changes() -> list[Any]:
+    # The table's q and out have decode's shape, so those rows are for decode alone.
+    return [
+        pytest.param(op, change, match, id=f"{op}: {name}")
+        for op in ("paged_decode", "paged_prefill")
+        for name, change, match in ATTENTION
+        if op == "paged_decode" or not name.startswith(("q", "out", "heads"))
+    ]
+
+
+@pytest.mark.parametrize(("op", "change", "match"), ops_and_changes())
+def test_attention_refuses(op: str, change: Change, match: str, backend: str) -> None:
+    call = decode_call() if op == "paged_decode" else prefill_call()
+    call["backend"] = backend
+    change(call)
+    with pytest.raises(InvalidArgumentError, match=match):
+        getattr(kernels, op)(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (entry("cu_seqlens_q", 0, 1), r"cu_seqlens_q: expected not descending from 0 to 6"),
+        (entry("cu_seqlens_q", 2, 5), r"from 0 to 6 \(rows of q\), given \[0, 2, 5\]"),
+        (entry("cu_seqlens_q", 1, 7), "not descending"),
+        (
+            to("cu_seqlens_q", np.zeros(2, np.int32)),
+            r"cu_seqlens_q: expected shape \[3\], given \[2\]",
+        ),
+        (entry("seq_lens", 0, 1), r"seq_lens\[0\]: expected at least the 2 new tokens"),
+    ],
+)
+def test_prefill_refuses(change: Change, match: str, backend: str) -> None:
+    call = prefill_call() | {"backend": backend}
+    change(call)
+    with pytest.raises(InvalidArgumentError, match=match):
+        kernels.paged_prefill(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (to("key", np.zeros((3, 1, 16), np.float32)), "key: expected num_kv_heads 2 like k_cache"),
+        (to("value", np.zeros((2, 2, 16), np.float32)), r"value: expected shape \[3, 2, 16\]"),
+        (
+            to("value", np.zeros((3, 2, 16), np.float16)),
+            "value: expected dtype float32, given float16",
+        ),
+        (
+            to("slot_mapping", np.zeros(3, np.int32)),
+            "slot_mapping: expected dtype int64, given int32",
+        ),
+        (entry("slot_mapping", 2, 40), r"slot_mapping\[2\]: .*0 to 39 \(5 blocks of 8\), given 40"),
+        (to("k_scale", 0.0), "k_scale: expected a finite value > 0, given 0.0"),
+        (lambda c: c["v_cache"].setflags(write=False), "v_cache: expected a writable array"),
+    ],
+)
+def test_append_refuses(change: Change, match: str, backend: str) -> None:
+    call = append_call() | {"backend": backend}
+    change(call)
+    with pytest.raises(InvalidArgumentError, match=match):
+        kernels.append_kv(**call)
+
+
+def test_libraries_may_not_be_mixed() -> None:
+    torch = pytest.importorskip("torch")
+    call = decode_call()
+    call["block_table"] = torch.from_numpy(call["block_table"])
+    with pytest.raises(
+        InvalidArgumentError, match="block_table: expected a NumPy array on cpu like q"
+    ):
+        kernels.paged_decode(**call)
+
+
+def test_tensors_in_tensors_out_and_no_copy_of_the_cache() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        call = {name: torch.from_numpy(value) for name, value in decode_call().items()}
+        for name in ("q", "k_cache", "v_cache"):
+            call[name] = torch.randn(call[name].shape).to(dtype)
+        key = torch.randn(1, 2, 16).to(dtype)
+        kernels.append_kv(
+            key, key, call["k_cache"], call["v_cache"], torch.tensor([3]), kv_layout="NHD"
+        )
+        assert torch.equal(call["k_cache"][0, 3], key[0])
+        out = kernels.paged_decode(**call)
+        assert out.dtype == dtype
+        mine = torch.empty_like(call["q"])
+        assert kernels.paged_decode(**call, out=mine) is mine
+        assert torch.equal(out, mine)
+
+
+def test_an_explicit_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(UnavailableError, match="cuda") as caught:
+        kernels.paged_decode(**decode_call(), backend="cuda")
+    assert caught.value.reason
+
+
+def test_explain_names_the_choice_and_every_other_reason() -> None:
+    text = kernels.explain("paged_decode", np.zeros(1, np.float32))
+    assert text.startswith("paged_decode on cpu: ")
+    for name in ("cuda", "triton", "cpu", "reference"):
+        assert f"  {name}: " in text
+    assert set(kernels.backend_reasons("pack_blocks")) == {"cuda", "triton", "cpu", "reference"}
+    with pytest.raises(InvalidArgumentError, match="op: expected one of"):
+        kernels.explain("attention")
