@@ -58,8 +58,8 @@ class FakeWorker:
         self.refusal = (503, {"error": {"message": "full", "code": "overloaded"}})
         self.error = ErrorEvent(code="internal", message="broken", retryable=True)
         self.requests: list[TokenRequest] = []
-        self.arrived = asyncio.Event()  # a leg came
-        self.closed = asyncio.Event()  # a leg was closed before its end
+        self.hanging = asyncio.Event()  # a leg says nothing any more
+        self.closed = asyncio.Event()  # ... and was closed then
         self.aborted: list[dict[str, Any]] = []
         self.abort_came = asyncio.Event()
         self.reply = PrefillReply(status="handed_off", cached_tokens=3)
@@ -124,7 +124,6 @@ class FakeWorker:
             assert request.headers["x-kvxfer-incarnation"] == self.incarnation
             leg = msgspec.json.decode(await request.body(), type=TokenRequest)
             self.requests.append(leg)
-            self.arrived.set()
             return leg
 
         def fault(*kinds: str) -> str:
@@ -180,6 +179,7 @@ class FakeWorker:
         return Response(msgspec.json.encode(body), status, headers={"Retry-After": "7"})
 
     async def _hang(self) -> None:
+        self.hanging.set()
         try:
             await asyncio.Event().wait()
         finally:
