@@ -114,10 +114,12 @@ class Worker:
         return self.views[layer][part][block, token % self.layout.block_size]
 
     def check_free_blocks(self) -> None:
-        for block in self.free:
-            for layer in self.views:
-                for part in layer:
-                    assert (part[block] == -1.0 - block).all(), f"free block {block} was written"
+        free = np.array(self.free, np.int64)
+        wanted = (-1.0 - free)[:, None, None, None]
+        for layer in self.views:
+            for part in layer:
+                wrong = free[(part[free] != wanted).any(axis=(1, 2, 3))]
+                assert not len(wrong), f"free block {wrong[0]} was written"
 
     def poll(self) -> None:
         if not self.alive:
@@ -312,7 +314,7 @@ class World:
                 break
             open_legs = [leg for w in self.workers for leg in w.legs.values() if not leg.ended]
             assert self.net.now < until, f"no end: {open_legs}"
-            self.net.advance(0.5)
+            self.net.advance(2.0)
         self.net.run_all()
         for worker in self.workers:
             worker.poll()

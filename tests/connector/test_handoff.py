@@ -305,6 +305,56 @@ def test_a_failed_write_ends_the_attempt(world: World) -> None:
     assert kinds(world.decode.legs["h"].log) == [Offered, Failed, Quiet]
 
 
+def step(world: World, kind: str) -> None:
+    """Lets the engines do one kind of thing, as often as it is under way."""
+    for action in [action for action in world.net.pending if action.kind == kind]:
+        world.net.pending.remove(action)
+        action.run()
+
+
+def test_blocks_come_back_only_when_no_copier_is_inside(world: World) -> None:
+    reserve(world)
+    world.prefill[0].compute_chunk(world.prefill[0].legs["h"], 4)
+    step(world, "read")
+    step(world, "begin")  # the owner's engine copies, and is slow
+    world.decode.abort(world.decode.legs["h"])
+    world.decode.poll()
+    assert kinds(world.decode.legs["h"].log) == [Offered, Failed]
+    assert world.decode.endpoint.stats()["closing"]["receiver"] == 1
+    step(world, "finish")
+    world.decode.poll()
+    assert kinds(world.decode.legs["h"].log) == [Offered, Failed, Quiet]
+
+
+def test_sources_come_back_only_when_cancelled_writes_are_quiesced(world: World) -> None:
+    reserve(world)
+    prefill = world.prefill[0]
+    prefill.compute_chunk(prefill.legs["h"], 4)
+    prefill.abort(prefill.legs["h"])
+    prefill.poll()
+    assert kinds(prefill.legs["h"].log) == [Granted, Failed]
+    assert prefill.endpoint.stats()["closing"]["sender"] == 1
+    step(world, "read")
+    prefill.poll()
+    assert kinds(prefill.legs["h"].log) == [Granted, Failed, Quiet]
+
+
+def test_layers_of_a_handoff_that_has_ended_are_ignored(world: World) -> None:
+    """The forward pass goes on to its end after its request is gone."""
+    reserve(world)
+    prefill = world.prefill[0]
+    prefill.endpoint.sender.abort("h", "client gone")
+    for layer in range(2):
+        prefill.endpoint.sender.layer_done(
+            "h", chunk_index=0, layer=layer, token_begin=0, token_end=10
+        )
+    prefill.endpoint.sender.commit("h", num_chunks=1, first_tokens=[1], cached_tokens=0)
+    settle(world)
+    assert prefill.endpoint.stats()["layers_after_end"] == 2
+    assert not any(action.kind == "read" for action in world.net.pending)
+    assert kinds(world.decode.legs["h"].log) == [Offered, Failed, Quiet]
+
+
 def test_decline_ends_the_handoff_on_both_sides(world: World) -> None:
     prefill, decode_worker = open_both(world)
     decode_worker.decline(decode_worker.legs["h"])
