@@ -202,6 +202,14 @@ bool ShmConnection::take_bulk() {
       case Pop::kRecord:
         break;
     }
+    // The head of its request was pushed before it, into the other ring: read that one up first. What
+    // stood there when we peeked is at most a ring full of empty records.
+    for (uint64_t n = 0; n < kMessageRingBytes / sizeof(RecordHead) && take_message(); ++n) {
+    }
+    {
+      std::lock_guard lock(mutex_);
+      if (dead_) return false;
+    }
   }
   bool sane = false, finished = true, staged = false;
   switch (static_cast<Type>(held_type_)) {

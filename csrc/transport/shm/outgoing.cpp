@@ -110,8 +110,7 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
 Cancelled Outgoing::cancel(const RequestPtr& request) noexcept {
   std::lock_guard lock(mutex_);
   const auto found = by_id_.find(request->id);
-  // Gone: its end is on the way to the engine, which decides by its own state word.
-  if (found == by_id_.end()) return {Agreement::kUnknown, true};
+  if (found == by_id_.end()) return {Agreement::kEnding, true};
   const uint32_t slot = found->second;
   Flight& flight = flights_[slot];
   uint64_t posted = slot_word(flight.generation, Slot::kPosted);
