@@ -152,6 +152,14 @@ def test_prefill_at_the_edges_of_blocks(block_size: int) -> None:
     assert_close(*both("paged_prefill", *prefill_inputs(lengths, new, block_size=n)))
 
 
+def test_prefill_from_every_place_near_the_edge_of_a_tile() -> None:
+    """Tiles of 32 keys: the first row of a chunk stands at 29 to 33, the last unmasked tile ends there or not."""
+    before = [29, 30, 31, 32, 33]
+    inputs = prefill_inputs([n + 3 for n in before], [3] * 5, block_size=16)
+    assert_close(*both("paged_prefill", *inputs))
+    assert_close(*both("paged_prefill", *inputs, window_left=30))
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_prefill_options(options: dict[str, Any]) -> None:
     chosen = dict(options)
@@ -243,24 +251,27 @@ def test_numpy_arrays_are_refused_by_name() -> None:
 
 
 def test_offsets_past_two_to_the_31_elements() -> None:
-    """Two blocks 2**31 elements apart, in memory of which only these blocks are ever touched."""
-    apart, size, head_dim = (1 << 31) + 64, 4, 16
-    memory = torch.empty(apart + 64 * size * 2, dtype=torch.float16)
+    """Blocks 0 and 2 of three, in memory of which only they are ever touched.
+
+    The stride fits 32 bits and twice of it does not: a product in int32 wraps.
+    """
+    apart, size, head_dim = (1 << 30) + 64, 4, 16
+    memory = torch.empty(2 * apart + 64 * size * 2, dtype=torch.float16)
     k, v = (
         memory.as_strided(
-            (2, size, 1, head_dim), (apart, head_dim, head_dim, 1), half * 64 * size // 4
+            (3, size, 1, head_dim), (apart, head_dim, head_dim, 1), half * 64 * size // 4
         )
         for half in (0, 1)
     )
     row = torch.randn(5, 1, head_dim).half()
-    slots = torch.tensor([4, 5, 6, 7, 1])
+    slots = torch.tensor([8, 9, 10, 11, 1])
     kernels.append_kv(row, row + 1, k, v, slots, backend="triton")
-    assert torch.equal(k[1], row[:4])
+    assert torch.equal(k[2], row[:4])
     assert torch.equal(v[0, 1], row[4] + 1)
     k[0, 0], v[0, 0] = row[0], row[0]
-    table, lens = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    table, lens = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
     q = torch.randn(1, 1, head_dim).half()
-    near = [part.contiguous() for part in (k, v)]
+    near = [torch.stack((part[0], part[0] * 0, part[2])) for part in (k, v)]
     far = kernels.paged_decode(q, k, v, table, lens, backend="triton")
     assert torch.equal(far, kernels.paged_decode(q, *near, table, lens, backend="triton"))
     starts = torch.tensor([0, 1], dtype=torch.int32)
