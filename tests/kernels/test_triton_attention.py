@@ -158,6 +158,9 @@ def test_prefill_from_every_place_near_the_edge_of_a_tile() -> None:
     inputs = prefill_inputs([n + 3 for n in before], [3] * 5, block_size=16)
     assert_close(*both("paged_prefill", *inputs))
     assert_close(*both("paged_prefill", *inputs, window_left=30))
+    # Here the window's edge crosses a tile that lies whole in front of the first row's diagonal.
+    wide = prefill_inputs([128], [64], block_size=16, window_left=40)
+    assert_close(*both("paged_prefill", *wide, window_left=40))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -35,7 +35,8 @@ class CostModel:
     pack_from_nbytes: int = 1 << 20
 
 
-# Sources: layout-and-kernels notes in docs/; `kvxfer bench transfer --calibrate` prints a machine's own.
+# Estimates from published and our own early measurements, right within a factor of two; a caller who has
+# measured a machine passes its own CostModel.
 COST_MODELS: dict[str, CostModel] = {
     model.path: model
     for model in (
