@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from kvxfer.connector import receiver, sender
+from kvxfer.connector import reservation, sender
 from kvxfer.connector.push import Push
 
 INDEX = st.integers(0, 999)
@@ -186,7 +186,7 @@ def test_no_interleaving_corrupts_leaks_or_hangs() -> None:
 
 
 def accept_on_commit_alone(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(receiver, "expected_arrivals", lambda *_: np.empty(0, np.int64))
+    patch.setattr(reservation, "expected_arrivals", lambda *_: np.empty(0, np.int64))
 
 
 def give_sources_back_before_quiesced(patch: pytest.MonkeyPatch) -> None:

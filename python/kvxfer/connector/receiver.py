@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from kvxfer.connector.context import (
     Context,
     Tombstones,
-    check_blocks,
     check_handoff_id,
     check_mappable,
 )
 from kvxfer.connector.events import Accepted, DuplicateHandoffError, End, Failed, Offered, Quiet
 from kvxfer.connector.protocol import (
-    MAX_BLOCKS,
     Abort,
     Accept,
     Commit,
@@ -33,13 +30,12 @@ from kvxfer.connector.protocol import (
     Message,
     Offer,
     clip_text,
-    expected_arrivals,
 )
-from kvxfer.errors import InvalidArgumentError, KvxferError, LayoutError, LeaseError
-from kvxfer.layout import plan_transfer
+from kvxfer.connector.reservation import Reservation
+from kvxfer.errors import InvalidArgumentError, KvxferError, LayoutError
 
 if TYPE_CHECKING:
-    from kvxfer.transfer import Lease
+    pass
 
 __all__ = ["Receiver"]
 
@@ -59,13 +55,7 @@ class _Handoff:
     state: _State = _State.EXPECTED
     peer: str = ""  # from the offer on
     offer: Offer | None = None
-    grant: dict[str, Any] | None = None  # repeated as it was when the offer is repeated
-    lease: Lease | None = None
-    lease_until: float = 0.0
-    nbytes: int = 0
-    num_arrived: int = 0
-    commit: Commit | None = None
-    expected: npt.NDArray[np.int64] | None = None
+    reserved: Reservation | None = None
 
 
 class Receiver:
@@ -76,7 +66,6 @@ class Receiver:
         self._open: dict[str, _Handoff] = {}
         self._tombstones = Tombstones(context)
         self._early: dict[str, tuple[str, Offer, float]] = {}  # offers whose leg is yet to open
-        self._wire = context.layout.to_wire()
 
     # -- the owner's calls ---------------------------------------------------------------------------------
 
@@ -124,52 +113,11 @@ class Receiver:
             raise InvalidArgumentError(
                 f"grant of handoff {handoff}, which is {state}; once, after Offered"
             )
-        if not 0 <= token_begin < token_end <= item.offer.num_tokens:
-            raise InvalidArgumentError(
-                f"grant of handoff {handoff}: tokens [{token_begin}, {token_end}) of {item.offer.num_tokens}; "
-                "at least one token must be wanted (decline otherwise)"
-            )
-        context, layout = self._context, self._context.layout
-        blocks = np.asarray(block_ids, dtype=np.int32).reshape(-1)
-        check_blocks(layout, blocks, token_begin, token_end)
-        if len(blocks) > MAX_BLOCKS:
-            raise InvalidArgumentError(
-                f"grant of handoff {handoff}: {len(blocks)} blocks, one message names {MAX_BLOCKS}; use "
-                "bigger blocks for prompts of this length"
-            )
-        # Our own bytes of those tokens, all layers: what may be written and nothing beside it.
-        spans = plan_transfer(
-            layout, layout, blocks, blocks, token_end, first_token=token_begin, kind="direct"
+        item.reserved = Reservation(
+            self._context, item.peer, item.offer, block_ids, token_begin, token_end
         )
-        offsets, sizes = spans.dst_offsets, spans.nbytes
-        max_chunks = min(
-            item.offer.max_chunks,
-            item.offer.num_tokens,
-            max(1, context.config.max_arrivals // len(layout.layers)),
-        )
-        ttl_s = context.config.lease_ttl_s
-        item.lease = context.engine.grant(
-            context.region,
-            offsets,
-            sizes,
-            ttl_s=ttl_s,
-            peer=item.peer,
-            num_arrivals=max_chunks * len(layout.layers),
-        )
-        item.lease_until = context.clock() + ttl_s
-        item.nbytes = int(np.sum(sizes))
         item.state = _State.RESERVED
-        item.grant = {
-            "token_begin": int(token_begin),
-            "token_end": int(token_end),
-            "max_chunks": max_chunks,
-            "ttl_s": ttl_s,
-            "region": context.region.name,
-            "lease": bytes(item.lease.token),
-            "layout": self._wire,
-            "block_ids": blocks,
-        }
-        context.links.send(item.peer, Grant, handoff=handoff, **item.grant)
+        self._send_grant(item, item.reserved)
 
     def decline(self, handoff: str, reason: str) -> None:
         """The owner computes the prompt itself. Ends the handoff without an event; no-op if it ended already."""
@@ -216,37 +164,20 @@ class Receiver:
             self._context.drop("foreign")
         elif item.state is _State.CLOSING:
             self._answer(peer, item.handoff)
-        elif item.state is _State.RESERVED and item.commit is None and item.grant is not None:
-            self._context.links.send(peer, Grant, handoff=item.handoff, **item.grant)
+        elif item.reserved is not None and item.reserved.commit is None:
+            self._send_grant(item, item.reserved)
 
     def on_commit(self, peer: str, message: Commit) -> None:
         item = self._find(peer, message.handoff)
-        if item is None or item.state is not _State.RESERVED or item.commit is not None:
+        if item is None or item.state is not _State.RESERVED or item.reserved is None:
             return
-        assert item.grant is not None
-        assert item.offer is not None
-        ends = message.chunk_ends.astype(np.int64)
-        if (
-            message.num_tokens != item.offer.num_tokens
-            or not 0 < len(ends) <= item.grant["max_chunks"]
-            or ends[-1] != message.num_tokens
-            or (np.diff(ends, prepend=0) <= 0).any()
-            or not len(message.first_tokens)
-        ):
-            cause = (
-                f"a commit of {message.num_tokens} tokens in {len(ends)} chunks with "
-                f"{len(message.first_tokens)} first tokens contradicts the offer of {item.offer.num_tokens}"
-            )
-            self._fail(item, cause, "write_failed", retryable=True)
-            return
-        item.commit = message
-        item.expected = expected_arrivals(
-            message.chunk_ends,
-            item.grant["token_begin"],
-            item.grant["token_end"],
-            len(self._context.layout.layers),
-        )
-        self._look(item, self._context.clock())
+        if item.reserved.commit is not None:
+            return  # a repeat
+        problem = item.reserved.take_commit(message)
+        if problem:
+            self._fail(item, problem, "write_failed", retryable=True)
+        else:
+            self._look(item, self._context.clock())
 
     def on_abort(self, peer: str, message: Abort) -> None:
         item = self._open.get(message.handoff)
@@ -266,8 +197,8 @@ class Receiver:
         now = self._context.clock()
         for handoff in handoffs:
             item = self._find(peer, handoff, silent=handoff in self._early)
-            if item is not None and item.state is _State.RESERVED:
-                self._extend(item, now)
+            if item is not None and item.state is _State.RESERVED and item.reserved is not None:
+                item.reserved.extend(now)
 
     def on_lost(self, peer: str, cause: str) -> None:
         for handoff in [name for name, early in self._early.items() if early[0] == peer]:
@@ -285,11 +216,10 @@ class Receiver:
     def advance(self, now: float) -> None:
         """Arrivals and leases, then deadlines."""
         for item in list(self._open.values()):
-            if item.lease is not None:
-                self._look(item, now)
+            self._look(item, now)
             if item.handoff not in self._open or item.state in (_State.ACCEPTING, _State.CLOSING):
                 continue
-            if item.lease is not None and (item.lease.expired or now >= item.lease_until):
+            if item.reserved is not None and item.reserved.is_over(now):
                 self._fail(item, "the sender stopped renewing its lease", "expired", retryable=True)
             elif now >= item.deadline:
                 self._fail(item, "the request's deadline passed", "expired", retryable=False)
@@ -311,18 +241,13 @@ class Receiver:
         ]
 
     def next_deadline(self) -> float | None:
-        waiting = [
-            item
-            for item in self._open.values()
-            if item.state not in (_State.ACCEPTING, _State.CLOSING)
-        ]
-        return min(
-            (
-                min(item.deadline, item.lease_until) if item.lease else item.deadline
-                for item in waiting
-            ),
-            default=None,
-        )
+        times: list[float] = []
+        for item in self._open.values():
+            if item.state not in (_State.ACCEPTING, _State.CLOSING):
+                times.append(item.deadline)
+                if item.reserved is not None:
+                    times.append(item.reserved.until)
+        return min(times, default=None)
 
     @property
     def num_closing(self) -> int:
@@ -389,56 +314,52 @@ class Receiver:
         self._tombstones.add(item.handoff, reply=(Decline, values))
         self._answer(item.peer, item.handoff)
 
+    def _send_grant(self, item: _Handoff, reserved: Reservation) -> None:
+        self._context.links.send(item.peer, Grant, handoff=item.handoff, **reserved.grant)
+
     def _look(self, item: _Handoff, now: float) -> None:
         """What the lease shows: new arrivals, completeness, quiet."""
-        lease = item.lease
-        assert lease is not None
+        reserved = item.reserved
+        if reserved is None:
+            return
         if item.state is _State.RESERVED:
-            self._look_at_arrivals(item, lease, now)
-        if item.handoff not in self._open or not lease.quiet:
-            return  # a failure above came here again and may have ended it
+            if reserved.look():  # bytes are a sign of life too
+                reserved.extend(now)
+                link = self._context.links.get(item.peer)
+                if link is not None:
+                    link.last_heard = now
+            if reserved.is_complete:
+                item.state = _State.ACCEPTING
+                reserved.lease.begin_revoke()
+            elif reserved.is_wrong:
+                cause = "arrivals outside the committed chunks"
+                self._fail(item, cause, "write_failed", retryable=True)
+                return  # which looked again
+        if not reserved.lease.quiet:
+            return
         if item.state is _State.ACCEPTING:
-            self._accept(item)
+            self._accept(item, reserved)
         elif item.state is _State.CLOSING:
             del self._open[item.handoff]
             self._context.events.append(Quiet(item.handoff))
 
-    def _look_at_arrivals(self, item: _Handoff, lease: Lease, now: float) -> None:
-        num_arrived = lease.num_arrived
-        if num_arrived != item.num_arrived:
-            item.num_arrived = num_arrived
-            link = self._context.links.get(item.peer)
-            if link is not None:
-                link.last_heard = now  # bytes are a sign of life too
-            self._extend(item, now)
-        if item.state is not _State.RESERVED or item.expected is None:
-            return
-        if num_arrived >= len(item.expected):
-            if np.array_equal(lease.arrived, item.expected):
-                item.state = _State.ACCEPTING
-                lease.begin_revoke()
-            elif num_arrived > len(item.expected):
-                cause = "arrivals outside the committed chunks"
-                self._fail(item, cause, "write_failed", retryable=True)
-
-    def _accept(self, item: _Handoff) -> None:
-        commit, context = item.commit, self._context
+    def _accept(self, item: _Handoff, reserved: Reservation) -> None:
+        commit, context = reserved.commit, self._context
         assert commit is not None
-        assert item.grant is not None
         transport = commit.transport or self._busiest_transport(item.peer)
         del self._open[item.handoff]
         context.events.append(
             Accepted(
                 item.handoff,
-                item.grant["token_end"],
+                reserved.token_end,
                 tuple(int(token) for token in commit.first_tokens),
                 commit.cached_tokens,
-                item.nbytes,
+                reserved.nbytes,
                 transport,
             )
         )
         context.end("receiver", "accepted")
-        context.counters[f"bytes_received_{transport}"] += item.nbytes
+        context.counters[f"bytes_received_{transport}"] += reserved.nbytes
         self._tombstones.add(item.handoff, reply=(Accept, {}))
         self._answer(item.peer, item.handoff)
 
@@ -448,18 +369,6 @@ class Receiver:
         return max(
             transports, key=lambda name: transports[name]["bytes_received"], default="unknown"
         )
-
-    def _extend(self, item: _Handoff, now: float) -> None:
-        config = self._context.config
-        assert item.lease is not None
-        if now < item.lease_until - config.lease_ttl_s + config.renew_s:
-            return
-        try:
-            item.lease.extend(config.lease_ttl_s)
-        except LeaseError as error:
-            self._fail(item, f"the lease ended: {error}", "expired", retryable=True)
-            return
-        item.lease_until = now + config.lease_ttl_s
 
     def _fail(
         self, item: _Handoff, cause: str, end: End, *, retryable: bool, tell: bool = True
@@ -473,10 +382,10 @@ class Receiver:
         self._bury(item.handoff, failed)
         if tell and item.peer:
             self._answer(item.peer, item.handoff)
-        if item.lease is None:
+        if item.reserved is None:
             del self._open[item.handoff]
         else:
-            item.lease.begin_revoke()
+            item.reserved.lease.begin_revoke()
             self._look(item, self._context.clock())
 
     def _bury(self, handoff: str, failed: Failed, *, known: bool = True) -> None:
