@@ -49,7 +49,7 @@ struct Totals {
 };
 
 struct Peer {
-  PeerIdentity identity;  // of the newest session; the incarnation never changes
+  PeerIdentity identity;  // constant once the peer is in the engine's table
   std::atomic<bool> alive{false};
 
   mutable std::mutex mutex;  // over all below; no call into a connection while it is held

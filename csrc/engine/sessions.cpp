@@ -13,9 +13,10 @@ constexpr size_t kMaxLostPeers = 256;    // kept for stats() and late questions
 
 PeerPtr Engine::peer_for(const PeerIdentity& identity) {
   auto [it, inserted] = peers_.try_emplace(identity.incarnation);
-  if (inserted) it->second = std::make_shared<Peer>();
-  std::lock_guard lock(it->second->mutex);
-  if (!it->second->alive) it->second->identity = identity;
+  if (inserted) {
+    it->second = std::make_shared<Peer>();
+    it->second->identity = identity;  // never written again, so it is read without a lock
+  }
   PeerPtr peer = it->second;
   if (inserted) forget_old_peers();
   return peer;

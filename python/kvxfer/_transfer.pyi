@@ -10,6 +10,13 @@ _Offsets = npt.NDArray[np.int64] | int
 
 MAX_NOTIFICATION_NBYTES: int
 
+def scattered_copy(
+    destination: Any,
+    source: Any,
+    destination_offsets: _Offsets,
+    source_offsets: _Offsets,
+    nbytes: int,
+) -> None: ...
 def probe_transports() -> list[tuple[str, str | None]]: ...
 
 class Watch:

@@ -382,6 +382,7 @@ void TcpConnection::pump(Lane& lane, size_t budget) noexcept {
         frame.spoil(Code::kLease);
         continue;
       }
+      frame.prepare();
       iovec iov[kMaxIov];
       msghdr message{};
       message.msg_iov = iov;
@@ -421,11 +422,14 @@ void TcpConnection::pump(Lane& lane, size_t budget) noexcept {
   if (more) pump_soon(lane);
 }
 
+// Only a note: the holder of the sending token may be inside a system call on these very bytes.
 void TcpConnection::Frame::spoil(Code why) noexcept {
+  if (has_trailer) poison = why;
+}
+
+void TcpConnection::Frame::prepare() noexcept {
   // Once a byte of an honest trailer is out, all of the body is too: the stripe counts.
-  if (!has_trailer || sent > head.size() + body_nbytes) return;
-  poison = why;
-  write_trailer(why, trailer.data());
+  if (poison != Code::kOk && sent <= head.size() + body_nbytes) write_trailer(poison, trailer.data());
 }
 
 size_t TcpConnection::Frame::gather(iovec* out) const noexcept {

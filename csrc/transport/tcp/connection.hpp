@@ -108,6 +108,7 @@ class TcpConnection final : public Connection {
       return head.size() + body_nbytes + (has_trailer ? kTrailerBytes : 0);
     }
     void spoil(Code why) noexcept;
+    void prepare() noexcept;
     size_t gather(iovec* out) const noexcept;
     void advance(uint64_t nbytes) noexcept;
   };
