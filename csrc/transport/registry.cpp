@@ -5,6 +5,8 @@
 #include <functional>
 #include <utility>
 
+#include "transport/shm/transport.hpp"
+
 namespace kvxfer {
 namespace {
 
@@ -12,7 +14,9 @@ using Maker = std::function<std::unique_ptr<Transport>()>;
 
 // One line per transport that attaches to a session, best first.
 const std::vector<std::pair<std::string, Maker>>& makers() {
-  static const std::vector<std::pair<std::string, Maker>> list = {};
+  static const std::vector<std::pair<std::string, Maker>> list = {
+      {"shm", [] { return std::make_unique<shm::ShmTransport>(); }},
+  };
   return list;
 }
 

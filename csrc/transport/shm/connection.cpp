@@ -14,7 +14,7 @@ namespace {
 // Rounds of work (a message, a chunk, a staging slot) before other connections get their turn.
 constexpr int kMaxRounds = 64;
 
-enum class SocketType : uint32_t { kSegment = 1, kWithdrawn = 2 };
+enum class SocketType : uint32_t { kSegment = 1, kWithdrawn = 2, kBye = 3 };
 struct SocketMessage {
   SocketType type{};
   uint32_t reserved = 0;
@@ -139,6 +139,8 @@ void ShmConnection::read_socket() {
       return broken("a malformed socket message");
     if (message.type == SocketType::kWithdrawn && fds.empty()) {
       mapped_.erase(message.region);
+    } else if (message.type == SocketType::kBye) {
+      return die({.code = Code::kPeerDisconnected, .text = "the peer closed its engine"});
     } else if (message.type == SocketType::kSegment && fds.size() == 1 &&
                mapped_.size() < kMaxMapped && !mapped_.contains(message.region)) {
       std::string reason;
@@ -202,8 +204,8 @@ bool ShmConnection::take_bulk() {
       case Pop::kRecord:
         break;
     }
-    // The head of its request was pushed before it, into the other ring: read that one up first. What
-    // stood there when we peeked is at most a ring full of empty records.
+    // The head of its request was pushed before it, into the other ring: read that one up first.
+    // What stood there when we peeked is at most a ring full of empty records.
     for (uint64_t n = 0; n < kMessageRingBytes / sizeof(RecordHead) && take_message(); ++n) {
     }
     {
@@ -281,6 +283,11 @@ void ShmConnection::die(const Failure& cause) {
   }
   if (bell_token_ != 0) host_.reactor().remove(bell_token_, channel_.bell());
   if (socket_token_ != 0) host_.reactor().remove(socket_token_, socket_.get());
+  if (cause.code ==
+      Code::kCancelled) {  // our engine closes: the peer may know that it is no accident
+    const SocketMessage bye{.type = SocketType::kBye};
+    [[maybe_unused]] const bool sent = send(socket_.get(), view_of(bye), {});
+  }
   socket_.reset();  // the peer sees it at once
   incoming_.clear();
   outgoing_.end_all(cause);
@@ -300,7 +307,7 @@ void ShmConnection::join() noexcept {}
 
 std::string ShmConnection::describe() const {
   std::lock_guard lock(mutex_);
-  return cat("Unix socket and shared rings; ", announced_.size(),
+  return cat("shm: Unix socket and shared rings; ", announced_.size(),
              " of our regions mapped by the peer, ", num_mapped_,
              " of its by us; registered memory is staged");
 }

@@ -139,7 +139,12 @@ void Outgoing::end(Ticket ticket, Completion completion) {
     if (!flight->cancelled) request = flight->request;
     release(ticket.slot);
   }
-  if (request) host_.ended(connection_, request, std::move(completion));
+  if (!request) return;
+  if (completion.ok && request->op != Op::kNotify)
+    (request->op == Op::kRead ? connection_.counters.bytes_read
+                              : connection_.counters.bytes_written)
+        .fetch_add(request->nbytes, std::memory_order_relaxed);
+  host_.ended(connection_, request, std::move(completion));
 }
 
 bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
