@@ -1,12 +1,12 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-#include "buffer.hpp"
+#include "bindings/buffer.hpp"
 
 #include <mutex>
 #include <string>
 
-#include "dlpack.hpp"
-#include "errors.hpp"
+#include "bindings/dlpack.hpp"
+#include "bindings/errors.hpp"
 
 namespace py = pybind11;
 
@@ -30,8 +30,9 @@ std::shared_ptr<void> bury_later(py::object object) {
 std::string type_name(const py::object& object) { return Py_TYPE(object.ptr())->tp_name; }
 
 [[noreturn]] void not_contiguous(const std::string& what) {
-  raise(Code::kInvalidArgument, what + " is not C-contiguous; pass a contiguous copy, or register the "
-                                       "memory it is a view of");
+  raise(Code::kInvalidArgument, what +
+                                    " is not C-contiguous; pass a contiguous copy, or register the "
+                                    "memory it is a view of");
 }
 
 bool contiguous(const DlTensor& t) {
@@ -52,12 +53,14 @@ struct One {
 
 One from_tensor(const DlTensor& t, bool writable, py::object keep, const std::string& what) {
   if (t.device.device_type != kDlCpu)
-    raise(Code::kInvalidArgument, what + " is on device type " + std::to_string(t.device.device_type) +
+    raise(Code::kInvalidArgument, what + " is on device type " +
+                                      std::to_string(t.device.device_type) +
                                       "; only host memory can be registered by this build");
   if (!contiguous(t)) not_contiguous(what);
   uint64_t count = 1;
   for (int32_t i = 0; i < t.ndim; ++i) count *= static_cast<uint64_t>(t.shape[i]);
-  return {{static_cast<std::byte*>(t.data) + t.byte_offset, 0, count * t.dtype.bits * t.dtype.lanes / 8},
+  return {{static_cast<std::byte*>(t.data) + t.byte_offset, 0,
+           count * t.dtype.bits * t.dtype.lanes / 8},
           writable,
           std::move(keep)};
 }
@@ -81,8 +84,9 @@ One take_dlpack(const py::object& source, const std::string& what) {
     auto* managed = static_cast<DlManagedTensorVersioned*>(p);
     return from_tensor(managed->tensor, !(managed->flags & kDlReadOnly), capsule, what);
   }
-  if (void* p = PyCapsule_IsValid(capsule.ptr(), "dltensor") ? PyCapsule_GetPointer(capsule.ptr(), "dltensor")
-                                                             : nullptr)
+  if (void* p = PyCapsule_IsValid(capsule.ptr(), "dltensor")
+                    ? PyCapsule_GetPointer(capsule.ptr(), "dltensor")
+                    : nullptr)
     return from_tensor(static_cast<DlManagedTensor*>(p)->tensor, true, capsule, what);
   raise(Code::kInvalidArgument, what + ".__dlpack__() gave no DLPack capsule");
 }
@@ -103,8 +107,8 @@ One take_one(const py::object& source, const std::string& what) {
   if (PyObject_CheckBuffer(source.ptr())) return take_buffer(source, what);
   if (py::hasattr(source, "__dlpack__") && py::hasattr(source, "__dlpack_device__"))
     return take_dlpack(source, what);
-  raise(Code::kInvalidArgument, what + " of type " + type_name(source) +
-                                    " has neither the buffer protocol nor __dlpack__");
+  raise(Code::kInvalidArgument,
+        what + " of type " + type_name(source) + " has neither the buffer protocol nor __dlpack__");
 }
 
 }  // namespace
@@ -140,7 +144,9 @@ void empty_graveyard() {
 }
 
 Offsets::Offsets(const char* name, const py::object& value) { take(name, value, 1); }
-Offsets::Offsets(const char* name, const py::object& value, int columns) { take(name, value, columns); }
+Offsets::Offsets(const char* name, const py::object& value, int columns) {
+  take(name, value, columns);
+}
 Offsets::~Offsets() {
   if (has_view_) PyBuffer_Release(&view_);
 }
@@ -174,7 +180,8 @@ void Offsets::take(const char* name, const py::object& value, int columns) {
     for (int i = 0; i < view_.ndim; ++i) text += cat(i ? ", " : "", view_.shape[i]);
     return text + "]";
   };
-  const bool int64 = view_.itemsize == 8 && (format == "l" || format == "q" || format == "=q" || format == "<q" || format == "<l");
+  const bool int64 = view_.itemsize == 8 && (format == "l" || format == "q" || format == "=q" ||
+                                             format == "<q" || format == "<l");
   if (columns == 1 && int64 && view_.ndim == 0) {  // a NumPy scalar
     value_ = *static_cast<const int64_t*>(view_.buf);
     scalar_ = true;

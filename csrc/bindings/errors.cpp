@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-#include "errors.hpp"
+#include "bindings/errors.hpp"
 
 namespace py = pybind11;
 
@@ -9,26 +9,36 @@ namespace {
 
 const char* class_name(Code code) {
   switch (code) {
-    case Code::kInvalidArgument: return "InvalidArgumentError";
-    case Code::kUnavailable: return "UnavailableError";
-    case Code::kRegistration: return "RegistrationError";
-    case Code::kTransport: return "TransportError";
-    case Code::kPeerDisconnected: return "PeerDisconnectedError";
-    case Code::kRemoteAccess: return "RemoteAccessError";
-    case Code::kLease: return "LeaseError";
-    case Code::kTimeout: return "TransferTimeoutError";
-    case Code::kCancelled: return "TransferCancelledError";
+    case Code::kInvalidArgument:
+      return "InvalidArgumentError";
+    case Code::kUnavailable:
+      return "UnavailableError";
+    case Code::kRegistration:
+      return "RegistrationError";
+    case Code::kTransport:
+      return "TransportError";
+    case Code::kPeerDisconnected:
+      return "PeerDisconnectedError";
+    case Code::kRemoteAccess:
+      return "RemoteAccessError";
+    case Code::kLease:
+      return "LeaseError";
+    case Code::kTimeout:
+      return "TransferTimeoutError";
+    case Code::kCancelled:
+      return "TransferCancelledError";
     case Code::kOk:
     case Code::kAgain:
-    case Code::kInternal: break;
+    case Code::kInternal:
+      break;
   }
   return "InternalError";
 }
 
 }  // namespace
 
-py::object make_exception(Code code, const std::string& message, int err, const std::string& transport,
-                          const std::string& peer) {
+py::object make_exception(Code code, const std::string& message, int err,
+                          const std::string& transport, const std::string& peer) {
   py::object cls = py::module_::import("kvxfer.errors").attr(class_name(code));
   py::dict fields;
   if (!transport.empty()) fields["transport"] = transport;
@@ -42,7 +52,9 @@ void raise(const py::object& exception) {
   throw py::error_already_set();
 }
 
-void raise(Code code, const std::string& message) { raise(make_exception(code, message, 0, {}, {})); }
+void raise(Code code, const std::string& message) {
+  raise(make_exception(code, message, 0, {}, {}));
+}
 
 void register_errors() {
   py::register_exception_translator([](std::exception_ptr pending) {

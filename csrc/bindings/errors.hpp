@@ -13,8 +13,8 @@ namespace kvxfer::bindings {
 
 void register_errors();
 // An exception object with .transport, .peer and .errno set.
-pybind11::object make_exception(Code code, const std::string& message, int err, const std::string& transport,
-                                const std::string& peer);
+pybind11::object make_exception(Code code, const std::string& message, int err,
+                                const std::string& transport, const std::string& peer);
 [[noreturn]] void raise(const pybind11::object& exception);
 [[noreturn]] void raise(Code code, const std::string& message);
 

@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "bindings/errors.hpp"
 #include "common/error.hpp"
 #include "kernels/cpu/kernels.hpp"
 #include "kernels/cpu/thread_pool.hpp"
@@ -217,24 +218,11 @@ py::dict build_info() {
   return info;
 }
 
-// The classes of kvxfer.errors, so that Python sees the same exceptions from every backend.
-void translate(std::exception_ptr pending) {
-  try {
-    if (pending) std::rethrow_exception(pending);
-  } catch (const kvxfer::Error& error) {
-    const auto errors = py::module_::import("kvxfer.errors");
-    const char* name = error.code == Code::kInvalidArgument ? "InvalidArgumentError"
-                       : error.code == Code::kUnavailable   ? "UnavailableError"
-                                                            : "InternalError";
-    py::set_error(errors.attr(name), error.what());
-  }
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_kernels_cpu, m) {
   m.doc() = "KV-cache kernels for the CPU; use kvxfer.kernels, which checks its arguments.";
-  py::register_local_exception_translator(&translate);
+  kvxfer::bindings::register_errors();
   m.def("append_kv", &append_kv, py::arg("key"), py::arg("value"), py::arg("k_cache"),
         py::arg("v_cache"), py::arg("slot_mapping"), py::kw_only(), py::arg("k_scale"),
         py::arg("v_scale"));
