@@ -72,7 +72,9 @@ def _loopback() -> list[Check]:
             transfer = a.write(source, peer.regions["doctor"], 0, 0, 1 << 16)
             transfer.wait(5)
             good = bool(np.all(target.array == 7))
-            return [Check("transports", "loopback", good, f"64 KiB moved over {transfer.transport}")]
+            return [
+                Check("transports", "loopback", good, f"64 KiB moved over {transfer.transport}")
+            ]
     except KvxferError as error:
         return [Check("transports", "loopback", False, str(error))]
 
@@ -90,7 +92,9 @@ def _extras() -> list[Check]:
     checks = []
     for package, (extra, purpose) in EXTRAS.items():
         try:
-            checks.append(Check("extras", package, True, f"{metadata.version(package)} ({purpose})"))
+            checks.append(
+                Check("extras", package, True, f"{metadata.version(package)} ({purpose})")
+            )
         except metadata.PackageNotFoundError:
             checks.append(
                 Check("extras", package, None, f"absent: pip install 'kvxfer[{extra}]' ({purpose})")

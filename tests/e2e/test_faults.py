@@ -76,7 +76,9 @@ def test_kill_in_mid_request_continues_or_says_so(cluster: Cluster, role: str) -
     killed = time.monotonic()
     count = len(stream.ids)
     wait_until(
-        lambda: stream.done or bool(stream.error) or len(stream.ids) > count, 5, "the stream to go on"
+        lambda: stream.done or bool(stream.error) or len(stream.ids) > count,
+        5,
+        "the stream to go on",
     )
     stream.join(timeout=60)
     assert not stream.is_alive(), "the stream hangs"
@@ -87,17 +89,22 @@ def test_kill_in_mid_request_continues_or_says_so(cluster: Cluster, role: str) -
     wait_until(lambda: idle_and_whole(cluster), 40, "all blocks to come back")
     # The launcher respawned the worker: the next request is handed off again.
     wait_until(lambda: len(cluster.children("--role")) == 2, 40, "the worker to be respawned")
-    assert time.monotonic() - killed < 100
+    wait_until(cluster.ready, 60, "the respawned worker to serve")
+    assert time.monotonic() - killed < 120
     assert cluster.complete(prompt, **LONG)["choices"][0]["token_ids"] == expected  # type: ignore[index]
 
 
 def test_client_that_leaves_frees_both_sides(cluster: Cluster) -> None:
     body = {**LONG, "max_tokens": 1500, "prompt": list(range(1, 300))}
     for _ in range(3):
-        with cluster.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        with cluster.client.stream(
+            "POST", "/v1/completions", json={**body, "stream": True}
+        ) as answer:
             assert next(answer.iter_lines())
     wait_until(lambda: idle_and_whole(cluster), 10, "all blocks to come back")
-    running = [v for k, v in cluster.metrics().items() if k.startswith("kvxfer:num_requests_running")]
+    running = [
+        v for k, v in cluster.metrics().items() if k.startswith("kvxfer:num_requests_running")
+    ]
     assert sum(running) == 0
 
 
@@ -123,5 +130,8 @@ def test_a_killed_launcher_leaves_no_orphans(random_llama: Path) -> None:
     cluster.process.kill()
     cluster.process.wait()
     wait_until(
-        lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 40, "the children to leave"
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in children),
+        40,
+        "the children to leave",
     )
+    cluster.close()

@@ -51,7 +51,7 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-class _Server(uvicorn.Server):  # type: ignore[misc]
+class _Server(uvicorn.Server):
     """uvicorn with our signals: its own handling would re-raise SIGTERM after a clean end."""
 
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:

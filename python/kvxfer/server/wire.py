@@ -212,4 +212,5 @@ def encode_event(event: TokenEvent) -> bytes:
 
 def decode_event(line: bytes) -> TokenEvent:
     """Raises ``msgspec.ValidationError`` for anything that is not an event."""
-    return _EVENT.decode(line)
+    event: TokenEvent = _EVENT.decode(line)
+    return event

@@ -91,6 +91,13 @@ class Cluster:
                     found.append(pid)
         return found
 
+    def ready(self) -> bool:
+        """Whether the router could serve a request now: false also while it cannot be reached."""
+        try:
+            return self.client.get("/readiness").status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def worker(self, role: str) -> int:
         """Process id of the only worker with this role."""
         (pid,) = self.children(f"--role {role}")
@@ -143,6 +150,8 @@ class Cluster:
             raise RuntimeError(f"kvxfer serve did not end on SIGTERM:\n{self.output}") from None
         finally:
             self._reader.join(timeout=5)
+            if self.process.stdout is not None:
+                self.process.stdout.close()
         left = [pid for pid in children if Path(f"/proc/{pid}").exists()]
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
