@@ -14,7 +14,12 @@ decode = kvxfer.KVLayout.hnd(num_blocks=256, **shape)
 assert prefill.signature() == decode.signature()  # pool sizes are no part of it
 
 plan = kvxfer.plan_transfer(
-    prefill, decode, src_blocks=[5, 6, 7, 1], dst_blocks=[40, 41, 42, 99], num_tokens=60, by_layer=True
+    prefill,
+    decode,
+    src_blocks=[5, 6, 7, 1],
+    dst_blocks=[40, 41, 42, 99],
+    num_tokens=60,
+    by_layer=True,
 )
 print(plan.describe())
 

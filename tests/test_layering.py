@@ -66,7 +66,9 @@ def test_python_imports_run_downwards() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         part = python_part(path)
-        assert part in PYTHON_EDGES, f"{path}: '{part}' is not in the table of tests/test_layering.py"
+        assert part in PYTHON_EDGES, (
+            f"{path}: '{part}' is not in the table of tests/test_layering.py"
+        )
         for line, name, _ in imports_of(path):
             target = name.split(".")[1] if name.startswith("kvxfer.") else None
             if target in (None, part, "__version__"):
@@ -113,7 +115,9 @@ def test_native_includes_run_downwards() -> None:
                 and len(target.parts) > 2
                 and place.parts[1] != target.parts[1]
             ):
-                wrong.append(f"{where}: siblings {place.parts[1]} and {target.parts[1]} may not know each other")
+                wrong.append(
+                    f"{where}: siblings {place.parts[1]} and {target.parts[1]} may not know each other"
+                )
     assert not wrong, "\n".join(wrong)
 
 
