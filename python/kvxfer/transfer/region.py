@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -80,14 +81,18 @@ class Lease:
         """Sorted indices of the transfers that have landed under this lease; a set."""
         return np.asarray(self._core.arrived_indices(), dtype=np.int64)
 
-    def wait_arrived(self, indices: Int64Array | int, timeout_s: float | None = None) -> None:
-        """Returns when all ``indices`` have arrived.
+    def wait_arrived(
+        self, indices: Int64Array | Sequence[int] | int, timeout_s: float | None = None
+    ) -> None:
+        """Returns when all ``indices`` (an int64 array, a list, or one) have arrived.
 
         Raises:
             TransferTimeoutError: not within ``timeout_s``.
             LeaseError: the lease ended, so the rest will never arrive.
         """
-        self._core.wait_arrived(indices, timeout_s)
+        if isinstance(indices, (list, tuple, range)):
+            indices = np.array(indices, dtype=np.int64)
+        self._core.wait_arrived(indices, timeout_s)  # type: ignore[arg-type]
 
     def extend(self, ttl_s: float) -> None:
         """The time to live starts again, from now."""
