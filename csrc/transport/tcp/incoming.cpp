@@ -33,11 +33,12 @@ void Incoming::leave_reactor() {
 void Incoming::end(const std::string& reason, bool tell) {
   if (std::exchange(ended_, true)) return;
   auto self = shared_from_this();
+  // Counted before the client can know: whoever saw the refusal finds it in stats().
+  if (!reason.empty()) transport_.host_.turned_away(address_, reason);
   if (tell) send(encode_failure(Type::kError, 0, {.code = Code::kTransport, .text = reason}));
   leave_reactor();
   fd_.reset();
   lanes_.clear();
-  if (!reason.empty()) transport_.host_.turned_away(address_, reason);
   transport_.forget(this);
 }
 

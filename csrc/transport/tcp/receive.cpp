@@ -13,6 +13,7 @@ namespace kvxfer::tcp {
 namespace {
 constexpr uint64_t kTurn = 2 * 1024 * 1024;  // then the other lanes get a look
 constexpr size_t kMaxIov = 1024;
+constexpr int64_t kLastWordsNs = 20'000'000;
 
 Failure disconnected(int err) {
   return {.code = Code::kPeerDisconnected,
@@ -56,9 +57,14 @@ TcpConnection::Step TcpConnection::protocol_error(std::string text) {
 }
 
 TcpConnection::Step TcpConnection::stream_ended(Lane& lane, int err) {
-  // A BYE or ERROR on lane 0 may tell the reason; the lanes' ends come in no order.
-  if (lane.index != 0) receive(*lanes_[0]);
-  close(disconnected(err));
+  if (lane.index == 0) {
+    close(disconnected(err));
+    return Step::kFailed;
+  }
+  // The lanes' ends come in no order, and only lane 0 can tell the reason (BYE, ERROR): its own end
+  // is on its way, or else this one's counts.
+  auto self = std::static_pointer_cast<TcpConnection>(shared_from_this());
+  host_.reactor().at(now_ns() + kLastWordsNs, [self, err] { self->close(disconnected(err)); });
   return Step::kFailed;
 }
 
