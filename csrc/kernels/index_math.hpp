@@ -71,4 +71,42 @@ KVXFER_HOST_DEVICE inline RunShape collapse_rows(int64_t row, int64_t tokens, in
   return shape;
 }
 
+// Walks a grid of (token, head, vector) in steps of `stride` flat positions. The divisions are done
+// once, at the start: a chain of them per vector would make a copy loop bound by integer
+// arithmetic.
+struct RowWalk {
+  int32_t heads, vectors;
+  int32_t token, head, vector;
+  int32_t token_step, head_step, vector_step;
+
+  KVXFER_HOST_DEVICE RowWalk(int32_t heads_, int32_t vectors_, int64_t start, int64_t stride)
+      : heads(heads_), vectors(vectors_) {
+    const int64_t per_token = int64_t{heads_} * vectors_;
+    token = static_cast<int32_t>(start / per_token);
+    head = static_cast<int32_t>(start % per_token / vectors_);
+    vector = static_cast<int32_t>(start % vectors_);
+    token_step = static_cast<int32_t>(stride / per_token);
+    head_step = static_cast<int32_t>(stride % per_token / vectors_);
+    vector_step = static_cast<int32_t>(stride % vectors_);
+  }
+
+  KVXFER_HOST_DEVICE void advance() {
+    token += token_step;
+    head += head_step;
+    vector += vector_step;
+    if (vector >= vectors) vector -= vectors, ++head;
+    if (head >= heads) head -= heads, ++token;
+  }
+
+  KVXFER_HOST_DEVICE int64_t offset(const RowStrides& strides, int64_t vector_bytes) const {
+    return token * strides.token + head * strides.head + vector * vector_bytes;
+  }
+};
+
+// The widest access, 16 bytes or a smaller power of two, to which every given number is aligned.
+KVXFER_HOST_DEVICE inline int64_t widen_access(int64_t width, int64_t value) {
+  while (width > 1 && value % width != 0) width /= 2;
+  return width;
+}
+
 }  // namespace kvxfer::kernels
