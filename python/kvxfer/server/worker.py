@@ -153,7 +153,7 @@ class Worker:
             name, listen=args.engine_listen, transports=transports, secret=secret
         )
         try:
-            region = engine.allocate(layout.nbytes, name="kv")
+            region = engine.allocate(layout.nbytes, name="kv", require_lease=True)
             model_id = model_identity(args.model_dir, cfg, dtype)
             endpoint = Endpoint(engine, region, layout, model_id=model_id)
             views = torch_views(layout.views(region.array), dtype)
