@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// The only way bytes from outside become numbers: a bounds-checked little-endian reader, and its writer.
+// The only way bytes from outside become numbers: a bounds-checked little-endian reader, and its
+// writer.
 #pragma once
 
 #include <array>

@@ -78,7 +78,8 @@ std::optional<std::vector<Offer>> decode_offers(ByteView payload) {
 Bytes encode_token(const Token& token) {
   Bytes out;
   Writer w(out);
-  w.u32(kTokenMagic), w.put(token.owner), w.u64(token.lease.id), w.put(token.lease.key), w.u64(token.region);
+  w.u32(kTokenMagic), w.put(token.owner), w.u64(token.lease.id), w.put(token.lease.key),
+      w.u64(token.region);
   return out;
 }
 

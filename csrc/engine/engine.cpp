@@ -20,7 +20,7 @@ namespace {
 HostIdentity host_identity() {
   HostIdentity host;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> host.boot_id;
-  struct stat st {};
+  struct stat st{};
   if (::stat("/proc/self/ns/net", &st) == 0) host.net_ns = st.st_ino;
   if (::stat("/proc/self/ns/pid", &st) == 0) host.pid_ns = st.st_ino;
   host.uid = ::getuid();
@@ -30,7 +30,8 @@ HostIdentity host_identity() {
 
 void check_name(const char* what, const std::string& name) {
   if (name.empty() || name.size() > kMaxNameBytes)
-    fail(Code::kInvalidArgument, what, " name must have 1 to ", kMaxNameBytes, " bytes, not ", name.size());
+    fail(Code::kInvalidArgument, what, " name must have 1 to ", kMaxNameBytes, " bytes, not ",
+         name.size());
 }
 
 }  // namespace
@@ -38,7 +39,8 @@ void check_name(const char* what, const std::string& name) {
 Engine::Engine(EngineOptions options) : options_(std::move(options)) {
   check_name("engine", options_.name);
   if (options_.num_lanes < 1 || options_.num_lanes > tcp::kMaxLanes)
-    fail(Code::kInvalidArgument, "num_lanes must be 1 to ", tcp::kMaxLanes, ", not ", options_.num_lanes);
+    fail(Code::kInvalidArgument, "num_lanes must be 1 to ", tcp::kMaxLanes, ", not ",
+         options_.num_lanes);
   if (options_.secret.empty()) fail(Code::kInvalidArgument, "the secret is empty");
   const auto& names = transport_names();
   for (const std::string& name : options_.transports)
@@ -58,7 +60,8 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
     auto transport = make_transport(name);
     if (auto reason = transport->probe()) {
       if (!options_.transports.empty())
-        fail(Code::kUnavailable, "transport '", name, "' was asked for, but does not work here: ", *reason);
+        fail(Code::kUnavailable, "transport '", name,
+             "' was asked for, but does not work here: ", *reason);
       not_here_.push_back(cat(name, ": ", *reason));
       continue;
     }
@@ -68,7 +71,8 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
   bool loopback = true;
   identity_.address = tcp_->listen(options_.listen, &loopback);
   if (!loopback && !options_.secret_is_explicit)
-    fail(Code::kInvalidArgument, "listening on ", identity_.address, ", which is not loopback, needs an explicit ",
+    fail(Code::kInvalidArgument, "listening on ", identity_.address,
+         ", which is not loopback, needs an explicit ",
          "secret=: anyone who can reach it could otherwise read and write the regions");
 }
 
@@ -168,8 +172,8 @@ RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
   return add_region(std::move(region));
 }
 
-RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable, std::shared_ptr<void> keep,
-                                  RegionOptions options) {
+RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
+                                  std::shared_ptr<void> keep, RegionOptions options) {
   check_open();
   check_name("region", options.name);
   auto region = std::make_shared<Region>();
@@ -192,10 +196,12 @@ RegionPtr Engine::add_region(RegionPtr region) {
   region->key = random_bytes<16>();
   std::lock_guard lock(mutex_);
   check_open();
-  if (regions_.size() >= kMaxRegions) fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
+  if (regions_.size() >= kMaxRegions)
+    fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
   for (auto& [id, other] : regions_)
     if (other->name == region->name)
-      fail(Code::kInvalidArgument, "a region named '", region->name, "' exists; pass another name=");
+      fail(Code::kInvalidArgument, "a region named '", region->name,
+           "' exists; pass another name=");
   region->id = next_id_++;
   regions_.emplace(region->id, region);
   for (auto& [name, transport] : transports_) transport->expose(region);
@@ -283,9 +289,9 @@ std::map<std::string, RemoteRegionPtr> Engine::regions_of(const Peer& peer) cons
 
 std::string Engine::explain(const Peer& peer) const {
   std::lock_guard lock(peer.mutex);
-  std::string out = cat("peer '", peer.identity.name, "' at ", peer.identity.address, ", incarnation ",
-                        hex(peer.identity.incarnation), peer.alive ? "" : ", lost: ",
-                        peer.alive ? "" : peer.lost_because, "\n");
+  std::string out = cat("peer '", peer.identity.name, "' at ", peer.identity.address,
+                        ", incarnation ", hex(peer.identity.incarnation),
+                        peer.alive ? "" : ", lost: ", peer.alive ? "" : peer.lost_because, "\n");
   for (auto& link : peer.links) {
     bool first = true;
     for (auto& connection : link->data) {
@@ -336,8 +342,10 @@ EngineStats Engine::stats() const {
   }
   out.done = ends_[0], out.failed = ends_[1], out.timed_out = ends_[2], out.cancelled = ends_[3];
   out.in_flight = started_ - out.done - out.failed - out.timed_out - out.cancelled;
-  out.late_events = late_events_, out.late_writes_refused = late_writes_, out.unquiesced = unquiesced_;
-  out.leases_open = leases_.size(), out.leases_expired = expired_, out.wakeups = reactor_.num_wakeups();
+  out.late_events = late_events_, out.late_writes_refused = late_writes_,
+  out.unquiesced = unquiesced_;
+  out.leases_open = leases_.size(), out.leases_expired = expired_,
+  out.wakeups = reactor_.num_wakeups();
   out.handshakes_refused = handshakes_refused_;
   out.last_handshake_refusal = last_handshake_refusal_;
   return out;

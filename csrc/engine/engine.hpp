@@ -124,8 +124,10 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   void quiesced(Request& request) noexcept override;
   void writable(Connection& from) noexcept override;
   void unshown(Connection& from, const Request& request) noexcept override;
-  std::optional<Failure> admit(Connection& from, const Access& access, Landing& out) noexcept override;
-  std::optional<Failure> accept(Connection& from, Landing& landing, Arrival arrival) noexcept override;
+  std::optional<Failure> admit(Connection& from, const Access& access,
+                               Landing& out) noexcept override;
+  std::optional<Failure> accept(Connection& from, Landing& landing,
+                                Arrival arrival) noexcept override;
   std::optional<Session> session(const Key& id) noexcept override;
   void adopt(const Key& session, std::shared_ptr<Connection> connection) override;
   void lost(Connection& from, const Failure& cause) noexcept override;
@@ -140,11 +142,11 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   void check_open() const;
   RegionPtr add_region(RegionPtr region);
   bool allows(std::string_view transport) const;
-  PeerPtr peer_for(const PeerIdentity& identity);        // mutex_ held
+  PeerPtr peer_for(const PeerIdentity& identity);  // mutex_ held
   LinkPtr open_link(const std::shared_ptr<tcp::TcpConnection>& connection, bool initiator);
-  void announce(Link& link);                             // mutex_ held
-  void broadcast(const Control& message);                // mutex_ held
-  void forget_old_peers();                               // mutex_ held
+  void announce(Link& link);               // mutex_ held
+  void broadcast(const Control& message);  // mutex_ held
+  void forget_old_peers();                 // mutex_ held
 
   TransferPtr make_transfer(Op op, const PeerPtr& peer, SubmitOptions& options);
   void launch(const TransferPtr& transfer);
@@ -152,7 +154,8 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   enum class Posted : uint8_t { kGone, kBusy };
   Posted post_one(Peer& peer, const TransferPtr& transfer) noexcept;
   void stop(const TransferPtr& transfer, State why) noexcept;
-  void end(const TransferPtr& transfer, State state, Failure failure, bool agreed, bool quiesced) noexcept;
+  void end(const TransferPtr& transfer, State state, Failure failure, bool agreed,
+           bool quiesced) noexcept;
   bool return_credit(Peer& peer, Transfer& transfer) noexcept;
   void completed(const TransferPtr& transfer, Completion completion) noexcept;
   void signal() noexcept;
@@ -161,7 +164,8 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   PeerIdentity identity_;
   Reactor reactor_;
   std::unique_ptr<tcp::TcpTransport> tcp_;
-  std::vector<std::pair<std::string, std::unique_ptr<Transport>>> transports_;  // attach, best first
+  std::vector<std::pair<std::string, std::unique_ptr<Transport>>>
+      transports_;                     // attach, best first
   std::vector<std::string> not_here_;  // "shm: reason"
   std::atomic<bool> closed_{false};
   std::mutex close_mutex_;

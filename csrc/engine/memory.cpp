@@ -80,7 +80,8 @@ Segment allocate_segment(size_t nbytes, const std::string& name) {
     fail(Code::kRegistration, "cannot allocate ", nbytes, " bytes for region '", name, "': only ",
          available, " bytes of memory are available (MemAvailable); make the pool smaller");
   Segment out;
-  out.memfd = Fd(::memfd_create(("kvxfer:" + name.substr(0, 200)).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  out.memfd = Fd(
+      ::memfd_create(("kvxfer:" + name.substr(0, 200)).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!out.memfd)
     fail_errno(Code::kRegistration, errno, "memfd_create for region '", name, "' failed");
   if (::ftruncate(out.memfd.get(), static_cast<off_t>(size)) != 0)

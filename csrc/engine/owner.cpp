@@ -16,16 +16,19 @@ struct QuietHook {
   }
 };
 
-std::optional<Failure> Engine::admit(Connection& from, const Access& access, Landing& out) noexcept {
+std::optional<Failure> Engine::admit(Connection& from, const Access& access,
+                                     Landing& out) noexcept {
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
-  if (!peer || closed()) return Failure{.code = Code::kPeerDisconnected, .text = "the engine is closing"};
+  if (!peer || closed())
+    return Failure{.code = Code::kPeerDisconnected, .text = "the engine is closing"};
   std::lock_guard lock(mutex_);
   if (access.lease.id != 0) {
     auto it = leases_.find(access.lease.id);
     if (it == leases_.end() || !equal_constant_time(it->second->key, access.lease.key)) {
       late_writes_.fetch_add(1, std::memory_order_relaxed);
-      return Failure{.code = Code::kLease,
-                     .text = "the lease is not open here: it was revoked, has expired, or never was"};
+      return Failure{
+          .code = Code::kLease,
+          .text = "the lease is not open here: it was revoked, has expired, or never was"};
     }
     if (it->second->peer && *it->second->peer != peer->identity.incarnation)
       return Failure{.code = Code::kLease, .text = "the lease was granted to another peer"};
@@ -39,17 +42,21 @@ std::optional<Failure> Engine::admit(Connection& from, const Access& access, Lan
                    .text = "unknown region: deregistered, or of an earlier incarnation"};
   Region& region = *it->second;
   if (out.lease && out.lease->region != it->second)
-    return Failure{.code = Code::kLease, .text = cat("the lease is on region '", out.lease->region->name,
-                                                     "', not on '", region.name, "'")};
+    return Failure{.code = Code::kLease,
+                   .text = cat("the lease is on region '", out.lease->region->name, "', not on '",
+                               region.name, "'")};
   if (!out.lease && region.require_lease)
-    return Failure{.code = Code::kLease, .text = cat("region '", region.name, "' requires a lease")};
+    return Failure{.code = Code::kLease,
+                   .text = cat("region '", region.name, "' requires a lease")};
   if (access.op == Op::kWrite && !region.writable)
-    return Failure{.code = Code::kRemoteAccess, .text = cat("region '", region.name, "' is read-only")};
+    return Failure{.code = Code::kRemoteAccess,
+                   .text = cat("region '", region.name, "' is read-only")};
   out.region = it->second;
   return {};
 }
 
-std::optional<Failure> Engine::accept(Connection& from, Landing& landing, Arrival arrival) noexcept {
+std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
+                                      Arrival arrival) noexcept {
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
   if (!peer) return Failure{.code = Code::kPeerDisconnected, .text = "the engine is closing"};
   // Inside the gates: after revoke() has returned quiet, no arrival and no notification of the
@@ -101,8 +108,8 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing, Arriva
   return {};
 }
 
-LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Column& nbytes, double ttl_s,
-                       std::optional<Incarnation> peer, uint64_t num_arrivals) {
+LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Column& nbytes,
+                       double ttl_s, std::optional<Incarnation> peer, uint64_t num_arrivals) {
   if (!(ttl_s > 0)) fail(Code::kInvalidArgument, "ttl_s must be positive, not ", ttl_s);
   if (num_arrivals > (uint64_t{1} << 24))
     fail(Code::kInvalidArgument, "num_arrivals = ", num_arrivals, " is more than 2^24");
@@ -121,7 +128,8 @@ LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Col
     check_open();
     auto it = regions_.find(region->id);
     if (it == regions_.end() || it->second != region)
-      fail(Code::kInvalidArgument, "region '", region->name, "' is not registered with this engine");
+      fail(Code::kInvalidArgument, "region '", region->name,
+           "' is not registered with this engine");
     lease->id = next_id_++;
     leases_.emplace(lease->id, lease);
   }

@@ -52,7 +52,7 @@ struct Peer {
   PeerIdentity identity;  // constant once the peer is in the engine's table
   std::atomic<bool> alive{false};
 
-  mutable std::mutex mutex;  // over all below; no call into a connection while it is held
+  mutable std::mutex mutex;    // over all below; no call into a connection while it is held
   std::vector<LinkPtr> links;  // ready ones, the order of use
   std::string lost_because;
   std::map<std::string, RemoteRegionPtr> regions;
@@ -60,9 +60,9 @@ struct Peer {
   // Requests on their way to a connection, in order; one thread at a time hands them over.
   std::deque<TransferPtr> backlog;
   bool kicking = false, kick_again = false;
-  uint32_t credits = kNotifyWindow;  // notifications that we may still send
-  uint32_t undrained = 0;            // theirs, not yet taken by our application
-  uint32_t drained = 0;              // taken, and not yet reported
+  uint32_t credits = kNotifyWindow;             // notifications that we may still send
+  uint32_t undrained = 0;                       // theirs, not yet taken by our application
+  uint32_t drained = 0;                         // taken, and not yet reported
   std::unordered_map<uint64_t, uint64_t> tags;  // arrivals without a lease
   WaitWord tags_changed;
 };

@@ -49,8 +49,8 @@ LinkPtr Engine::open_link(const std::shared_ptr<tcp::TcpConnection>& connection,
 
 void Engine::announce(Link& link) {
   for (auto& [id, region] : regions_)
-    link.control->send_control(
-        encode(RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name}));
+    link.control->send_control(encode(
+        RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name}));
   link.control->send_ready();
   link.announced = true;
 }
@@ -91,8 +91,8 @@ PeerPtr Engine::connect(const std::string& address, double timeout_s) {
   }
   auto give_up = [&](Code code, const std::string& why, int err = 0) {
     connection->close({.code = Code::kTransport, .text = why});
-    throw Error(code, cat("connecting to '", session.peer.name, "' at ", address, " failed: ", why), err, "tcp",
-                address);
+    throw Error(code, cat("connecting to '", session.peer.name, "' at ", address, " failed: ", why),
+                err, "tcp", address);
   };
 
   // The other transports attach to the session; each refusal is kept for explain().
@@ -175,7 +175,8 @@ void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
         const auto& names = transport_names();
         return std::ranges::find(names, c->transport()) - names.begin();
       };
-      link->data.insert(std::ranges::upper_bound(link->data, rank(connection), {}, rank), connection);
+      link->data.insert(std::ranges::upper_bound(link->data, rank(connection), {}, rank),
+                        connection);
     }
   }
   if (orphan) orphan->close({.code = Code::kTransport, .text = "its session has ended"});

@@ -18,8 +18,8 @@ size_t common_length(std::initializer_list<std::pair<const char*, const Column*>
   for (auto [name, column] : columns) {
     if (column->scalar) continue;
     if (from != nullptr && column->size != length)
-      fail(Code::kInvalidArgument, name, " has ", column->size, " entries, but ", from, " has ", length,
-           "; arrays must have one entry per span");
+      fail(Code::kInvalidArgument, name, " has ", column->size, " entries, but ", from, " has ",
+           length, "; arrays must have one entry per span");
     if (from == nullptr) from = name, length = column->size;
   }
   return length;
@@ -51,10 +51,10 @@ void check_sorted(const std::vector<Range>& ranges, const Bounds& bounds) {
   for (size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].begin >= ranges[i - 1].end) continue;
     const Range &a = ranges[i - 1], &b = ranges[i];
-    fail(Code::kInvalidArgument, "spans ", std::min(a.index, b.index), " and ", std::max(a.index, b.index),
-         " overlap in the destination region '",
-         bounds.destination_is_remote ? bounds.remote_name : bounds.local_name, "': [", a.begin, ", ", a.end,
-         ") and [", b.begin, ", ", b.end, "); the result would depend on their order");
+    fail(Code::kInvalidArgument, "spans ", std::min(a.index, b.index), " and ",
+         std::max(a.index, b.index), " overlap in the destination region '",
+         bounds.destination_is_remote ? bounds.remote_name : bounds.local_name, "': [", a.begin,
+         ", ", a.end, ") and [", b.begin, ", ", b.end, "); the result would depend on their order");
   }
 }
 
@@ -94,7 +94,8 @@ Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
   Expanded out;
   if (n == 0 || m == 0) return out;
   for (size_t b = 0; b < m; ++b) {
-    const int64_t base_local = has_bases ? bases[2 * b] : 0, base_remote = has_bases ? bases[2 * b + 1] : 0;
+    const int64_t base_local = has_bases ? bases[2 * b] : 0,
+                  base_remote = has_bases ? bases[2 * b + 1] : 0;
     if (has_bases) {
       check_value("bases[:, 0]", b, base_local, 0);
       check_value("bases[:, 1]", b, base_remote, 0);
@@ -106,8 +107,8 @@ Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
         beyond(base_remote, remote_limits, bounds.remote_nbytes)) {
       for (size_t i = 0; i < n; ++i) {  // name the first offender
         if (static_cast<uint64_t>(base_local + local[i] + nbytes[i]) > bounds.local_nbytes)
-          out_of_range("local", bounds.local_name, bounds.local_nbytes, b * n + i, base_local + local[i],
-                       nbytes[i]);
+          out_of_range("local", bounds.local_name, bounds.local_nbytes, b * n + i,
+                       base_local + local[i], nbytes[i]);
         if (static_cast<uint64_t>(base_remote + remote[i] + nbytes[i]) > bounds.remote_nbytes)
           out_of_range("remote", bounds.remote_name, bounds.remote_nbytes, b * n + i,
                        base_remote + remote[i], nbytes[i]);
@@ -170,8 +171,8 @@ Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
   return out;
 }
 
-std::vector<Extent> merge_extents(const Column& offsets, const Column& nbytes, const std::string& name,
-                                  uint64_t region_nbytes) {
+std::vector<Extent> merge_extents(const Column& offsets, const Column& nbytes,
+                                  const std::string& name, uint64_t region_nbytes) {
   const size_t n = common_length({{"offsets", &offsets}, {"nbytes", &nbytes}});
   std::vector<Extent> out;
   out.reserve(n);
@@ -180,7 +181,8 @@ std::vector<Extent> merge_extents(const Column& offsets, const Column& nbytes, c
     check_value("nbytes", i, nbytes[i], 1);
     if (static_cast<uint64_t>(offsets[i] + nbytes[i]) > region_nbytes)
       out_of_range("granted", name, region_nbytes, i, offsets[i], nbytes[i]);
-    out.push_back({static_cast<uint64_t>(offsets[i]), static_cast<uint64_t>(offsets[i] + nbytes[i])});
+    out.push_back(
+        {static_cast<uint64_t>(offsets[i]), static_cast<uint64_t>(offsets[i] + nbytes[i])});
   }
   std::ranges::sort(out, {}, &Extent::begin);
   size_t kept = 0;

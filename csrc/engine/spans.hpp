@@ -42,7 +42,7 @@ struct Expanded {
 Expanded expand(const SpanArguments& arguments, const Bounds& bounds);
 
 // Sorted and merged, for a lease; throws likewise.
-std::vector<Extent> merge_extents(const Column& offsets, const Column& nbytes, const std::string& name,
-                                  uint64_t region_nbytes);
+std::vector<Extent> merge_extents(const Column& offsets, const Column& nbytes,
+                                  const std::string& name, uint64_t region_nbytes);
 
 }  // namespace kvxfer

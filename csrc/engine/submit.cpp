@@ -29,13 +29,15 @@ std::string describe(const Transfer& t, const Failure& failure) {
   const PeerIdentity& who = t.peer->identity;
   std::string out = verb(t.op);
   if (t.op != Op::kNotify)
-    out += cat(" of ", t.spans.size(), " span(s), ", t.nbytes, " bytes, ", t.op == Op::kWrite ? "to" : "from",
-               " region '", t.remote_name, "'");
-  out += cat(" of peer '", who.name, "' (", who.address, ", incarnation ", hex(who.incarnation).substr(0, 8), ")");
+    out += cat(" of ", t.spans.size(), " span(s), ", t.nbytes, " bytes, ",
+               t.op == Op::kWrite ? "to" : "from", " region '", t.remote_name, "'");
+  out += cat(" of peer '", who.name, "' (", who.address, ", incarnation ",
+             hex(who.incarnation).substr(0, 8), ")");
   if (const char* name = t.transport.load()) out += cat(" over ", name);
   out += ": ";
   if (failure.span != kNoSpan)
-    out += cat("span ", failure.span, ": expected at most ", failure.expected, ", given ", failure.given, ": ");
+    out += cat("span ", failure.span, ": expected at most ", failure.expected, ", given ",
+               failure.given, ": ");
   out += failure.text;
   if (failure.err != 0) out += cat(" [errno ", failure.err, "]");
   return out + hint(failure.code);
@@ -59,11 +61,14 @@ TransferPtr Engine::make_transfer(Op op, const PeerPtr& peer, SubmitOptions& opt
          kMaxNotificationBytes, "; write it into a region instead");
   if (options.has_lease) {
     const auto token = decode_token(options.lease);
-    if (!token) fail(Code::kInvalidArgument, "lease= is not a lease token (", options.lease.size(), " bytes)");
+    if (!token)
+      fail(Code::kInvalidArgument, "lease= is not a lease token (", options.lease.size(),
+           " bytes)");
     if (token->owner != peer->identity.incarnation)
       throw Error(Code::kLease,
-                  cat("the lease was granted by incarnation ", hex(token->owner).substr(0, 8), ", but peer '",
-                      peer->identity.name, "' is incarnation ", hex(peer->identity.incarnation).substr(0, 8),
+                  cat("the lease was granted by incarnation ", hex(token->owner).substr(0, 8),
+                      ", but peer '", peer->identity.name, "' is incarnation ",
+                      hex(peer->identity.incarnation).substr(0, 8),
                       ": it belongs to another engine, or to one that has restarted"),
                   0, {}, peer->identity.name);
     t->lease = token->lease;
@@ -75,20 +80,26 @@ TransferPtr Engine::submit(Op op, const RegionPtr& local, const RemoteRegionPtr&
                            const SpanArguments& arguments, SubmitOptions options) {
   check_open();
   PeerPtr peer = remote->peer.lock();
-  if (!peer) fail(Code::kInvalidArgument, "remote region '", remote->name, "' belongs to an engine that is gone");
+  if (!peer)
+    fail(Code::kInvalidArgument, "remote region '", remote->name,
+         "' belongs to an engine that is gone");
   {
     std::lock_guard lock(mutex_);
     auto it = regions_.find(local->id);
     if (it == regions_.end() || it->second != local)
-      fail(Code::kInvalidArgument, "local region '", local->name, "' is not registered with this engine");
+      fail(Code::kInvalidArgument, "local region '", local->name,
+           "' is not registered with this engine");
     auto mine = peers_.find(peer->identity.incarnation);
     if (mine == peers_.end() || mine->second != peer)
-      fail(Code::kInvalidArgument, "remote region '", remote->name, "' is of a peer of another engine");
+      fail(Code::kInvalidArgument, "remote region '", remote->name,
+           "' is of a peer of another engine");
   }
   if (op == Op::kWrite && !remote->writable)
-    fail(Code::kInvalidArgument, "remote region '", remote->name, "' is read-only and cannot be a destination");
+    fail(Code::kInvalidArgument, "remote region '", remote->name,
+         "' is read-only and cannot be a destination");
   if (op == Op::kRead && !local->writable)
-    fail(Code::kInvalidArgument, "local region '", local->name, "' is read-only and cannot be a destination");
+    fail(Code::kInvalidArgument, "local region '", local->name,
+         "' is read-only and cannot be a destination");
   Expanded expanded = expand(arguments, {.local_name = local->name,
                                          .remote_name = remote->name,
                                          .local_nbytes = local->nbytes,
@@ -183,7 +194,8 @@ void Engine::kick(const PeerPtr& peer) noexcept {
       const Posted result = post_one(*peer, t);
       lock.lock();
       if (result == Posted::kBusy) {
-        peer->backlog.insert(peer->backlog.begin() + static_cast<ptrdiff_t>(std::min(i, peer->backlog.size())), t);
+        peer->backlog.insert(
+            peer->backlog.begin() + static_cast<ptrdiff_t>(std::min(i, peer->backlog.size())), t);
         break;
       }
     }
@@ -230,19 +242,23 @@ Engine::Posted Engine::post_one(Peer& peer, const TransferPtr& t) noexcept {
   if (!status.ok()) {
     t->stage.store(Transfer::Stage::kGone, std::memory_order_seq_cst);
     if (closed()) {
-      end(t, State::kCancelled, {.code = Code::kCancelled, .text = "the engine was closed"}, true, true);
+      end(t, State::kCancelled, {.code = Code::kCancelled, .text = "the engine was closed"}, true,
+          true);
     } else {
       const bool gone = chosen || !peer.alive;
       if (reasons.empty()) reasons = "the connection has ended";
       end(t, State::kFailed,
-          {.code = gone ? Code::kPeerDisconnected : Code::kUnavailable, .err = status.err, .text = reasons}, true,
-          true);
+          {.code = gone ? Code::kPeerDisconnected : Code::kUnavailable,
+           .err = status.err,
+           .text = reasons},
+          true, true);
     }
     return Posted::kGone;
   }
   if (t->has_notify) chosen->counters.notifications_sent.fetch_add(1, std::memory_order_relaxed);
   t->stage.store(Transfer::Stage::kOn, std::memory_order_seq_cst);
-  if (const State why = t->cancel_wanted.load(std::memory_order_seq_cst); why != State::kQueued) stop(t, why);
+  if (const State why = t->cancel_wanted.load(std::memory_order_seq_cst); why != State::kQueued)
+    stop(t, why);
   return Posted::kGone;
 }
 
@@ -304,13 +320,14 @@ void Engine::completed(const TransferPtr& t, Completion completion) noexcept {
   }
   State state = State::kDone;
   if (!completion.ok)
-    state = completion.failure.code == Code::kCancelled   ? State::kCancelled
+    state = completion.failure.code == Code::kCancelled ? State::kCancelled
             : completion.failure.code == Code::kTimeout ? State::kTimedOut
                                                         : State::kFailed;
   end(t, state, std::move(completion.failure), completion.agreed, true);
 }
 
-void Engine::end(const TransferPtr& t, State state, Failure failure, bool agreed, bool quiesced) noexcept {
+void Engine::end(const TransferPtr& t, State state, Failure failure, bool agreed,
+                 bool quiesced) noexcept {
   if (t->claimed.exchange(true, std::memory_order_acq_rel)) {
     late_events_.fetch_add(1, std::memory_order_relaxed);
     return;

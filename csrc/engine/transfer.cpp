@@ -44,12 +44,18 @@ bool Transfer::watch(const std::shared_ptr<Watch>& who) {
 
 const char* to_string(State state) noexcept {
   switch (state) {
-    case State::kQueued: return "queued";
-    case State::kPosted: return "posted";
-    case State::kDone: return "done";
-    case State::kFailed: return "failed";
-    case State::kTimedOut: return "timed_out";
-    case State::kCancelled: return "cancelled";
+    case State::kQueued:
+      return "queued";
+    case State::kPosted:
+      return "posted";
+    case State::kDone:
+      return "done";
+    case State::kFailed:
+      return "failed";
+    case State::kTimedOut:
+      return "timed_out";
+    case State::kCancelled:
+      return "cancelled";
   }
   return "unknown";
 }

@@ -50,7 +50,7 @@ struct Transfer final : Request {
   // A cancel that met kPosting leaves its wish here for the poster (0: none).
   std::atomic<State> cancel_wanted{State::kQueued};
   std::atomic<bool> cancelling{false};
-  std::shared_ptr<Connection> connection;  // set before kOn
+  std::shared_ptr<Connection> connection;       // set before kOn
   std::atomic<const char*> transport{nullptr};  // of the connection; null before it has one
 
   std::weak_ptr<Engine> engine;
@@ -66,9 +66,7 @@ struct Transfer final : Request {
   bool following = false;
   std::vector<std::shared_ptr<Watch>> watchers;
 
-  bool terminal() const noexcept {
-    return state.load(std::memory_order_acquire) >= State::kDone;
-  }
+  bool terminal() const noexcept { return state.load(std::memory_order_acquire) >= State::kDone; }
   // kNotified: it has ended.
   Woken wait(int64_t deadline_ns) noexcept;
   // True when it has ended already (and nothing will be added to the watch).

@@ -162,8 +162,8 @@ void Reactor::run() {
       const Token token = events[i].data.u64;
       if (token == kEventToken || token == kTimerToken) {
         uint64_t count;
-        [[maybe_unused]] const ssize_t got = ::read(
-            token == kEventToken ? event_.get() : timer_.get(), &count, sizeof count);
+        [[maybe_unused]] const ssize_t got =
+            ::read(token == kEventToken ? event_.get() : timer_.get(), &count, sizeof count);
         timer |= token == kTimerToken;
         continue;
       }

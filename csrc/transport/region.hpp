@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // The owner's records: a region of memory, a lease on spans of it, and the gate in front of both.
-// Memory is written only by its owner, so revoking is the owner's business alone: close the gate and
-// wait until its own copiers have left.
+// Memory is written only by its owner, so revoking is the owner's business alone: close the gate
+// and wait until its own copiers have left.
 #pragma once
 
 #include <array>
@@ -93,7 +93,8 @@ struct Region {
   Fd memfd;                    // of an allocated region: sealed, so a peer can map it only to read
   std::shared_ptr<void> keep;  // the mapping, or the reference to the caller's buffer
   Gate gate;                   // closed by deregister
-  std::atomic<uint64_t> uses{0};  // own transfers on it that are not quiesced; engine writes and reads
+  std::atomic<uint64_t> uses{
+      0};  // own transfers on it that are not quiesced; engine writes and reads
 
   // Calls emit(pointer, nbytes) for each contiguous run of [offset, offset + nbytes), which the
   // caller has checked against nbytes.

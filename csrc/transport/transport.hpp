@@ -31,16 +31,18 @@
 
 namespace kvxfer {
 
-// ---------------------------------------------------------------- limits, the same for every transport
+// ---------------------------------------------------------------- limits, the same for every
+// transport
 inline constexpr uint32_t kMaxNotificationBytes = 48 * 1024;
 inline constexpr uint32_t kMaxTokenBytes = 128;
-inline constexpr uint32_t kMaxRegions = 4096;     // announced by one engine
-inline constexpr uint32_t kMaxTags = 65536;       // arrival tags without a lease, per peer
-inline constexpr uint32_t kNotifyWindow = 256;    // notifications a peer may have undrained
-inline constexpr uint32_t kMaxInFlight = 1024;    // requests posted and not ended, per connection
+inline constexpr uint32_t kMaxRegions = 4096;   // announced by one engine
+inline constexpr uint32_t kMaxTags = 65536;     // arrival tags without a lease, per peer
+inline constexpr uint32_t kNotifyWindow = 256;  // notifications a peer may have undrained
+inline constexpr uint32_t kMaxInFlight = 1024;  // requests posted and not ended, per connection
 inline constexpr uint32_t kMaxSpanBytes = 1u << 30;  // longer ones are cut by the engine
 
-// ---------------------------------------------------------------- a request, on the initiator's side
+// ---------------------------------------------------------------- a request, on the initiator's
+// side
 enum class Op : uint8_t { kWrite = 0, kRead = 1, kNotify = 2 };
 
 // Offsets in regions; pointers never leave a process.
@@ -74,7 +76,7 @@ struct Request {
   uint64_t nbytes = 0;
   bool has_notify = false, has_arrival = false;
   Bytes notify;
-  uint64_t arrival = 0;  // with a lease: index of the set; without: tag of the count
+  uint64_t arrival = 0;          // with a lease: index of the set; without: tag of the count
   int64_t deadline_ns = kNever;  // kept by the engine; a transport may use it as advice
 };
 using RequestPtr = std::shared_ptr<Request>;
@@ -100,7 +102,8 @@ struct Cancelled {
   bool quiesced = false;
 };
 
-// ---------------------------------------------------------------- an incoming request, on the owner's side
+// ---------------------------------------------------------------- an incoming request, on the
+// owner's side
 struct Access {
   Op op = Op::kWrite;
   RegionRef region;
@@ -142,9 +145,9 @@ struct Arrival {  // what becomes visible once all bytes of a request have lande
   Bytes notify;
   uint64_t arrival = 0;
   uint64_t nbytes = 0;
-  // Where cancel can be decided exactly (shm's slot word): Host::accept calls it inside the gates, before
-  // it counts or shows anything; false means the initiator cancelled first, and accept fails with
-  // Code::kCancelled. Empty: nothing to agree on.
+  // Where cancel can be decided exactly (shm's slot word): Host::accept calls it inside the gates,
+  // before it counts or shows anything; false means the initiator cancelled first, and accept fails
+  // with Code::kCancelled. Empty: nothing to agree on.
   std::function<bool()> commit;
 };
 
@@ -170,22 +173,24 @@ struct Session {
   bool initiator = false;  // we connected
 };
 
-// ---------------------------------------------------------------- counters, written with relaxed adds
+// ---------------------------------------------------------------- counters, written with relaxed
+// adds
 struct Counters {
-  std::atomic<uint64_t> bytes_written{0};   // ours, accepted by the peer
-  std::atomic<uint64_t> bytes_read{0};      // ours, landed here
-  std::atomic<uint64_t> bytes_received{0};  // the peer's writes, landed here
-  std::atomic<uint64_t> bytes_served{0};    // the peer's reads, sent from here
-  std::atomic<uint64_t> bytes_sunk{0};      // arrived for a refused, revoked or ended request
-  std::atomic<uint64_t> requests{0};        // ours, posted
-  std::atomic<uint64_t> requests_served{0}; // the peer's, accepted
-  std::atomic<uint64_t> refused{0};         // the peer's, refused by us
+  std::atomic<uint64_t> bytes_written{0};    // ours, accepted by the peer
+  std::atomic<uint64_t> bytes_read{0};       // ours, landed here
+  std::atomic<uint64_t> bytes_received{0};   // the peer's writes, landed here
+  std::atomic<uint64_t> bytes_served{0};     // the peer's reads, sent from here
+  std::atomic<uint64_t> bytes_sunk{0};       // arrived for a refused, revoked or ended request
+  std::atomic<uint64_t> requests{0};         // ours, posted
+  std::atomic<uint64_t> requests_served{0};  // the peer's, accepted
+  std::atomic<uint64_t> refused{0};          // the peer's, refused by us
   std::atomic<uint64_t> notifications_sent{0}, notifications_received{0};
 };
 
 class Connection;
 
-// ---------------------------------------------------------------- the engine, as a transport sees it
+// ---------------------------------------------------------------- the engine, as a transport sees
+// it
 class Host {
  public:
   virtual ~Host() = default;
@@ -196,7 +201,8 @@ class Host {
   virtual void posted(Request& request) noexcept = 0;  // its first byte left
   // Once for each request that post() took, unless cancel() said anything but kEnding. Local memory
   // is no longer touched by then.
-  virtual void ended(Connection& from, const RequestPtr& request, Completion completion) noexcept = 0;
+  virtual void ended(Connection& from, const RequestPtr& request,
+                     Completion completion) noexcept = 0;
   // Once for each request of which cancel() reported quiesced == false.
   virtual void quiesced(Request& request) noexcept = 0;
   // After a post() returned kAgain: there is room again.
@@ -208,10 +214,12 @@ class Host {
   // Owner's side; progress thread (or a copier of the transport).
   // Looks up region and lease; checks key, peer, op, gate. Nothing may land before this succeeded
   // and Landing::check passed for the descriptors that follow.
-  virtual std::optional<Failure> admit(Connection& from, const Access& access, Landing& out) noexcept = 0;
+  virtual std::optional<Failure> admit(Connection& from, const Access& access,
+                                       Landing& out) noexcept = 0;
   // All bytes have landed. Enters the gates once more, then counts, then shows the notification.
   // A failure means: not accepted, nothing was counted or shown. `landing` is empty for kNotify.
-  virtual std::optional<Failure> accept(Connection& from, Landing& landing, Arrival arrival) noexcept = 0;
+  virtual std::optional<Failure> accept(Connection& from, Landing& landing,
+                                        Arrival arrival) noexcept = 0;
 
   // Attaching, acceptor's side: the session that a JOIN names, while it is being set up.
   virtual std::optional<Session> session(const Key& id) noexcept = 0;
@@ -229,9 +237,12 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::string_view transport() const noexcept { return transport_; }
 
   // Whether this request can go this way, or why not (for explain()). Pure; any thread.
-  virtual std::optional<std::string> refuses(const Request& request) const { (void)request; return {}; }
-  // Any thread, never blocks. kAgain: back-pressure, the engine keeps the request and offers it again
-  // after Host::writable. kPeerDisconnected: dead. Any other end comes by Host::ended.
+  virtual std::optional<std::string> refuses(const Request& request) const {
+    (void)request;
+    return {};
+  }
+  // Any thread, never blocks. kAgain: back-pressure, the engine keeps the request and offers it
+  // again after Host::writable. kPeerDisconnected: dead. Any other end comes by Host::ended.
   virtual Status post(const RequestPtr& request) noexcept = 0;
   // Any thread. The engine calls it once, for a request that post() took, before it ends it itself.
   virtual Cancelled cancel(const RequestPtr& request) noexcept = 0;
@@ -266,7 +277,8 @@ class Transport {
 
   // Connecting side, on the thread that called connect(); may block until deadline_ns. Either
   // Host::adopt was called when it returns empty, or the result says why this way cannot be gone.
-  virtual std::optional<std::string> attach(const Session& session, ByteView offer, int64_t deadline_ns) {
+  virtual std::optional<std::string> attach(const Session& session, ByteView offer,
+                                            int64_t deadline_ns) {
     (void)session, (void)offer, (void)deadline_ns;
     return "cannot attach";
   }

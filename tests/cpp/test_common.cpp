@@ -40,11 +40,13 @@ TEST_CASE("a digest does not depend on how the bytes were cut") {
 TEST_CASE("hmac gives the digests of RFC 4231") {
   CHECK(hex(hmac_sha256(repeated(0x0b, 20), {as_bytes_view("Hi There")})) ==
         "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7");
-  CHECK(hex(hmac_sha256(as_bytes_view("Jefe"), {as_bytes_view("what do ya "), as_bytes_view("want for nothing?")})) ==
+  CHECK(hex(hmac_sha256(as_bytes_view("Jefe"),
+                        {as_bytes_view("what do ya "), as_bytes_view("want for nothing?")})) ==
         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
-  CHECK(hex(hmac_sha256(repeated(0xaa, 131),
-                        {as_bytes_view("Test Using Larger Than Block-Size Key - Hash Key First")})) ==
-        "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
+  CHECK(
+      hex(hmac_sha256(repeated(0xaa, 131),
+                      {as_bytes_view("Test Using Larger Than Block-Size Key - Hash Key First")})) ==
+      "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
 }
 
 TEST_CASE("hkdf gives the first block of RFC 5869, test case 1") {

@@ -17,7 +17,9 @@ namespace {
 
 Column column(const std::vector<int64_t>& v) { return {v.data(), v.size(), false}; }
 Column scalar(const int64_t& v) { return {&v, 1, true}; }
-Bounds bounds(uint64_t nbytes, bool to_remote = true) { return {"here", "there", nbytes, nbytes, to_remote}; }
+Bounds bounds(uint64_t nbytes, bool to_remote = true) {
+  return {"here", "there", nbytes, nbytes, to_remote};
+}
 
 std::string message(const SpanArguments& a, const Bounds& b) {
   try {
@@ -36,7 +38,8 @@ bool has(const std::string& text, const char* part) { return text.find(part) != 
 TEST_CASE("neighbours on both sides become one span, and remember the first index") {
   const std::vector<int64_t> local{0, 10, 20, 50}, remote{100, 110, 130, 160};
   const int64_t size = 10;
-  const Expanded out = expand({column(local), column(remote), scalar(size), {}, false}, bounds(1000));
+  const Expanded out =
+      expand({column(local), column(remote), scalar(size), {}, false}, bounds(1000));
   REQUIRE(out.spans.size() == 3);
   CHECK(out.spans[0].nbytes == 20);
   CHECK(out.spans[1].index == 2);
@@ -46,31 +49,40 @@ TEST_CASE("neighbours on both sides become one span, and remember the first inde
 
 TEST_CASE("a span longer than a descriptor can say is cut") {
   const int64_t zero = 0, size = (int64_t{5} << 30) + 3;
-  const Expanded out = expand({scalar(zero), scalar(zero), scalar(size), {}, false}, bounds(uint64_t{6} << 30));
+  const Expanded out =
+      expand({scalar(zero), scalar(zero), scalar(size), {}, false}, bounds(uint64_t{6} << 30));
   CHECK(out.spans.size() == 6);
   CHECK(out.spans.back().nbytes == 3);
   CHECK(out.spans.back().index == 0);
 }
 
 TEST_CASE("each bad argument is refused with its index and values") {
-  const std::vector<int64_t> three{0, 100, 200}, two{0, 100}, overlapping{0, 100, 105}, negative{0, -1, 5};
+  const std::vector<int64_t> three{0, 100, 200}, two{0, 100}, overlapping{0, 100, 105},
+      negative{0, -1, 5};
   const int64_t ten = 10, zero = 0, huge = int64_t{1} << 62;
   auto spans = [](Column l, Column r, Column n) { return SpanArguments{l, r, n, {}, false}; };
-  CHECK(has(message(spans(column(three), column(two), scalar(ten)), bounds(1000)), "remote_offsets has 2 entries"));
+  CHECK(has(message(spans(column(three), column(two), scalar(ten)), bounds(1000)),
+            "remote_offsets has 2 entries"));
   CHECK(has(message(spans(column(three), column(overlapping), scalar(ten)), bounds(1000)),
             "spans 1 and 2 overlap in the destination region 'there'"));
-  CHECK(message(spans(column(overlapping), column(three), scalar(ten)), bounds(1000)) == "");  // sources may
+  CHECK(message(spans(column(overlapping), column(three), scalar(ten)), bounds(1000)) ==
+        "");  // sources may
   CHECK(has(message(spans(column(overlapping), column(three), scalar(ten)), bounds(1000, false)),
             "overlap in the destination region 'here'"));
-  CHECK(has(message(spans(column(negative), column(three), scalar(ten)), bounds(1000)), "local_offsets[1] = -1"));
-  CHECK(has(message(spans(column(three), column(three), scalar(zero)), bounds(1000)), "nbytes[0] = 0"));
-  CHECK(has(message(spans(column(three), column(three), scalar(ten)), bounds(205)),
-            "span 2: local offset 200 + 10 bytes = 210 is past the end of region 'here' (205 bytes)"));
+  CHECK(has(message(spans(column(negative), column(three), scalar(ten)), bounds(1000)),
+            "local_offsets[1] = -1"));
+  CHECK(has(message(spans(column(three), column(three), scalar(zero)), bounds(1000)),
+            "nbytes[0] = 0"));
+  CHECK(has(
+      message(spans(column(three), column(three), scalar(ten)), bounds(205)),
+      "span 2: local offset 200 + 10 bytes = 210 is past the end of region 'here' (205 bytes)"));
   CHECK(has(message(spans(scalar(huge), scalar(zero), scalar(ten)), bounds(1000)), "too large"));
   const std::vector<int64_t> bases{0, 0, 0, 5};
-  CHECK(has(message({column(three), column(three), scalar(ten), bases, true}, bounds(1000)), "overlap"));
+  CHECK(has(message({column(three), column(three), scalar(ten), bases, true}, bounds(1000)),
+            "overlap"));
   const std::vector<int64_t> far{0, 0, 0, 900};
-  CHECK(has(message({column(three), column(three), scalar(ten), far, true}, bounds(1000)), "span 4: remote"));
+  CHECK(has(message({column(three), column(three), scalar(ten), far, true}, bounds(1000)),
+            "span 4: remote"));
 }
 
 TEST_CASE("random requests agree with a byte-by-byte oracle") {
@@ -80,7 +92,8 @@ TEST_CASE("random requests agree with a byte-by-byte oracle") {
   for (int round = 0; round < 3000; ++round) {
     const size_t n = static_cast<size_t>(draw(6) + 1), m = static_cast<size_t>(draw(4));
     std::vector<int64_t> local, remote, size, bases;
-    for (size_t i = 0; i < n; ++i) local.push_back(draw(60)), remote.push_back(draw(60)), size.push_back(draw(8) + 1);
+    for (size_t i = 0; i < n; ++i)
+      local.push_back(draw(60)), remote.push_back(draw(60)), size.push_back(draw(8) + 1);
     for (size_t i = 0; i < 2 * m; ++i) bases.push_back(draw(8) * 64);
     const bool with_bases = m > 0, to_remote = rng() % 2;
     const uint64_t limit = 512;

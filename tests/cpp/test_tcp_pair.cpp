@@ -98,9 +98,11 @@ TEST_CASE("many threads submit at once, every transfer ends once") {
         options.has_notify = rng() % 2;
         options.has_arrival = true;
         options.arrival = 1;
-        mine.push_back(pair.move(rng() % 4 ? Op::kWrite : Op::kRead, offset, offset, 4096, options));
+        mine.push_back(
+            pair.move(rng() % 4 ? Op::kWrite : Op::kRead, offset, offset, 4096, options));
       }
-      for (auto& t : mine) done += t->wait(deadline_after(60)) == Woken::kNotified && t->state == State::kDone;
+      for (auto& t : mine)
+        done += t->wait(deadline_after(60)) == Woken::kNotified && t->state == State::kDone;
     });
   std::thread drain([&] {
     while (done < kThreads * kEach) {
@@ -127,7 +129,8 @@ TEST_CASE("after revoke was quiet not a byte changes, however many writes are on
     for (uint64_t i = 0; i < 8; ++i) {
       SubmitOptions options = under(lease);
       options.has_arrival = true, options.arrival = i;
-      writes.push_back(pair.move(Op::kWrite, static_cast<int64_t>(i) << 19, static_cast<int64_t>(i) << 19, 1 << 19, options));
+      writes.push_back(pair.move(Op::kWrite, static_cast<int64_t>(i) << 19,
+                                 static_cast<int64_t>(i) << 19, 1 << 19, options));
     }
     for (int spin = 0; spin < round * 300; ++spin) std::this_thread::yield();
     pair.b->begin_revoke(lease);
@@ -168,7 +171,8 @@ TEST_CASE("a cancelled write is never accepted afterwards, and its retry is not 
     CHECK(lease->arrived(1));
   }
   CHECK(cancelled > 0);
-  for (int spin = 0; pair.a->stats().unquiesced != 0 && spin < 1'000'000; ++spin) std::this_thread::yield();
+  for (int spin = 0; pair.a->stats().unquiesced != 0 && spin < 1'000'000; ++spin)
+    std::this_thread::yield();
   CHECK(pair.a->stats().unquiesced == 0);
   CHECK(pair.a->stats().in_flight == 0);
 }
@@ -272,14 +276,15 @@ TEST_CASE("a region of several pieces is one offset space") {
   Pair pair;
   std::vector<std::byte> one(5), two(4000), three(7);
   auto region = pair.a->register_pieces(
-      {{one.data(), 0, one.size()}, {two.data(), 0, two.size()}, {three.data(), 0, three.size()}}, true, nullptr,
-      {.name = "pieces"});
+      {{one.data(), 0, one.size()}, {two.data(), 0, two.size()}, {three.data(), 0, three.size()}},
+      true, nullptr, {.name = "pieces"});
   CHECK(region->nbytes == 4012);
   for (size_t i = 0; i < 4012; ++i) *pair.at_b(i) = std::byte(i);
   const int64_t local = 3, into = 3, nbytes = 4005;
-  TransferPtr t = pair.a->submit(Op::kRead, region, pair.remote,
-                                 {{&local, 1, true}, {&into, 1, true}, {&nbytes, 1, true}, {}, false},
-                                 {.notify = {}, .lease = {}, .deadline_ns = deadline_after(30)});
+  TransferPtr t =
+      pair.a->submit(Op::kRead, region, pair.remote,
+                     {{&local, 1, true}, {&into, 1, true}, {&nbytes, 1, true}, {}, false},
+                     {.notify = {}, .lease = {}, .deadline_ns = deadline_after(30)});
   finish(t);
   CHECK(one[3] == std::byte{3});
   CHECK(two[0] == std::byte{5});

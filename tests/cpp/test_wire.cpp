@@ -25,8 +25,9 @@ StripeHead example(size_t num_targets, bool uniform) {
 }
 
 Head stripe_frame(const StripeHead& s, Bytes& frame, ByteView notify = {}) {
-  frame = encode_stripe({.type = Type::kStripe, .body_nbytes = static_cast<uint32_t>(s.total_nbytes), .request = 1},
-                        s, notify);
+  frame = encode_stripe(
+      {.type = Type::kStripe, .body_nbytes = static_cast<uint32_t>(s.total_nbytes), .request = 1},
+      s, notify);
   const auto head = decode_head(ByteView(frame).first(kHeadBytes), kMaxControlBytes);
   REQUIRE(head);
   return *head;
@@ -52,7 +53,8 @@ TEST_CASE("a stripe survives the round trip") {
         CHECK(out.targets[i].offset == s.targets[i].offset);
         CHECK(out.targets[i].nbytes == s.targets[i].nbytes);
       }
-      CHECK(std::string(reinterpret_cast<const char*>(out.notify.data()), out.notify.size()) == "hello");
+      CHECK(std::string(reinterpret_cast<const char*>(out.notify.data()), out.notify.size()) ==
+            "hello");
     }
 }
 
@@ -62,7 +64,8 @@ TEST_CASE("every truncation of a stripe is refused") {
   const Head head = stripe_frame(s, frame, as_bytes_view("note"));
   const ByteView control = ByteView(frame).subspan(kHeadBytes);
   StripeHead out;
-  for (size_t n = 0; n < control.size(); ++n) CHECK_FALSE(decode_stripe(head, control.first(n), out));
+  for (size_t n = 0; n < control.size(); ++n)
+    CHECK_FALSE(decode_stripe(head, control.first(n), out));
   Bytes longer(control.begin(), control.end());
   longer.push_back(std::byte{0});
   CHECK_FALSE(decode_stripe(head, longer, out));
@@ -115,7 +118,8 @@ TEST_CASE("a head out of bounds is refused") {
 }
 
 TEST_CASE("a refusal's text is shown as printable data") {
-  Failure failure{.code = Code::kLease, .span = 3, .expected = 1, .given = 2, .text = "a\x1b[31m\nb"};
+  Failure failure{
+      .code = Code::kLease, .span = 3, .expected = 1, .given = 2, .text = "a\x1b[31m\nb"};
   const Bytes frame = encode_failure(Type::kRefuse, 1, failure);
   const auto out = decode_failure(ByteView(frame).subspan(kHeadBytes));
   REQUIRE(out);
@@ -144,7 +148,8 @@ TEST_CASE("the proofs depend on secret, role, nonces and every byte of the trans
   changed.add(encode_hello(client));
   CHECK(proof != client_proof(keys, changed));
   CHECK(keys.client != keys.server);
-  CHECK(lane_proof(keys.session, keys.session_id, 1) != lane_proof(keys.session, keys.session_id, 2));
+  CHECK(lane_proof(keys.session, keys.session_id, 1) !=
+        lane_proof(keys.session, keys.session_id, 2));
 }
 
 TEST_CASE("control messages, offers and tokens survive the round trip") {

@@ -23,7 +23,8 @@ alignas(64) std::byte padding[64 * 1024];  // zeros, sent in place of bytes that
 }  // namespace
 
 struct TcpConnection::LaneHandler final : FdHandler {
-  LaneHandler(std::shared_ptr<TcpConnection> owner, Lane& l) : connection(std::move(owner)), lane(l) {}
+  LaneHandler(std::shared_ptr<TcpConnection> owner, Lane& l)
+      : connection(std::move(owner)), lane(l) {}
   void on_events(uint32_t events) override {
     if (events & EPOLLOUT) connection->pump(lane, kTurn);
     if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) connection->receive(lane);
@@ -104,8 +105,8 @@ Cancelled TcpConnection::cancel(const RequestPtr& request) noexcept {
     if (it == flights_.end()) return {Agreement::kEnding, false};
     FlightPtr flight = it->second;
     // A read's destination is ours: what we throw away can never be accepted.
-    result.agreement = flight->begun && request->op != Op::kRead ? Agreement::kUnknown
-                                                                 : Agreement::kStopped;
+    result.agreement =
+        flight->begun && request->op != Op::kRead ? Agreement::kUnknown : Agreement::kStopped;
     result.quiesced = flight->busy == 0;
     begun = flight->begun;
     if (begun) {
@@ -160,7 +161,8 @@ void TcpConnection::buried() noexcept {
     std::lock_guard lock(mutex_);
     auto flights = flights_;
     for (auto& [id, flight] : flights)
-      finish(flight, Flight::Ending::kEnd, {.ok = false, .nbytes = flight->landed, .failure = cause_, .agreed = !flight->begun},
+      finish(flight, Flight::Ending::kEnd,
+             {.ok = false, .nbytes = flight->landed, .failure = cause_, .agreed = !flight->begun},
              deliveries);
     zombies_.clear();
     small_jobs_.clear(), bulk_jobs_.clear(), read_jobs_.clear();
@@ -240,7 +242,8 @@ bool TcpConnection::next_frame(Lane& lane) {
   }
   auto& jobs = lane.index == 0 ? small_jobs_ : bulk_jobs_;
   // The peer's reads and our writes take turns, so that neither starves the other.
-  if (lane.index != 0 && !serves_.empty() && (jobs.empty() || (lane.serve_turn = !lane.serve_turn))) {
+  if (lane.index != 0 && !serves_.empty() &&
+      (jobs.empty() || (lane.serve_turn = !lane.serve_turn))) {
     Serve serve = std::move(serves_.front());
     serves_.pop_front();
     return cut_serve(lane, serve);
@@ -311,7 +314,8 @@ void TcpConnection::cut_reads() {
     while (flight->span < request.spans.size() && record.nbytes < kStripeBytes &&
            stripe.targets.size() < kMaxPieces) {
       const Span& span = request.spans[flight->span];
-      const uint64_t n = std::min<uint64_t>(kStripeBytes - record.nbytes, span.nbytes - flight->span_done);
+      const uint64_t n =
+          std::min<uint64_t>(kStripeBytes - record.nbytes, span.nbytes - flight->span_done);
       stripe.targets.push_back({span.remote + flight->span_done, static_cast<uint32_t>(n)});
       record.nbytes += n;
       flight->span_done += n;
@@ -321,8 +325,8 @@ void TcpConnection::cut_reads() {
     flight->begun = true;
     ++reads_outstanding_;
     Frame frame;
-    frame.head = encode_stripe({.type = Type::kRead, .request = request.id, .cancel_count = cancel_count_},
-                               stripe, {});
+    frame.head = encode_stripe(
+        {.type = Type::kRead, .request = request.id, .cancel_count = cancel_count_}, stripe, {});
     frame.flight = flight;
     lanes_[0]->queue.push_back(std::move(frame));
     flight->cut_all = flight->span == request.spans.size();
@@ -339,7 +343,8 @@ bool TcpConnection::cut_serve(Lane& lane, Serve& serve) {
       });
   }
   frame.body_nbytes = frame.body.left;
-  frame.head = encode_read_data(serve.request, serve.stripe, static_cast<uint32_t>(frame.body_nbytes));
+  frame.head =
+      encode_read_data(serve.request, serve.stripe, static_cast<uint32_t>(frame.body_nbytes));
   frame.has_trailer = true;
   frame.served = frame.body_nbytes;
   write_trailer(serve.dropped ? Code::kCancelled : Code::kOk, frame.trailer.data());
@@ -410,7 +415,8 @@ void TcpConnection::pump(Lane& lane, size_t budget) noexcept {
       frame.advance(static_cast<uint64_t>(n));
       budget -= std::min(budget, static_cast<size_t>(n));
       if (frame.sent == frame.size()) {
-        if (frame.poison == Code::kOk) counters.bytes_served.fetch_add(frame.served, std::memory_order_relaxed);
+        if (frame.poison == Code::kOk)
+          counters.bytes_served.fetch_add(frame.served, std::memory_order_relaxed);
         lane.current.reset();
       }
     }
@@ -429,14 +435,16 @@ void TcpConnection::Frame::spoil(Code why) noexcept {
 
 void TcpConnection::Frame::prepare() noexcept {
   // Once a byte of an honest trailer is out, all of the body is too: the stripe counts.
-  if (poison != Code::kOk && sent <= head.size() + body_nbytes) write_trailer(poison, trailer.data());
+  if (poison != Code::kOk && sent <= head.size() + body_nbytes)
+    write_trailer(poison, trailer.data());
 }
 
 size_t TcpConnection::Frame::gather(iovec* out) const noexcept {
   size_t count = 0;
   uint64_t at = sent;
   if (at < head.size()) {
-    out[count++] = {const_cast<std::byte*>(head.data()) + at, static_cast<size_t>(head.size() - at)};
+    out[count++] = {const_cast<std::byte*>(head.data()) + at,
+                    static_cast<size_t>(head.size() - at)};
     at = head.size();
   }
   const uint64_t body_end = head.size() + body_nbytes;
@@ -478,7 +486,8 @@ void TcpConnection::Piecewise::advance(uint64_t nbytes) noexcept {
   }
 }
 
-size_t TcpConnection::Piecewise::gather(iovec* out, size_t max, uint64_t max_nbytes) const noexcept {
+size_t TcpConnection::Piecewise::gather(iovec* out, size_t max,
+                                        uint64_t max_nbytes) const noexcept {
   size_t count = 0, skip = offset;
   for (size_t i = next; i < pieces.size() && count < max && max_nbytes > 0; ++i) {
     const size_t n = static_cast<size_t>(std::min<uint64_t>(pieces[i].iov_len - skip, max_nbytes));

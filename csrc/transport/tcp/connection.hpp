@@ -67,9 +67,9 @@ class TcpConnection final : public Connection {
   // A request of ours that was posted and has not ended.
   struct Flight {
     RequestPtr request;
-    bool begun = false;       // a frame of it has been cut
-    uint32_t busy = 0;        // threads inside a system call on its local memory
-    size_t span = 0;          // cutting continues here
+    bool begun = false;  // a frame of it has been cut
+    uint32_t busy = 0;   // threads inside a system call on its local memory
+    size_t span = 0;     // cutting continues here
     uint64_t span_done = 0;
     bool cut_all = false;
     uint32_t next_stripe = 0;  // READ

@@ -40,7 +40,9 @@ std::optional<Hello> decode_hello(ByteView control) {
 Keys derive_keys(ByteView secret, const Hello& client, const Hello& server) {
   Bytes salt(client.nonce.begin(), client.nonce.end());
   salt.insert(salt.end(), server.nonce.begin(), server.nonce.end());
-  auto key = [&](std::string_view label) { return hkdf_sha256(secret, salt, as_bytes_view(label)); };
+  auto key = [&](std::string_view label) {
+    return hkdf_sha256(secret, salt, as_bytes_view(label));
+  };
   Keys keys{key("kvxfer client key"), key("kvxfer server key"), key("kvxfer session key"), {}};
   const Digest id = key("kvxfer session id");
   std::copy_n(id.begin(), keys.session_id.size(), keys.session_id.begin());

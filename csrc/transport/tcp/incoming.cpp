@@ -13,7 +13,10 @@
 namespace kvxfer::tcp {
 
 Incoming::Incoming(TcpTransport& transport, Fd fd, uint64_t serial)
-    : transport_(transport), fd_(std::move(fd)), serial_(serial), address_(peer_address(fd_.get())) {
+    : transport_(transport),
+      fd_(std::move(fd)),
+      serial_(serial),
+      address_(peer_address(fd_.get())) {
   buffer_.resize(kHeadBytes);
 }
 
@@ -75,7 +78,8 @@ bool Incoming::read_frame() {
       }
       buffer_.resize(kHeadBytes + head_.control_nbytes);
     }
-    const ssize_t n = ::recv(fd_.get(), buffer_.data() + have_, buffer_.size() - have_, MSG_DONTWAIT);
+    const ssize_t n =
+        ::recv(fd_.get(), buffer_.data() + have_, buffer_.size() - have_, MSG_DONTWAIT);
     if (n > 0) {
       have_ += static_cast<size_t>(n);
     } else if (n < 0 && errno == EINTR) {
@@ -170,7 +174,8 @@ void Incoming::complete() {
   leave_reactor();
   ended_ = true;
   lanes_[0] = std::move(fd_);
-  Session session{.id = keys_.session_id, .key = keys_.session, .peer = peer_.self, .initiator = false};
+  Session session{
+      .id = keys_.session_id, .key = keys_.session, .peer = peer_.self, .initiator = false};
   auto connection =
       std::make_shared<TcpConnection>(transport_.host_, std::move(session), std::move(lanes_));
   transport_.forget(this);

@@ -100,7 +100,8 @@ TcpConnection::Step TcpConnection::step(Lane& lane) {
   switch (lane.phase) {
     case Phase::kHead: {
       if (Step s = fill(lane, kHeadBytes); s != Step::kAgain) return s;
-      const auto head = decode_head({lane.buffer.data() + lane.begin, kHeadBytes}, kMaxControlBytes);
+      const auto head =
+          decode_head({lane.buffer.data() + lane.begin, kHeadBytes}, kMaxControlBytes);
       if (!head) return protocol_error("bad frame head");
       lane.begin += kHeadBytes;
       lane.head = *head;
@@ -157,7 +158,8 @@ TcpConnection::Step TcpConnection::on_control(Lane& lane, ByteView control) {
     case Type::kAbort:
       return on_abort(lane);
     case Type::kControl:
-      return host_.control(*this, control) ? Step::kAgain : protocol_error("malformed control payload");
+      return host_.control(*this, control) ? Step::kAgain
+                                           : protocol_error("malformed control payload");
     case Type::kReady:
       host_.ready(*this);
       return Step::kAgain;
@@ -167,7 +169,8 @@ TcpConnection::Step TcpConnection::on_control(Lane& lane, ByteView control) {
     case Type::kError: {
       auto failure = decode_failure(control);
       close({.code = Code::kPeerDisconnected,
-             .text = cat("the peer ended the connection: ", failure ? failure->text : "no reason given")});
+             .text = cat("the peer ended the connection: ",
+                         failure ? failure->text : "no reason given")});
       return Step::kFailed;
     }
     default:
@@ -219,8 +222,7 @@ TcpConnection::Step TcpConnection::receive_body(Lane& lane) {
       uint64_t asked = 0;
       for (size_t i = 0; i < count; ++i) asked += iov[i].iov_len;
       // The trailer and the next head come along, if they are there: one system call less.
-      if (asked == lane.body.left)
-        iov[count++] = {lane.buffer.data(), kTrailerBytes + kHeadBytes};
+      if (asked == lane.body.left) iov[count++] = {lane.buffer.data(), kTrailerBytes + kHeadBytes};
       msghdr message{};
       message.msg_iov = iov;
       message.msg_iovlen = count;
@@ -232,7 +234,8 @@ TcpConnection::Step TcpConnection::receive_body(Lane& lane) {
       }
     } else {
       // MSG_TRUNC on a TCP socket drops the bytes in the kernel, uncopied.
-      n = ::recv(lane.fd.get(), nullptr, static_cast<size_t>(lane.body.left), MSG_DONTWAIT | MSG_TRUNC);
+      n = ::recv(lane.fd.get(), nullptr, static_cast<size_t>(lane.body.left),
+                 MSG_DONTWAIT | MSG_TRUNC);
       err = errno;
     }
     if (store && inbound != nullptr) inbound->landing.leave();
@@ -246,8 +249,9 @@ TcpConnection::Step TcpConnection::receive_body(Lane& lane) {
     }
     if (n > 0) {
       lane.body.advance(static_cast<uint64_t>(n));
-      auto& counter = !store ? counters.bytes_sunk
-                             : inbound != nullptr ? counters.bytes_received : counters.bytes_read;
+      auto& counter = !store               ? counters.bytes_sunk
+                      : inbound != nullptr ? counters.bytes_received
+                                           : counters.bytes_read;
       counter.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
       if (lane.body.left > 0 && lane.index != 0) continue;
     } else if (n == 0) {
@@ -326,7 +330,8 @@ TcpConnection::Step TcpConnection::on_stripe_end(Lane& lane, Code trailer) {
   if (inbound->verdict || inbound->aborted) return Step::kAgain;  // ABORT makes us forget it
   if (trailer != Code::kOk) {
     inbound->verdict = true;  // its ABORT follows, on every lane
-    refuse(lane.head.request, *inbound, {.code = Code::kCancelled, .text = "cancelled by its initiator"});
+    refuse(lane.head.request, *inbound,
+           {.code = Code::kCancelled, .text = "cancelled by its initiator"});
     return Step::kAgain;
   }
   inbound->landed += lane.head.body_nbytes;
@@ -375,7 +380,8 @@ TcpConnection::Step TcpConnection::on_abort(Lane& lane) {
   if (++inbound->num_aborts == lanes_.size()) {
     // Accepted or refused before: it was told. Else the initiator learns that it never landed.
     if (inbound->seen && !inbound->verdict)
-      refuse(lane.head.request, *inbound, {.code = Code::kCancelled, .text = "cancelled by its initiator"});
+      refuse(lane.head.request, *inbound,
+             {.code = Code::kCancelled, .text = "cancelled by its initiator"});
     inbound_.erase(lane.head.request);
   }
   {
@@ -529,8 +535,8 @@ TcpConnection::Step TcpConnection::on_verdicts(Lane& lane, ByteView control) {
         break;
       }
       counters.bytes_written.fetch_add(flight->request->nbytes, std::memory_order_relaxed);
-      finish(flight, Flight::Ending::kEnd, {.ok = true, .nbytes = flight->request->nbytes, .failure = {}},
-             deliveries);
+      finish(flight, Flight::Ending::kEnd,
+             {.ok = true, .nbytes = flight->request->nbytes, .failure = {}}, deliveries);
     }
     room_locked(deliveries);
     lock.unlock();
@@ -547,11 +553,12 @@ TcpConnection::Step TcpConnection::on_verdicts(Lane& lane, ByteView control) {
       const Request& request = *flight->request;
       // The owner counts descriptors; the caller counts what it passed in.
       if (failure->span != kNoSpan)
-        failure->span = failure->span < request.spans.size() ? request.spans[failure->span].index : kNoSpan;
+        failure->span =
+            failure->span < request.spans.size() ? request.spans[failure->span].index : kNoSpan;
       abort_locked(flight);
       aborted = true;
-      finish(flight, Flight::Ending::kEnd, {.ok = false, .nbytes = flight->landed, .failure = *failure},
-             deliveries);
+      finish(flight, Flight::Ending::kEnd,
+             {.ok = false, .nbytes = flight->landed, .failure = *failure}, deliveries);
     }
     room_locked(deliveries);
   }

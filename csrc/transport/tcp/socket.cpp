@@ -154,10 +154,10 @@ Fd connect(const std::string& address, int64_t deadline_ns, bool bulk) {
     }
     return fd;
   }
-  throw Error(Code::kTransport,
-              cat("cannot connect to ", address, ": ", errno_text(err),
-                  "; is an engine listening there?"),
-              err, "tcp", address);
+  throw Error(
+      Code::kTransport,
+      cat("cannot connect to ", address, ": ", errno_text(err), "; is an engine listening there?"),
+      err, "tcp", address);
 }
 
 std::string peer_address(int fd) {

@@ -94,7 +94,8 @@ TcpTransport::Established TcpTransport::connect(
     read_exact(fd, frame, deadline_ns);
     const auto head = decode_head(frame, kMaxHandshakeBytes);
     if (!head || head->body_nbytes != 0)
-      fail(Code::kTransport, "what listens there is not a kvxfer engine, or one of another version");
+      fail(Code::kTransport,
+           "what listens there is not a kvxfer engine, or one of another version");
     frame.resize(kHeadBytes + head->control_nbytes);
     read_exact(fd, std::span(frame).subspan(kHeadBytes), deadline_ns);
     const ByteView control = ByteView(frame).subspan(kHeadBytes);
@@ -121,13 +122,16 @@ TcpTransport::Established TcpTransport::connect(
     transcript.add(auth);
     write_all(fd, auth, deadline_ns);
     const Digest expected = server_proof(keys, transcript);
-    if (!equal_constant_time(read_frame(Type::kAuth), expected)) fail(Code::kTransport, kAuthenticationFailed);
+    if (!equal_constant_time(read_frame(Type::kAuth), expected))
+      fail(Code::kTransport, kAuthenticationFailed);
     if (!wanted(theirs->self)) return {};
-    Session session{.id = keys.session_id, .key = keys.session, .peer = theirs->self, .initiator = true};
+    Session session{
+        .id = keys.session_id, .key = keys.session, .peer = theirs->self, .initiator = true};
     for (uint32_t lane = 1; lane <= theirs->num_lanes; ++lane) {
       lanes.push_back(tcp::connect(address, deadline_ns, true));
       write_all(lanes.back().get(),
-                encode_join({session.id, lane, lane_proof(session.key, session.id, lane)}), deadline_ns);
+                encode_join({session.id, lane, lane_proof(session.key, session.id, lane)}),
+                deadline_ns);
     }
     const ByteView offers = read_frame(Type::kOffer);
     Established out;
@@ -135,8 +139,8 @@ TcpTransport::Established TcpTransport::connect(
     out.connection = std::make_shared<TcpConnection>(host_, std::move(session), std::move(lanes));
     return out;
   } catch (const Error& error) {
-    throw Error(error.code, cat("connecting to ", address, " failed: ", error.what()), error.err, "tcp",
-                address);
+    throw Error(error.code, cat("connecting to ", address, " failed: ", error.what()), error.err,
+                "tcp", address);
   }
 }
 

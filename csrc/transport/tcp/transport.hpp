@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// The tcp transport: listens, connects, authenticates, and makes the sessions that others attach to.
+// The tcp transport: listens, connects, authenticates, and makes the sessions that others attach
+// to.
 #pragma once
 
 #include <functional>

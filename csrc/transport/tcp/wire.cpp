@@ -72,7 +72,8 @@ bool decode_stripe(const Head& head, ByteView control, StripeHead& out) {
   const bool is_read = head.type == Type::kRead;
   if (!r.ok() || num_targets > kMaxPieces || notify_nbytes > kMaxNotificationBytes) return false;
   if (flags & ~(kHasNotify | kHasArrival | kUniform)) return false;
-  if (op > static_cast<uint16_t>(Op::kNotify) || (op == static_cast<uint16_t>(Op::kRead)) != is_read)
+  if (op > static_cast<uint16_t>(Op::kNotify) ||
+      (op == static_cast<uint16_t>(Op::kRead)) != is_read)
     return false;
   out.access.op = static_cast<Op>(op);
   out.has_notify = flags & kHasNotify, out.has_arrival = flags & kHasArrival;
@@ -128,8 +129,8 @@ std::optional<Failure> decode_failure(ByteView control) {
 }
 
 Bytes encode_abort(uint64_t request, uint32_t cancel_count) {
-  return encode_frame(
-      {.type = Type::kAbort, .request = request, .cancel_count = cancel_count}, [](Writer&) {});
+  return encode_frame({.type = Type::kAbort, .request = request, .cancel_count = cancel_count},
+                      [](Writer&) {});
 }
 
 Bytes encode_plain(Type type, ByteView control) {

@@ -28,9 +28,20 @@ inline constexpr uint32_t kSmallBytes = 16 * 1024;  // bodies that may go by lan
 inline constexpr uint32_t kReadWindow = 64;         // READ frames unanswered, per connection
 
 enum class Type : uint8_t {
-  kHello = 1, kAuth = 2, kJoin = 3, kOffer = 4, kReady = 5,
-  kStripe = 6, kRead = 7, kReadData = 8, kAck = 9, kRefuse = 10, kAbort = 11,
-  kControl = 12, kBye = 13, kError = 14,
+  kHello = 1,
+  kAuth = 2,
+  kJoin = 3,
+  kOffer = 4,
+  kReady = 5,
+  kStripe = 6,
+  kRead = 7,
+  kReadData = 8,
+  kAck = 9,
+  kRefuse = 10,
+  kAbort = 11,
+  kControl = 12,
+  kBye = 13,
+  kError = 14,
 };
 inline constexpr uint16_t kMaySkip = 1;  // flag: who does not know the type skips the frame
 
@@ -51,13 +62,13 @@ void write_head(const Head& head, std::byte* out) noexcept;
 // STRIPE and READ share their control part: who may touch what, then descriptors, then payload.
 struct StripeHead {
   Access access;
-  uint64_t total_nbytes = 0;    // of the request, the same in each of its stripes
-  uint64_t first_target = 0;    // number of this stripe's first descriptor within the request
+  uint64_t total_nbytes = 0;  // of the request, the same in each of its stripes
+  uint64_t first_target = 0;  // number of this stripe's first descriptor within the request
   bool has_notify = false, has_arrival = false;
   uint64_t arrival = 0;
-  uint32_t stripe = 0;          // READ: repeated in READ_DATA
+  uint32_t stripe = 0;  // READ: repeated in READ_DATA
   std::vector<Target> targets;
-  ByteView notify;              // points into the control bytes
+  ByteView notify;  // points into the control bytes
 };
 Bytes encode_stripe(Head head, const StripeHead& stripe, ByteView notify);
 // False: malformed. Checks the sum of the descriptors against head.body_nbytes for a STRIPE, and
