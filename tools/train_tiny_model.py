@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=1800, help="optimizer steps (default: %(default)s)")
+    add("--steps", type=int, default=1294, help="optimizer steps (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="windows per step (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, files and windows (default: %(default)s)")
     add("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
