@@ -115,21 +115,10 @@ def test_config_asks_for_grouped_queries_and_16k_positions_by_yarn(config: dict[
 # --- tokenizer -----------------------------------------------------------------------------------
 
 
-@given(st.text())
-def test_any_text_round_trips(text: str) -> None:
-    loaded = _tokenizer_once()
-    ids = loaded.encode(text, add_special_tokens=False).ids
-    assert loaded.decode(ids, skip_special_tokens=False) == text
-
-
-_cache: list[Any] = []
-
-
-def _tokenizer_once() -> Any:
-    # Hypothesis calls the test many times and refuses function-scoped fixtures; one load is enough.
-    if not _cache:
-        _cache.append(tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json")))
-    return _cache[0]
+@given(text=st.text())
+def test_any_text_round_trips(tokenizer: Any, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 @pytest.mark.parametrize(
@@ -217,7 +206,7 @@ def test_it_predicts_python_far_better_than_a_random_model(
     ids = tokenizer.encode(Path(__file__).read_text(encoding="utf-8")).ids[:512]
     with torch.inference_mode():
         loss = reference_model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
-    assert loss < 0.7 * math.log(tokenizer.get_vocab_size())
+    assert loss < 0.65 * math.log(tokenizer.get_vocab_size())
 
 
 @pytest.mark.slow
@@ -228,7 +217,7 @@ def test_a_prompt_of_16k_tokens_is_still_read(reference_model: Any, tokenizer: A
     with torch.inference_mode():
         logits = reference_model(ids[:, :-1], logits_to_keep=1024).logits[0]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, -1024:]).item()
-    assert loss < 0.7 * math.log(tokenizer.get_vocab_size())
+    assert loss < 0.65 * math.log(tokenizer.get_vocab_size())
 
 
 # --- training ------------------------------------------------------------------------------------
