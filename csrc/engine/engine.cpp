@@ -115,8 +115,8 @@ void Engine::close() noexcept {
   }
   for (auto& lease : leases) begin_revoke(lease);
   for (auto& link : links) {
+    link->control->close(cause);  // first: it says goodbye
     for (auto& connection : link->data) connection->close(cause);
-    link->control->close(cause);
   }
   for (auto& peer : peers) kick(peer);  // ends what no connection has
   reactor_.stop();                      // runs what close() posted

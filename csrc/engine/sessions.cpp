@@ -8,7 +8,8 @@
 namespace kvxfer {
 namespace {
 constexpr double kReadyTimeoutS = 10.0;  // from an authenticated session to its READY
-constexpr size_t kMaxLostPeers = 256;    // kept for stats() and late questions
+constexpr int64_t kLastWordsNs = 20'000'000;
+constexpr size_t kMaxLostPeers = 256;  // kept for stats() and late questions
 }  // namespace
 
 PeerPtr Engine::peer_for(const PeerIdentity& identity) {
@@ -251,12 +252,15 @@ void Engine::lost(Connection& from, const Failure& cause) noexcept {
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
   if (!peer) return;
   LinkPtr link;
+  std::shared_ptr<Connection> control;
   bool was_alive = false;
   {
     std::lock_guard lock(mutex_);
     auto holds = [&](const LinkPtr& each) {
-      return each->control.get() == &from ||
-             std::ranges::any_of(each->data, [&](auto& c) { return c.get() == &from; });
+      if (each->control.get() != &from &&
+          std::ranges::any_of(each->data, [&](auto& c) { return c.get() == &from; }))
+        control = each->control;
+      return each->control.get() == &from;
     };
     for (auto it = pending_.begin(); it != pending_.end(); ++it)
       if (holds(it->second.second)) {
@@ -268,6 +272,12 @@ void Engine::lost(Connection& from, const Failure& cause) noexcept {
     std::lock_guard inner(peer->mutex);
     if (!link) {
       auto it = std::ranges::find_if(peer->links, holds);
+      if (control) {
+        // One transport's death is the session's: what it carried cannot be told apart. But only
+        // the control lane can tell the reason (BYE), and it may be a moment behind.
+        reactor_.at(now_ns() + kLastWordsNs, [control, cause] { control->close(cause); });
+        return;
+      }
       if (it == peer->links.end()) return;  // its session went before it
       link = *it;
       peer->links.erase(it);
@@ -288,10 +298,8 @@ void Engine::lost(Connection& from, const Failure& cause) noexcept {
       events_.push_back({false, peer, cause.text});
     }
   }
-  // One lane's or one transport's death is the session's: what it carried cannot be told apart.
   for (auto& connection : link->data)
     if (connection.get() != &from) connection->close(cause);
-  if (link->control.get() != &from) link->control->close(cause);
   link->changed.notify_all();
   if (was_alive) {
     peer->tags_changed.notify_all();

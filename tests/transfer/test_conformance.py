@@ -114,9 +114,10 @@ def test_bases_repeat_the_span_list(world: World) -> None:
 def test_notification_arrives_after_its_data(world: World) -> None:
     for round_ in range(20):
         world.local.array[:] = round_
-        world.engine.write(world.local, world.remote, 0, 0, NBYTES, notify=b"%d" % round_)
+        xfer = world.engine.write(world.local, world.remote, 0, 0, NBYTES, notify=b"%d" % round_)
         assert world.process.call("notifications", 1) == [("driver", b"%d" % round_)]
         assert (world.theirs == round_).all()
+        xfer.wait(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 64, MAX_NOTIFICATION_NBYTES])

@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kCallerBudget = 64 * 1024;
 constexpr size_t kTurn = 1024 * 1024;  // then the progress thread looks at the other lanes
 constexpr size_t kMaxIov = 1024;
+constexpr int64_t kGoodbyeNs = 5'000'000;
 alignas(64) std::byte padding[64 * 1024];  // zeros, sent in place of bytes that must not be read
 }  // namespace
 
@@ -139,7 +140,15 @@ void TcpConnection::close(const Failure& cause) noexcept {
     if (dead_) return;
     if (started_ && cause.code == Code::kCancelled) queue_locked(0, encode_plain(Type::kBye, {}));
   }
-  if (cause.code == Code::kCancelled) pump(*lanes_[0], kCallerBudget);
+  if (cause.code == Code::kCancelled) {
+    // The goodbye must be out before the sockets are shut. Another thread may hold the lane's
+    // sending token; it is inside a non-blocking call, and a full pipe is not waited for.
+    pump(*lanes_[0], kCallerBudget);
+    for (const int64_t until = now_ns() + kGoodbyeNs; now_ns() < until; std::this_thread::yield()) {
+      std::lock_guard lock(mutex_);
+      if (!lanes_[0]->sending) break;
+    }
+  }
   {
     std::lock_guard lock(mutex_);
     if (dead_) return;
