@@ -7,11 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from transfer_peers import PeerProcess
+from transfer_peers import SECRET, PeerProcess
 
 from kvxfer.transfer import TransferEngine, probe_transports
-
-SECRET = b"a secret for tests"
 
 _TRANSPORTS = [
     pytest.param(

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transfer_peers import TIMEOUT_S
+from transfer_peers import SECRET, TIMEOUT_S
 
-from conftest import SECRET
 from kvxfer.errors import InvalidArgumentError, RegistrationError, UnavailableError
 from kvxfer.transfer import EngineConfig, TransferEngine
 

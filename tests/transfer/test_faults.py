@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transfer_peers import TIMEOUT_S, PeerProcess, wait_for
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, wait_for
 
-from conftest import SECRET
 from kvxfer.errors import (
     InvalidArgumentError,
     PeerDisconnectedError,

@@ -13,9 +13,8 @@ import threading
 
 import numpy as np
 import pytest
-from transfer_peers import TIMEOUT_S
+from transfer_peers import SECRET, TIMEOUT_S
 
-from conftest import SECRET
 from kvxfer.errors import (
     InvalidArgumentError,
     TransferTimeoutError,

@@ -18,6 +18,7 @@ import numpy as np
 from kvxfer.errors import KvxferError
 from kvxfer.transfer import TransferEngine
 
+SECRET = b"a secret for tests"
 TIMEOUT_S = 30.0  # of anything that must happen; generous, since machines that run tests are shared
 
 
