@@ -48,6 +48,7 @@ def _target(pipe: Any, transport: str, pool: int) -> None:
         pipe.send((engine.address, server.getsockname()[1]))
         raw, _ = server.accept()
         view = memoryview(region.array)
+        source: np.ndarray | None = None
         while (message := pipe.recv()) is not None:
             kind, *args = message
             if kind == "raw":  # nbytes through one socket, in 1 MiB reads into place
@@ -56,7 +57,9 @@ def _target(pipe: Any, transport: str, pool: int) -> None:
                     left -= raw.recv_into(view[: min(left, CHUNK)])
                 raw.sendall(b"!")
             elif kind == "memcpy":  # the bound runs in the process that copies
-                pipe.send(_memcpy(region.array, args[0], args[1], args[2]))
+                if source is None:
+                    source = np.ones_like(region.array)
+                pipe.send(_memcpy(region.array, source, *args))
             elif kind == "drain":
                 pipe.send(len(engine.notifications()))
             elif kind == "clear":
@@ -67,8 +70,9 @@ def _target(pipe: Any, transport: str, pool: int) -> None:
                 pipe.send(region.array.reshape(-1, block)[offsets // block].tobytes())
 
 
-def _memcpy(pool: np.ndarray, src: np.ndarray, dst: np.ndarray, block: int) -> float:
-    source = np.ones_like(pool)
+def _memcpy(
+    pool: np.ndarray, source: np.ndarray, src: np.ndarray, dst: np.ndarray, block: int
+) -> float:
     _transfer.scattered_copy(pool, source, dst, src, block)  # warm
     began = time.perf_counter()
     _transfer.scattered_copy(pool, source, dst, src, block)

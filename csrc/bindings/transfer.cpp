@@ -133,6 +133,7 @@ TransferPtr submit(EngineHandle& self, Op op, const RegionHandle& region,
 void scattered_copy(const py::object& destination, const py::object& source,
                     const py::object& destination_offsets, const py::object& source_offsets,
                     uint64_t nbytes) {
+  empty_graveyard();
   Buffers to = take_buffers(destination), from = take_buffers(source);
   Offsets into("destination_offsets", destination_offsets), out("source_offsets", source_offsets);
   if (!to.writable) fail(Code::kInvalidArgument, "the destination is read-only");
