@@ -80,12 +80,13 @@ def _loopback() -> list[Check]:
 
 
 def _kernels() -> list[Check]:
-    return [
-        Check("kernels", backend, reason is None, reason or "works here")
-        for device in ("cpu", "cuda")
-        for backend, reason in kernels.backend_reasons("paged_decode", device).items()
-        if (backend == "cuda") == (device == "cuda")
-    ]
+    """What each backend could do with a KV append, on the device that it is for."""
+    checks = []
+    for backend in ("cuda", "triton", "cpu", "reference"):
+        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        reason = kernels.backend_reasons("append_kv", device)[backend]
+        checks.append(Check("kernels", backend, reason is None, reason or f"works here, on {device}"))
+    return checks
 
 
 def _extras() -> list[Check]:
