@@ -12,6 +12,7 @@ disaggregated / monolithic of medians over the rounds: below 1 it paid.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -38,7 +39,7 @@ def measure(cluster: Cluster, prompt: list[int], max_tokens: int) -> tuple[float
     times = [
         time.perf_counter() for line in cluster.stream_lines(body) if line.startswith("data: {")
     ]
-    return times[0] - start, [b - a for a, b in zip(times, times[1:], strict=False)]
+    return times[0] - start, [b - a for a, b in itertools.pairwise(times)]
 
 
 def quiet(cluster: Cluster, seed: int) -> dict[str, float]:
