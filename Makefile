@@ -55,6 +55,7 @@ typecheck: $(VENV)/.linted-deps $(VENV)/.built  ## mypy --strict on the package
 bench: $(VENV)/.built  ## The microbenchmarks, each with its bound from the same run
 	$(BIN)/python bench/bench_transfer.py
 	$(BIN)/python bench/bench_kernels.py
+	$(BIN)/python bench/bench_serving.py
 
 doctor: $(VENV)/.built  ## What works on this machine, what does not, and why
 	@$(BIN)/kvxfer doctor

@@ -63,7 +63,7 @@ def narrow(values, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 def unavailable(op: str, device: str) -> str | None:
     """Why ``op`` cannot run on ``device`` here, or None."""
     if device.startswith("cuda"):
-        return None
+        return None if torch.cuda.is_available() else "torch finds no CUDA device on this machine"
     if device != "cpu":
         return f"the Triton kernels are written for CUDA devices, not for {device}"
     if not INTERPRETED:
