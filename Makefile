@@ -25,7 +25,7 @@ help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 serve: $(VENV)/.built  ## Router + prefill + decode with the bundled model. PORT= MODEL= PREFILL= DECODE= change it
-	@$(BIN)/kvxfer serve $(MODEL) --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(SERVE_ARGS)
+	@$(BIN)/kvxfer serve $(if $(MODEL),"$(MODEL)") --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(SERVE_ARGS)
 
 test: $(VENV)/.tested-deps  ## The ordinary test suite, on any machine
 	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
@@ -52,7 +52,7 @@ format: $(VENV)/.linted-deps  ## Rewrites the sources in house style
 typecheck: $(VENV)/.linted-deps $(VENV)/.built  ## mypy --strict on the package
 	$(BIN)/mypy
 
-bench: $(VENV)/.built  ## The microbenchmarks, each with its bound from the same run
+bench: $(VENV)/.built  ## Benchmarks, each with its bound or baseline from the same run
 	$(BIN)/python bench/bench_transfer.py
 	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_serving.py
@@ -63,7 +63,7 @@ doctor: $(VENV)/.built  ## What works on this machine, what does not, and why
 build: $(VENV)/.built  ## The virtual environment and the extension modules
 
 clean:  ## Removes the virtual environment and every build folder
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build build*.log .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.venv:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" tools/make_venv.sh
@@ -76,7 +76,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt | $(VENV)/.venv
 
 $(VENV)/.built: $(NATIVE) $(VENV)/.deps
 	@echo "==> 3/3 Building the C++ extensions (a minute or two)"
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip install -v --no-build-isolation --no-deps -e . > build.log 2>&1 & pid=$$!; \
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip install -v --no-build-isolation --no-deps -e . > build.log 2>&1 & pid=$$!; \
 	  while kill -0 $$pid 2>/dev/null; do printf '\r    %s' "$$(grep -o '^ *\[[0-9]*/[0-9]*\]' build.log 2>/dev/null | tail -1)"; sleep 1; done; \
 	  wait $$pid && printf '\r    done      \n' || { tail -40 build.log; echo "The build failed; the whole log is in build.log"; exit 1; }
 	@touch $@

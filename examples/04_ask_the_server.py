@@ -12,6 +12,10 @@ import httpx
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 with httpx.Client(base_url=url, timeout=60) as client:
     body = {"prompt": "def ", "max_tokens": 60, "temperature": 0.7, "stream": True}
+    try:
+        client.get("/health")
+    except httpx.ConnectError:
+        sys.exit(f"no server at {url}: run `make serve`, or give its URL as the first argument")
     with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         print("def ", end="")

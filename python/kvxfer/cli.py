@@ -29,7 +29,9 @@ COMMANDS = {
     "doctor": Command("kvxfer.doctor", "what works on this machine, what does not, and why"),
     "serve": Command("kvxfer.server.launch", "router and workers in one command", "server"),
     "router": Command("kvxfer.server.router", "the front and the router over workers", "server"),
-    "worker": Command("kvxfer.server.worker", "one prefill, decode or both worker", "server"),
+    "worker": Command(
+        "kvxfer.server.worker", "one worker: prefill, decode or both phases", "server"
+    ),
 }
 
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise
                 print(
                     f"kvxfer {name}: the Python package '{error.name}' is not installed. "
-                    f"Install it with: pip install 'kvxfer[{command.extra}]'",
+                    f"Install it from the checkout with: pip install '.[{command.extra}]'",
                     file=sys.stderr,
                 )
                 return 2

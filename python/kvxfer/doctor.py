@@ -25,7 +25,6 @@ EXTRAS = {
     "triton": ("torch", "Triton kernels"),
     "fastapi": ("server", "the reference server"),
     "tokenizers": ("server", "text prompts"),
-    "cuda-python": ("cuda", "CUDA IPC (not built yet)"),
 }
 
 
@@ -50,7 +49,12 @@ def _platform() -> list[Check]:
     return [
         Check("kvxfer", "version", None, f"{__version__}, Python {platform.python_version()}"),
         Check("kvxfer", "machine", None, f"{platform.platform()}, {cpus} CPUs"),
-        Check("kvxfer", "build", None, ", ".join(f"{k}={v}" for k, v in sorted(build.items()))),
+        Check(
+            "kvxfer",
+            "build",
+            None,
+            ", ".join(f"{k} {v}" for k, v in sorted(build.items()) if v != ""),
+        ),
     ]
 
 
@@ -85,7 +89,9 @@ def _kernels() -> list[Check]:
     for backend in ("cuda", "triton", "cpu", "reference"):
         device = "cuda" if backend in ("cuda", "triton") else "cpu"
         reason = kernels.backend_reasons("append_kv", device)[backend]
-        checks.append(Check("kernels", backend, reason is None, reason or f"works here, on {device}"))
+        checks.append(
+            Check("kernels", backend, reason is None, reason or f"works here, on {device}")
+        )
     return checks
 
 
@@ -98,7 +104,12 @@ def _extras() -> list[Check]:
             )
         except metadata.PackageNotFoundError:
             checks.append(
-                Check("extras", package, None, f"absent: pip install 'kvxfer[{extra}]' ({purpose})")
+                Check(
+                    "extras",
+                    package,
+                    None,
+                    f"absent: in the checkout, pip install '.[{extra}]' ({purpose})",
+                )
             )
     return checks
 

@@ -32,8 +32,10 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one.
 
     Raises:
-        InvalidArgumentError: the port is in use, or the host is not this machine's.
+        InvalidArgumentError: the port is in use or no port at all, or the host is not this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise InvalidArgumentError(f"port {port} is not between 0 and 65535; 0 takes a free one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,11 +44,12 @@ def bind(host: str, port: int) -> socket.socket:
         sock.listen(2048)
     except OSError as error:
         sock.close()
-        why = (
-            "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-        )
+        if error.errno != errno.EADDRINUSE:
+            raise InvalidArgumentError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; see --host and --port"
+            ) from error
         raise InvalidArgumentError(
-            f"port {port} on {host} {why}; choose another with --port (0 takes a free one)"
+            f"port {port} on {host} is in use; choose another with --port (0 takes a free one)"
         ) from error
     return sock
 

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL_DIR",
         help="a Hugging Face model directory; default: the bundled model",
     )
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
     parser.add_argument(
@@ -62,23 +62,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="workers that do both phases, without handoff: the baseline",
     )
     parser.add_argument("--num-workers", type=int, default=1, metavar="N", help="with --role both")
-    parser.add_argument("--policy", choices=sorted(POLICIES), default="least_loaded")
+    parser.add_argument(
+        "--policy",
+        choices=sorted(POLICIES),
+        default="least_loaded",
+        help="how the router picks workers; default: least_loaded",
+    )
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the directory's name")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default: float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="of weights and KV cache; auto: as the checkpoint says; default: float32",
+    )
     parser.add_argument(
         "--transports", metavar="LIST", help="e.g. shm,tcp; default: the best viable"
     )
     parser.add_argument("--num-blocks", type=int, metavar="N", help="KV blocks per worker")
     parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block")
-    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N")
-    parser.add_argument("--max-num-seqs", type=int, metavar="N")
-    parser.add_argument("--max-model-len", type=int, metavar="N")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, metavar="N", help="computed per step; default: 512"
+    )
+    parser.add_argument(
+        "--max-num-seqs", type=int, metavar="N", help="running at once per worker; default: 64"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer; default: what model and cache allow",
+    )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="per worker; default: a fair share"
     )
-    parser.add_argument("--request-timeout", type=float, default=600.0, metavar="SECONDS")
-    parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS")
-    parser.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument(
+        "--request-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="of one request, default: 600",
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="of one part, default: 300",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for running answers to end, default: 30",
+    )
 
 
 def run(args: argparse.Namespace, *, program: Sequence[str] = KVXFER) -> int:
@@ -150,4 +186,4 @@ def _greeting(model_dir: Path, name: str, url: str) -> str:
     if not (model_dir / "tokenizer.json").is_file():
         prompt = [1, 2, 3]
     body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 64, "temperature": 0.7})
-    return f"Try it:\n\n  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n"
+    return f"Try it:\n\n  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{body}'; echo\n"

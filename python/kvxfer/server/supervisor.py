@@ -104,6 +104,11 @@ class Supervisor:
             self._say("second signal: ending everything now")
             for child in self._children:
                 child.kill()
+        else:
+            wait_s = self._plan.shutdown_timeout_s
+            self._say(
+                f"stopping: running answers have {wait_s:g} s to end; a second Ctrl-C ends now"
+            )
         self._stop.set()
 
     def _say(self, text: str) -> None:
@@ -166,7 +171,7 @@ class Supervisor:
 
     def _greet(self) -> None:
         self._say(f"\nkvxfer is ready at {self._url}")
-        for child in self._children[1:]:
+        for child in self._children:
             self._say(f"  {child.name:<10} pid {child.pid:<8} {child.announcement.get('url', '')}")
         self._say(f"\n{self._plan.greeting}\nCtrl-C stops it.")
 
