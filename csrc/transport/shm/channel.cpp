@@ -93,6 +93,7 @@ std::byte* Channel::stage() noexcept {
     mine().bulk.starving.store(1, std::memory_order_seq_cst);
     if (!free()) return nullptr;
   }
+  tsan_observe();
   return staging_.mapping->data() + size_t{stage_slot()} * kStageSlotBytes;
 }
 
@@ -101,6 +102,7 @@ void Channel::release_message() noexcept {
 }
 
 void Channel::release_bulk(bool with_stage) noexcept {
+  tsan_publish();
   if (with_stage) theirs().stage_head.fetch_add(1, std::memory_order_seq_cst);
   if (in_bulk_.release()) ring();
 }

@@ -14,7 +14,24 @@
 
 #include "common/wire.hpp"
 
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+#endif
+
 namespace kvxfer::shm {
+
+// Tests have both ends in one process, where a segment stands at two addresses. TSan takes the
+// atomics at the two for strangers, so it is told what they publish to each other; coarsely, by one
+// word for all.
+#ifdef __SANITIZE_THREAD__
+inline char tsan_bridge = 0;
+inline void tsan_publish() noexcept { __tsan_release(&tsan_bridge); }
+inline void tsan_observe() noexcept { __tsan_acquire(&tsan_bridge); }
+#else
+inline void tsan_publish() noexcept {}
+inline void tsan_observe() noexcept {}
+#endif
 
 // In the control segment. The two halves are on lines of their own: each is written by one side.
 struct RingHead {
@@ -72,6 +89,7 @@ class RingProducer {
       at += part.size();
     }
     tail_ += need;
+    tsan_publish();
     shared_->tail.store(tail_, std::memory_order_seq_cst);
     return true;
   }
@@ -87,6 +105,7 @@ class RingProducer {
   uint64_t position(uint64_t n) const noexcept { return n & (capacity_ - 1); }
   bool fits(uint64_t need) noexcept {
     const uint64_t used = tail_ - shared_->head.load(std::memory_order_seq_cst);
+    tsan_observe();
     if (used > capacity_) {
       broken_ = true;
       return false;
@@ -112,6 +131,7 @@ class RingConsumer {
     for (;;) {
       const uint64_t ready = shared_->tail.load(std::memory_order_seq_cst) - head_;
       if (ready == 0) return Pop::kEmpty;
+      tsan_observe();
       if (ready > capacity_ || ready < sizeof(RecordHead)) return Pop::kBroken;
       const uint64_t rest = capacity_ - (head_ & (capacity_ - 1));
       RecordHead head;
@@ -133,6 +153,7 @@ class RingConsumer {
   // Gives the room of the last peeked record back. True: the producer starves and must be woken.
   bool release() noexcept {
     head_ = next_;
+    tsan_publish();
     shared_->head.store(head_, std::memory_order_seq_cst);
     return shared_->starving.load(std::memory_order_seq_cst) != 0 &&
            shared_->starving.exchange(0, std::memory_order_seq_cst) != 0;

@@ -1,10 +1,14 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// Two engines in one process over tcp: the paths where threads meet, for the sanitizers.
+// Two engines in one process: the paths where threads meet, for the sanitizers. Once per transport:
+// ctest sets KVXFER_TEST_TRANSPORT, and KVXFER_TEST_SHARE=never to have shm stage what it could
+// map.
 #include <doctest/doctest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
 #include <thread>
 
 #include "engine/engine.hpp"
@@ -12,6 +16,11 @@
 using namespace kvxfer;
 
 namespace {
+
+std::string transport() {
+  const char* name = std::getenv("KVXFER_TEST_TRANSPORT");
+  return name != nullptr ? name : "tcp";
+}
 
 struct Pair {
   std::shared_ptr<Engine> a, b;
@@ -22,13 +31,14 @@ struct Pair {
   explicit Pair(uint64_t nbytes = 1 << 22, const std::string& listen = "127.0.0.1:0") {
     EngineOptions options;
     options.secret = Bytes(32, std::byte{1});
-    options.transports = {"tcp"};
+    options.transports = {transport()};
     options.listen = listen;
     options.name = "a";
     a = Engine::create(options);
     options.name = "b";
     b = Engine::create(options);
-    ra = a->allocate(nbytes, {.name = "kv"});
+    ra = a->allocate(nbytes,
+                     {.name = "kv", .shareable = std::getenv("KVXFER_TEST_SHARE") == nullptr});
     rb = b->allocate(nbytes, {.name = "kv"});
     to_b = a->connect(b->address(), 10);
     remote = a->regions_of(*to_b).at("kv");
@@ -254,7 +264,7 @@ TEST_CASE("two engines that connect to each other at once have one peer each") {
   for (int round = 0; round < 10; ++round) {
     EngineOptions options;
     options.secret = Bytes(32, std::byte{1});
-    options.transports = {"tcp"};
+    options.transports = {transport()};
     auto a = Engine::create(options), b = Engine::create(options);
     PeerPtr to_a, to_b;
     std::thread other([&] { to_a = b->connect(a->address(), 10); });
