@@ -140,6 +140,33 @@ def test_thousands_of_notifications_all_arrive(world: World) -> None:
         xfer.wait(TIMEOUT_S)
 
 
+def test_thousands_of_mixed_transfers_in_flight(world: World) -> None:
+    """Shm once took staged bytes before it had read the head that they belong to, and dropped them."""
+    size, count = 512, 1500  # two thirds of the region are written, the rest is read
+    other = np.random.default_rng(6).integers(0, 256, NBYTES, dtype=np.uint8)
+    second = world.engine.register(
+        other, "second"
+    )  # beside an allocated one: mapped and staged mixed
+    before = world.theirs
+    expected = before.copy()
+    read = []
+    transfers = []
+    for i in range(count):
+        at = i * size
+        if i % 3 == 2:
+            transfers.append(world.engine.read(second, world.remote, at, at, size))
+            read.append(at)
+        else:
+            source = world.local if i % 2 else second
+            transfers.append(world.engine.write(source, world.remote, at, at, size))
+            expected[at : at + size] = source.array[at : at + size]
+    for transfer in transfers:
+        transfer.wait(TIMEOUT_S)
+    assert np.array_equal(world.theirs, expected)
+    assert all(np.array_equal(other[at : at + size], before[at : at + size]) for at in read)
+    world.engine.deregister(second)
+
+
 def test_empty_write_still_notifies_and_counts(world: World) -> None:
     lease, token = world.process.call("grant", world.name, 0, 1, ttl_s=60, num_arrivals=3)
     none = np.array([], np.int64)
