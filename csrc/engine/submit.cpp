@@ -318,6 +318,10 @@ void Engine::completed(const TransferPtr& t, Completion completion) noexcept {
       stop(t->follow_up, why);
     return;
   }
+  // Our goodbye makes the peer hang up, and its end may be heard before our own close gets that
+  // far.
+  if (!completion.ok && closed() && completion.failure.code == Code::kPeerDisconnected)
+    completion.failure = {.code = Code::kCancelled, .text = "the engine was closed"};
   State state = State::kDone;
   if (!completion.ok)
     state = completion.failure.code == Code::kCancelled ? State::kCancelled

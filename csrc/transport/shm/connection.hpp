@@ -65,7 +65,7 @@ class ShmConnection final : public Connection {
   // Progress thread only.
   std::unordered_map<uint64_t, std::shared_ptr<Mapping>> mapped_;
   Bytes body_;
-  bool bulk_held_ = false;  // a record waits in body_of_bulk_ for the spans before it
+  bool bulk_held_ = false;  // the record in held_ waits for the spans before it
   uint32_t held_type_ = 0;
   Bytes held_;
   Reactor::Token bell_token_ = 0, socket_token_ = 0;

@@ -95,9 +95,10 @@ void Incoming::finish(const JobPtr& job) {
 // Judges spans that are to be copied; refuses the job when one is bad. `sane` false: not a mistake
 // of the peer's user but of its engine, which checks all this before it posts.
 bool Incoming::check(Job& job, const std::vector<SpanRecord>& spans, bool& sane) {
-  sane = total(spans) <= job.nbytes - job.announced;
+  const uint64_t sum = total(spans);
+  sane = sum <= job.nbytes - job.announced;
   if (!sane) return false;
-  job.announced += total(spans);
+  job.announced += sum;
   std::vector<Target> targets;
   targets.reserve(spans.size());
   for (const SpanRecord& span : spans) targets.push_back({span.target, span.nbytes});

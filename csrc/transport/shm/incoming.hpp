@@ -33,8 +33,7 @@ class Incoming {
   bool on_request(ByteView body);
   bool on_read_part(ByteView body);
   bool on_abort(ByteView body);
-  // One record of the bulk ring, or a chunk of it. kReadData is passed to `outgoing`'s callback by
-  // the connection, which looks at the type first.
+  // Records of the bulk ring. `finished` false: spans must wait until those before them are copied.
   bool on_spans(ByteView body, bool& finished);
   bool on_staged(ByteView body);
   bool copy_one();   // one chunk of one mapped write; true when it did something
