@@ -430,21 +430,32 @@ PYBIND11_MODULE(_transfer, m) {
            })
       .def("revoke", &revoke, py::arg("timeout_s"));
 
+  py::class_<TransportConfig>(m, "TransportConfig")
+      .def(py::init<>())
+      .def_readwrite("num_lanes", &TransportConfig::num_lanes)
+      .def_readwrite("copy_threads", &TransportConfig::copy_threads)
+      .def_readwrite("spin_ns", &TransportConfig::spin_ns)
+      .def_readwrite("allow_ptrace", &TransportConfig::allow_ptrace)
+      .def_readwrite("tls_certificate", &TransportConfig::tls_certificate)
+      .def_readwrite("tls_key", &TransportConfig::tls_key)
+      .def_readwrite("tls_authority", &TransportConfig::tls_authority)
+      .def_readwrite("faults", &TransportConfig::faults);
+
   py::class_<EngineHandle>(m, "Engine")
       .def(py::init([](std::string name, std::string listen, std::vector<std::string> transports,
-                       const py::bytes& secret, bool secret_is_explicit, uint32_t num_lanes) {
+                       const py::bytes& secret, bool secret_is_explicit, TransportConfig config) {
              EngineOptions options;
              options.name = std::move(name);
              options.listen = std::move(listen);
              options.transports = std::move(transports);
              options.secret = from_bytes("secret", secret);
              options.secret_is_explicit = secret_is_explicit;
-             options.num_lanes = num_lanes;
+             options.transport = std::move(config);
              py::gil_scoped_release release;
              return std::make_unique<EngineHandle>(Engine::create(std::move(options)));
            }),
            py::kw_only(), py::arg("name"), py::arg("listen"), py::arg("transports"),
-           py::arg("secret"), py::arg("secret_is_explicit"), py::arg("num_lanes"))
+           py::arg("secret"), py::arg("secret_is_explicit"), py::arg("config"))
       .def_property_readonly("address", [](const EngineHandle& e) { return e.engine->address(); })
       .def_property_readonly("name", [](const EngineHandle& e) { return e.engine->self().name; })
       .def_property_readonly(

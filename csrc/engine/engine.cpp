@@ -38,9 +38,9 @@ void check_name(const char* what, const std::string& name) {
 
 Engine::Engine(EngineOptions options) : options_(std::move(options)) {
   check_name("engine", options_.name);
-  if (options_.num_lanes < 1 || options_.num_lanes > tcp::kMaxLanes)
+  if (options_.transport.num_lanes < 1 || options_.transport.num_lanes > tcp::kMaxLanes)
     fail(Code::kInvalidArgument, "num_lanes must be 1 to ", tcp::kMaxLanes, ", not ",
-         options_.num_lanes);
+         options_.transport.num_lanes);
   if (options_.secret.empty()) fail(Code::kInvalidArgument, "the secret is empty");
   const auto& names = transport_names();
   for (const std::string& name : options_.transports)
@@ -57,7 +57,7 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
 
   for (const std::string& name : names) {
     if (name == "tcp" || !allows(name)) continue;
-    auto transport = make_transport(name);
+    auto transport = make_transport(name, options_.transport);
     if (auto reason = transport->probe()) {
       if (!options_.transports.empty())
         fail(Code::kUnavailable, "transport '", name,
@@ -67,7 +67,7 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
     }
     transports_.emplace_back(name, std::move(transport));
   }
-  tcp_ = std::make_unique<tcp::TcpTransport>(*this, options_.secret, options_.num_lanes);
+  tcp_ = std::make_unique<tcp::TcpTransport>(*this, options_.secret, options_.transport);
   bool loopback = true;
   identity_.address = tcp_->listen(options_.listen, &loopback);
   if (!loopback && !options_.secret_is_explicit)

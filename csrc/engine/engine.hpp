@@ -17,6 +17,7 @@
 #include "engine/peer.hpp"
 #include "engine/spans.hpp"
 #include "engine/transfer.hpp"
+#include "transport/config.hpp"
 #include "transport/registry.hpp"
 #include "transport/tcp/transport.hpp"
 
@@ -29,7 +30,7 @@ struct EngineOptions {
   std::vector<std::string> transports;  // empty: all that work here, best first
   Bytes secret;
   bool secret_is_explicit = false;
-  uint32_t num_lanes = 2;  // bulk lanes of a tcp connection
+  TransportConfig transport;
 };
 
 struct RegionOptions {

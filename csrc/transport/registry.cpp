@@ -10,12 +10,13 @@
 namespace kvxfer {
 namespace {
 
-using Maker = std::function<std::unique_ptr<Transport>()>;
+using Maker = std::function<std::unique_ptr<Transport>(const TransportConfig&)>;
 
 // One line per transport that attaches to a session, best first.
 const std::vector<std::pair<std::string, Maker>>& makers() {
   static const std::vector<std::pair<std::string, Maker>> list = {
-      {"shm", [] { return std::make_unique<shm::ShmTransport>(); }},
+      {"shm",
+       [](const TransportConfig& config) { return std::make_unique<shm::ShmTransport>(config); }},
   };
   return list;
 }
@@ -32,15 +33,15 @@ const std::vector<std::string>& transport_names() {
   return names;
 }
 
-std::unique_ptr<Transport> make_transport(const std::string& name) {
+std::unique_ptr<Transport> make_transport(const std::string& name, const TransportConfig& config) {
   for (const auto& [known, maker] : makers())
-    if (known == name) return maker();
+    if (known == name) return maker(config);
   return nullptr;
 }
 
 std::vector<Availability> probe_transports() {
   std::vector<Availability> out;
-  for (const auto& [name, maker] : makers()) out.push_back({name, maker()->probe()});
+  for (const auto& [name, maker] : makers()) out.push_back({name, maker({})->probe()});
   out.push_back({"tcp", {}});
   return out;
 }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "transport/config.hpp"
 #include "transport/transport.hpp"
 
 namespace kvxfer {
@@ -20,7 +21,7 @@ struct Availability {
 // Best first: the order in which a peer is offered requests. "tcp" comes last and is always there,
 // since it carries the session; it is made by the engine, not by make_transport().
 const std::vector<std::string>& transport_names();
-std::unique_ptr<Transport> make_transport(const std::string& name);
+std::unique_ptr<Transport> make_transport(const std::string& name, const TransportConfig& config);
 std::vector<Availability> probe_transports();  // for `kvxfer doctor`
 
 }  // namespace kvxfer

@@ -106,6 +106,17 @@ class Lease:
     def begin_revoke(self) -> None: ...
     def revoke(self, timeout_s: float | None) -> None: ...
 
+class TransportConfig:
+    num_lanes: int
+    copy_threads: int
+    spin_ns: int
+    allow_ptrace: bool
+    tls_certificate: str
+    tls_key: str
+    tls_authority: str
+    faults: str
+    def __init__(self) -> None: ...
+
 class Engine:
     def __init__(
         self,
@@ -115,7 +126,7 @@ class Engine:
         transports: Sequence[str],
         secret: bytes,
         secret_is_explicit: bool,
-        num_lanes: int,
+        config: TransportConfig,
     ) -> None: ...
     @property
     def address(self) -> str: ...

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "transport/config.hpp"
 #include "transport/shm/connection.hpp"
 #include "transport/transport.hpp"
 
@@ -15,7 +16,7 @@ namespace kvxfer::shm {
 
 class ShmTransport final : public Transport {
  public:
-  ShmTransport() = default;
+  explicit ShmTransport(const TransportConfig& config) : config_(config) {}
   std::string_view name() const noexcept override { return "shm"; }
   std::optional<std::string> probe() const override;
   void start(Host& host) override;
@@ -30,6 +31,7 @@ class ShmTransport final : public Transport {
   struct Joining;
   void keep(const std::shared_ptr<ShmConnection>& connection);
 
+  const TransportConfig config_;
   Host* host_ = nullptr;
   std::string socket_name_;
   std::shared_ptr<Listener> listener_;

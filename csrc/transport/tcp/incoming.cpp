@@ -118,7 +118,7 @@ void Incoming::on_hello() {
   if (hello->self.incarnation == transport_.host_.self().incarnation)
     return end("an engine cannot be its own peer", true);
   peer_ = *hello;
-  num_lanes_ = std::min({peer_.num_lanes, transport_.num_lanes_, kMaxLanes});
+  num_lanes_ = std::min({peer_.num_lanes, transport_.config_.num_lanes, kMaxLanes});
   Hello answer = transport_.hello();
   answer.num_lanes = num_lanes_;
   const Bytes bytes = encode_hello(answer);

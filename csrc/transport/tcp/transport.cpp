@@ -19,8 +19,8 @@ struct TcpTransport::Acceptor final : FdHandler {
   TcpTransport& transport;
 };
 
-TcpTransport::TcpTransport(SessionHost& host, Bytes secret, uint32_t num_lanes)
-    : host_(host), secret_(std::move(secret)), num_lanes_(num_lanes) {}
+TcpTransport::TcpTransport(SessionHost& host, Bytes secret, const TransportConfig& config)
+    : host_(host), secret_(std::move(secret)), config_(config) {}
 
 TcpTransport::~TcpTransport() = default;
 
@@ -41,7 +41,7 @@ void TcpTransport::stop() noexcept {
 
 Hello TcpTransport::hello() const {
   Hello hello;
-  hello.num_lanes = num_lanes_;
+  hello.num_lanes = config_.num_lanes;
   hello.self = host_.self();
   hello.nonce = random_bytes<32>();
   return hello;
@@ -114,7 +114,7 @@ TcpTransport::Established TcpTransport::connect(
     write_all(fd, first, deadline_ns);
     const auto theirs = decode_hello(read_frame(Type::kHello));
     if (!theirs || theirs->min_version != kVersion || theirs->max_version != kVersion ||
-        theirs->num_lanes > num_lanes_)
+        theirs->num_lanes > config_.num_lanes)
       fail(Code::kTransport, "malformed HELLO");
     transcript.add(frame);
     const Keys keys = derive_keys(secret_, ours, *theirs);

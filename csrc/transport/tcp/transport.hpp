@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "transport/config.hpp"
 #include "transport/tcp/connection.hpp"
 #include "transport/tcp/handshake.hpp"
 #include "transport/tcp/socket.hpp"
@@ -22,7 +23,7 @@ class Incoming;
 
 class TcpTransport {
  public:
-  TcpTransport(SessionHost& host, Bytes secret, uint32_t num_lanes);
+  TcpTransport(SessionHost& host, Bytes secret, const TransportConfig& config);
   ~TcpTransport();
 
   // Binds, so that the address is known; start() begins to accept.
@@ -49,7 +50,7 @@ class TcpTransport {
 
   SessionHost& host_;
   const Bytes secret_;
-  const uint32_t num_lanes_;
+  const TransportConfig config_;
   Listener listener_;
   Reactor::Token token_ = 0;
   uint64_t next_serial_ = 0;

@@ -32,6 +32,14 @@ class EngineConfig:
     deadline_s: float = DEFAULT_DEADLINE_S
     num_lanes: int = 2
 
+    def native(self) -> _transfer.TransportConfig:
+        """The same for the C++ side."""
+        out = _transfer.TransportConfig()
+        if not isinstance(self.num_lanes, int) or not 0 <= self.num_lanes < 2**31:
+            raise InvalidArgumentError(f"num_lanes must be 1 to 8, not {self.num_lanes!r}")
+        out.num_lanes = self.num_lanes
+        return out
+
 
 @dataclass(frozen=True)
 class Notification:
@@ -89,7 +97,7 @@ class TransferEngine:
             transports=list(transports or ()),
             secret=user_secret() if secret is None else bytes(secret),
             secret_is_explicit=secret is not None,
-            num_lanes=self._config.num_lanes,
+            config=self._config.native(),
         )
         self._num_regions = 0
 

@@ -1,0 +1,21 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// What a user may tune about transports; the engine hands it to each of them unchanged.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace kvxfer {
+
+struct TransportConfig {
+  uint32_t num_lanes = 2;       // bulk lanes of a tcp connection
+  int32_t copy_threads = -1;    // of the copy pool; -1: by the CPUs this process may use
+  int64_t spin_ns = 20'000;     // before the progress thread or a waiter sleeps
+  bool allow_ptrace = false;    // cma may call prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
+  std::string tls_certificate;  // PEM files; all three or none
+  std::string tls_key, tls_authority;
+  std::string faults;  // what the faulty transport injects; see faulty/plan.hpp
+};
+
+}  // namespace kvxfer
