@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from transfer_peers import SECRET, TIMEOUT_S
 
 from kvxfer.errors import InvalidArgumentError, RegistrationError, UnavailableError
-from kvxfer.transfer import EngineConfig, TransferEngine
+from kvxfer.transfer import EngineConfig, TlsFiles, TransferEngine
 
 Pair = tuple[TransferEngine, TransferEngine]
 i64 = np.int64
@@ -233,13 +234,59 @@ def test_bad_engines_are_refused() -> None:
         ({"transports": "tcp"}, "sequence"),
         ({"transports": ()}, "empty"),
         ({"secret": b""}, "secret is empty"),
-        ({"config": EngineConfig(num_lanes=0)}, "num_lanes"),
     ]:
         with pytest.raises(InvalidArgumentError, match=message):
             TransferEngine("bad", **arguments)  # type: ignore[arg-type]
     with TransferEngine("first", secret=SECRET) as first:
         with pytest.raises(UnavailableError, match="cannot listen"):
             TransferEngine("second", listen=first.address, secret=SECRET)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("deadline_s", -1.0, "deadline_s"),
+        ("deadline_s", float("nan"), "deadline_s"),
+        ("num_lanes", 0, "1 to 8, not 0"),
+        ("num_lanes", 2.0, "1 to 8, not 2.0"),
+        ("num_lanes", True, "not True"),
+        ("copy_threads", -1, "0 to 64, not -1"),
+        ("copy_threads", 65, "0 to 64, not 65"),
+        ("spin_us", -1, "spin_us"),
+        ("spin_us", "20", "not '20'"),
+        ("allow_ptrace", 1, "True or False"),
+        ("tls", ("a", "b", "c"), "TlsFiles"),
+    ],
+)
+def test_bad_configs_are_refused_where_they_are_made(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        EngineConfig(**{field: value})
+
+
+def test_tls_files_must_exist(tmp_path: Path) -> None:
+    there = tmp_path / "there.pem"
+    there.write_text("")
+    with pytest.raises(InvalidArgumentError, match=r"tls\.key: there is no file"):
+        TlsFiles(there, tmp_path / "absent.pem", there)
+    with pytest.raises(InvalidArgumentError, match="must be a path"):
+        TlsFiles(there, there, "")
+
+
+def test_config_reaches_the_transports(tmp_path: Path) -> None:
+    pem = tmp_path / "pem"
+    pem.write_text("")
+    native = EngineConfig(
+        num_lanes=3,
+        copy_threads=2,
+        spin_us=1.5,
+        allow_ptrace=True,
+        tls=TlsFiles(pem, str(pem), pem),
+    ).native()
+    assert (native.num_lanes, native.copy_threads, native.spin_ns) == (3, 2, 1500)
+    assert native.allow_ptrace
+    assert native.tls_certificate == native.tls_key == native.tls_authority == str(pem)
+    default = EngineConfig().native()
+    assert (default.copy_threads, default.spin_ns, default.tls_key) == (-1, 20_000, "")
 
 
 def test_impossible_allocation_is_an_error_not_an_oom(pair: Pair) -> None:

@@ -11,7 +11,8 @@ from kvxfer._transfer import (
     Transfer,
     probe_transports,
 )
-from kvxfer.transfer.engine import EngineConfig, Notification, PeerEvent, TransferEngine
+from kvxfer.transfer.config import EngineConfig, TlsFiles
+from kvxfer.transfer.engine import Notification, PeerEvent, TransferEngine
 from kvxfer.transfer.region import Lease, Region
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PeerEvent",
     "Region",
     "RemoteRegion",
+    "TlsFiles",
     "Transfer",
     "TransferEngine",
     "probe_transports",

@@ -12,33 +12,11 @@ from typing import Any
 from kvxfer import _transfer
 from kvxfer._transfer import Peer, RemoteRegion, Transfer
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.transfer.config import EngineConfig
 from kvxfer.transfer.region import Int64Array, Lease, Region
 from kvxfer.transfer.secret import user_secret
 
-__all__ = ["EngineConfig", "Notification", "PeerEvent", "TransferEngine"]
-
-DEFAULT_DEADLINE_S = 30.0
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What rarely needs to be said.
-
-    Args:
-        deadline_s: of transfers that name none.
-        num_lanes: sockets for bulk per tcp peer, beside the one for control and small messages.
-    """
-
-    deadline_s: float = DEFAULT_DEADLINE_S
-    num_lanes: int = 2
-
-    def native(self) -> _transfer.TransportConfig:
-        """The same for the C++ side."""
-        out = _transfer.TransportConfig()
-        if not isinstance(self.num_lanes, int) or not 0 <= self.num_lanes < 2**31:
-            raise InvalidArgumentError(f"num_lanes must be 1 to 8, not {self.num_lanes!r}")
-        out.num_lanes = self.num_lanes
-        return out
+__all__ = ["Notification", "PeerEvent", "TransferEngine"]
 
 
 @dataclass(frozen=True)

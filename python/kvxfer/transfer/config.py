@@ -1,0 +1,103 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""``EngineConfig``: what rarely needs to be said to an engine, checked where it is said."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvxfer import _transfer
+from kvxfer.errors import InvalidArgumentError
+
+__all__ = ["EngineConfig", "TlsFiles"]
+
+DEFAULT_DEADLINE_S = 30.0
+_MAX_LANES = 8
+_MAX_COPY_THREADS = 64
+_MAX_SPIN_US = 1e6  # a second: more is a mistake in the unit
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files that make tcp speak TLS 1.3, with both sides authenticated.
+
+    Args:
+        certificate: this engine's, with its chain.
+        key: the private key of ``certificate``.
+        authority: certificates that a peer's must be signed by.
+    """
+
+    certificate: str | os.PathLike[str]
+    key: str | os.PathLike[str]
+    authority: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        for name in ("certificate", "key", "authority"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) or not str(value):
+                raise InvalidArgumentError(f"tls.{name} must be a path, not {value!r}")
+            if not Path(value).is_file():
+                raise InvalidArgumentError(f"tls.{name}: there is no file {os.fspath(value)!r}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What rarely needs to be said.
+
+    Args:
+        deadline_s: of transfers that name none.
+        num_lanes: sockets for bulk per tcp peer, beside the one for control and small messages.
+        copy_threads: that copy on same-host transports; 0: the progress thread does it; None: by
+            the CPUs that this process may use (0 on up to 2).
+        spin_us: how long a waiter, or the progress thread, polls before it sleeps; never on one CPU.
+        allow_ptrace: cma may open this process to every program of the user
+            (``PR_SET_PTRACER_ANY``) where the system's policy would forbid it otherwise.
+        tls: makes tcp speak TLS; both sides must.
+    """
+
+    deadline_s: float = DEFAULT_DEADLINE_S
+    num_lanes: int = 2
+    copy_threads: int | None = None
+    spin_us: float = 20.0
+    allow_ptrace: bool = False
+    tls: TlsFiles | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("deadline_s", self.deadline_s, 0, math.inf)
+        _check_int("num_lanes", self.num_lanes, 1, _MAX_LANES)
+        if self.copy_threads is not None:
+            _check_int("copy_threads", self.copy_threads, 0, _MAX_COPY_THREADS)
+        _check_number("spin_us", self.spin_us, 0, _MAX_SPIN_US)
+        if not isinstance(self.allow_ptrace, bool):
+            raise InvalidArgumentError(
+                f"allow_ptrace must be True or False, not {self.allow_ptrace!r}"
+            )
+        if self.tls is not None and not isinstance(self.tls, TlsFiles):
+            raise InvalidArgumentError(f"tls must be a TlsFiles, not {self.tls!r}")
+
+    def native(self) -> _transfer.TransportConfig:
+        """The same for the C++ side."""
+        out = _transfer.TransportConfig()
+        out.num_lanes = self.num_lanes
+        out.copy_threads = -1 if self.copy_threads is None else self.copy_threads
+        out.spin_ns = round(self.spin_us * 1e3)
+        out.allow_ptrace = self.allow_ptrace
+        if self.tls is not None:
+            out.tls_certificate = os.fspath(self.tls.certificate)
+            out.tls_key = os.fspath(self.tls.key)
+            out.tls_authority = os.fspath(self.tls.authority)
+        return out
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidArgumentError(f"{name} must be an int, {low} to {high}, not {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not low <= value <= high:  # type: ignore[operator]
+        raise InvalidArgumentError(f"{name} must be a number, {low} to {high}, not {value!r}")
