@@ -1,0 +1,65 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// What the files of this module share: Python's handles, and arguments that several calls take.
+// The GIL is released around everything that may block, destructors included.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+#include <string>
+
+#include "bindings/buffer.hpp"
+#include "bindings/errors.hpp"
+#include "engine/engine.hpp"
+
+namespace kvxfer::bindings {
+
+// Python's view of a region keeps the memory, not the engine, alive.
+struct RegionHandle {
+  RegionPtr region;
+};
+
+struct EngineHandle {
+  std::shared_ptr<Engine> engine;
+  explicit EngineHandle(std::shared_ptr<Engine> e) : engine(std::move(e)) {}
+  ~EngineHandle();
+};
+
+struct LeaseHandle {
+  LeasePtr lease;
+  std::shared_ptr<Engine> engine;
+};
+
+using Timeout = std::optional<double>;
+int64_t deadline_of(const Timeout& timeout_s, const char* name = "timeout_s");
+
+pybind11::bytes to_bytes(ByteView bytes);
+Bytes from_bytes(const char* name, const pybind11::object& value);
+
+// Runs `wait` without the GIL until it says something else than "a signal came"; Python's signal
+// handlers run in between, so Ctrl-C works.
+template <typename Wait>
+Woken blocking(Wait&& wait) {
+  for (;;) {
+    Woken why;
+    {
+      pybind11::gil_scoped_release release;
+      why = wait();
+    }
+    if (why != Woken::kInterrupted) return why;
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+  }
+}
+
+pybind11::dict stats(EngineHandle& self);
+
+void register_regions(pybind11::module_& m);
+void register_peers(pybind11::module_& m);
+void register_transfers(pybind11::module_& m);
+void register_leases(pybind11::module_& m);
+void register_engine(pybind11::module_& m);
+
+}  // namespace kvxfer::bindings

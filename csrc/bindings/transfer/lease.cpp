@@ -1,0 +1,94 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// A lease, as its owner in Python sees it.
+#include "bindings/transfer/handles.hpp"
+
+namespace py = pybind11;
+
+namespace kvxfer::bindings {
+namespace {
+
+uint64_t check_index(const Lease& lease, int64_t index) {
+  if (index < 0 || static_cast<uint64_t>(index) >= lease.num_arrivals)
+    fail(Code::kInvalidArgument, "arrival index ", index, " is not in 0 to ", lease.num_arrivals,
+         " - 1");
+  return static_cast<uint64_t>(index);
+}
+
+void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& timeout_s) {
+  Offsets wanted("indices", indices);
+  const Column column = wanted.column();
+  std::vector<uint64_t> missing;
+  for (size_t i = 0; i < column.size; ++i) missing.push_back(check_index(*self.lease, column[i]));
+  const int64_t deadline_ns = deadline_of(timeout_s);
+  Lease& lease = *self.lease;
+  bool closed = false;
+  const Woken why = blocking([&] {
+    for (;;) {
+      const uint32_t seen = lease.arrival_word.read();
+      closed = lease.gate.closed();
+      std::erase_if(missing, [&](uint64_t index) { return lease.arrived(index); });
+      if (missing.empty() || closed) return Woken::kNotified;
+      if (Woken woken = lease.arrival_word.wait(seen, deadline_ns); woken != Woken::kNotified)
+        return woken;
+    }
+  });
+  if (missing.empty()) return;
+  if (why == Woken::kTimedOut)
+    raise(Code::kTimeout, cat(missing.size(), " of ", column.size, " arrivals are missing after ",
+                              *timeout_s, " s, the first is ", missing.front()));
+  raise(Code::kLease, cat("the lease has ended (", lease.expired ? "expired" : "revoked", ") with ",
+                          missing.size(), " of ", column.size, " arrivals missing, the first is ",
+                          missing.front()));
+}
+
+void revoke(LeaseHandle& self, const Timeout& timeout_s) {
+  const int64_t deadline_ns = deadline_of(timeout_s);
+  Woken why = blocking([&] {
+    self.engine->begin_revoke(self.lease);
+    return self.lease->gate.wait_quiet(deadline_ns);
+  });
+  if (why == Woken::kTimedOut && !self.lease->gate.quiet())
+    raise(Code::kTimeout, cat("the lease is not quiet after ", *timeout_s,
+                              " s; its spans stay quarantined until lease.quiet is true"));
+}
+
+py::list arrived(const LeaseHandle& self) {
+  py::list out;
+  for (uint64_t i = 0; i < self.lease->num_arrivals; ++i)
+    if (self.lease->arrived(i)) out.append(i);
+  return out;
+}
+
+}  // namespace
+
+void register_leases(py::module_& m) {
+  py::class_<LeaseHandle>(m, "Lease")
+      .def_property_readonly("token", [](const LeaseHandle& l) { return to_bytes(l.lease->token); })
+      .def_property_readonly("num_arrivals",
+                             [](const LeaseHandle& l) { return l.lease->num_arrivals; })
+      .def_property_readonly(
+          "num_arrived",
+          [](const LeaseHandle& l) { return l.lease->num_arrived.load(std::memory_order_acquire); })
+      .def("arrived_indices", &arrived)
+      .def("wait_arrived", &wait_arrived, py::arg("indices"), py::arg("timeout_s"))
+      .def(
+          "extend",
+          [](LeaseHandle& l, double ttl_s) {
+            py::gil_scoped_release release;
+            l.engine->extend(l.lease, ttl_s);
+          },
+          py::arg("ttl_s"))
+      .def_property_readonly("expired",
+                             [](const LeaseHandle& l) { return l.lease->expired.load(); })
+      .def_property_readonly("closed", [](const LeaseHandle& l) { return l.lease->gate.closed(); })
+      .def_property_readonly("quiet", [](const LeaseHandle& l) { return l.lease->gate.quiet(); })
+      .def("begin_revoke",
+           [](LeaseHandle& l) {
+             py::gil_scoped_release release;
+             l.engine->begin_revoke(l.lease);
+           })
+      .def("revoke", &revoke, py::arg("timeout_s"));
+}
+
+}  // namespace kvxfer::bindings

@@ -1,0 +1,33 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The owner's region, as Python sees it.
+#include "bindings/transfer/handles.hpp"
+
+namespace py = pybind11;
+
+namespace kvxfer::bindings {
+
+void register_regions(py::module_& m) {
+  py::class_<RegionHandle>(m, "Region", py::buffer_protocol())
+      .def_property_readonly("name", [](const RegionHandle& r) { return r.region->name; })
+      .def_property_readonly("nbytes", [](const RegionHandle& r) { return r.region->nbytes; })
+      .def_property_readonly("writable", [](const RegionHandle& r) { return r.region->writable; })
+      .def_property_readonly("allocated",
+                             [](const RegionHandle& r) { return bool(r.region->memfd); })
+      .def_property_readonly("piece_offsets",
+                             [](const RegionHandle& r) {
+                               std::vector<uint64_t> out;
+                               for (auto& piece : r.region->pieces) out.push_back(piece.offset);
+                               return out;
+                             })
+      .def_buffer([](RegionHandle& r) {
+        if (r.region->pieces.size() != 1)
+          raise(Code::kInvalidArgument,
+                cat("region '", r.region->name, "' has ", r.region->pieces.size(),
+                    " pieces and no single array; use the buffers it was made of"));
+        return py::buffer_info(reinterpret_cast<uint8_t*>(r.region->pieces[0].base),
+                               static_cast<py::ssize_t>(r.region->nbytes), !r.region->writable);
+      });
+}
+
+}  // namespace kvxfer::bindings

@@ -1,0 +1,75 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// A transfer, and what an event loop watches it with, as Python sees them.
+#include "bindings/transfer/handles.hpp"
+
+namespace py = pybind11;
+
+namespace kvxfer::bindings {
+namespace {
+
+py::object error_of(const Transfer& t) {
+  if (!t.terminal() || t.state.load() == State::kDone) return py::none();
+  const char* transport = t.transport.load();
+  return make_exception(t.failure.code, t.message, t.failure.err, transport ? transport : "",
+                        t.peer->identity.name);
+}
+
+void end_of_wait(const TransferPtr& t, Woken why, const Timeout& timeout_s) {
+  if (why == Woken::kTimedOut)
+    raise(make_exception(Code::kTimeout,
+                         cat("the transfer is still ", to_string(t->state.load()), " after ",
+                             *timeout_s, " s of waiting; it goes on until its own deadline"),
+                         0, {}, t->peer->identity.name));
+  if (t->state.load() != State::kDone) raise(error_of(*t));
+}
+
+}  // namespace
+
+void register_transfers(py::module_& m) {
+  py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
+      .def(py::init<>())
+      .def("fileno", &Watch::fileno)
+      .def("take", &Watch::take);
+
+  py::class_<Transfer, TransferPtr>(m, "Transfer")
+      .def_readonly("id", &Transfer::id)
+      .def_readonly("nbytes", &Transfer::nbytes)
+      .def_property_readonly("state", [](const Transfer& t) { return to_string(t.state.load()); })
+      .def_property_readonly("done", [](const Transfer& t) { return t.terminal(); })
+      .def_property_readonly("error", &error_of)
+      .def_property_readonly("agreed", [](const Transfer& t) { return t.terminal() && t.agreed; })
+      .def_property_readonly(
+          "quiesced", [](const Transfer& t) { return t.quiesced.load(std::memory_order_acquire); })
+      .def_property_readonly("nbytes_done", [](const Transfer& t) { return t.nbytes_done.load(); })
+      .def_property_readonly("peer", [](const Transfer& t) { return t.peer; })
+      .def_property_readonly("transport",
+                             [](const Transfer& t) -> py::object {
+                               const char* name = t.transport.load(std::memory_order_acquire);
+                               return name ? py::object(py::str(name)) : py::none();
+                             })
+      .def(
+          "wait",
+          [](const TransferPtr& t, Timeout timeout_s) {
+            const int64_t deadline_ns = deadline_of(timeout_s);
+            end_of_wait(t, blocking([&] { return t->wait(deadline_ns); }), timeout_s);
+          },
+          py::arg("timeout_s") = py::none())
+      .def("cancel",
+           [](const TransferPtr& t) {
+             py::gil_scoped_release release;
+             if (auto engine = t->engine.lock()) engine->cancel(t);
+           })
+      .def("watch", &Transfer::watch, py::arg("watch"))
+      .def("__await__",
+           [](py::object self) {
+             return py::module_::import("kvxfer.transfer.waiting")
+                 .attr("wait_async")(self)
+                 .attr("__await__")();
+           })
+      .def("__repr__", [](const Transfer& t) {
+        return cat("<Transfer ", t.id, " ", to_string(t.state.load()), ", ", t.nbytes, " bytes>");
+      });
+}
+
+}  // namespace kvxfer::bindings
