@@ -3,6 +3,7 @@
 // The owner's side: who may touch what, leases, and what becomes visible when a request has landed.
 #include <algorithm>
 
+#include "common/hooks.hpp"
 #include "common/random.hpp"
 #include "common/sha256.hpp"
 #include "engine/engine.hpp"
@@ -65,6 +66,7 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
     late_writes_.fetch_add(1, std::memory_order_relaxed);
     return landing.closed();
   }
+  hooks::reached(hooks::Point::kBeforeAccept);
   auto refuse = [&](Failure failure) {
     landing.leave();
     return std::optional(std::move(failure));
@@ -92,6 +94,7 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
     if (tag) ++peer->tags[arrival.arrival];
     if (arrival.has_notify) ++peer->undrained;
   }
+  hooks::reached(hooks::Point::kAfterAccept);
   if (arrival.has_arrival) {
     if (landing.lease)
       landing.lease->arrive(arrival.arrival);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "common/hooks.hpp"
 
 namespace kvxfer::shm {
 
@@ -229,6 +230,7 @@ bool Incoming::on_staged(ByteView body) {
     refuse(job, job->landing.closed());
     return true;
   }
+  hooks::reached(hooks::Point::kInsideChunk);
   const std::byte* from = channel_.peer_stage(head.stage_slot);
   for (const SpanRecord& span : spans)
     job->landing.region->resolve(span.target, span.nbytes, [&from](std::byte* to, size_t size) {
@@ -246,6 +248,7 @@ bool Incoming::copy_chunk(const JobPtr& job) {
     refuse(job, job->landing.closed());
     return false;
   }
+  hooks::reached(hooks::Point::kInsideChunk);
   uint64_t left = kChunkBytes;
   while (left > 0 && !job->spans.empty()) {
     const SpanRecord& span = job->spans.front();

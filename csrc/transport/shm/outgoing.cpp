@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/hooks.hpp"
+
 namespace kvxfer::shm {
 
 namespace {
@@ -209,6 +211,7 @@ bool Outgoing::on_read_data(const StageHead& head, const std::byte* bytes) {
     connection_.counters.bytes_sunk.fetch_add(head.nbytes, std::memory_order_relaxed);
     return true;
   }
+  hooks::reached(hooks::Point::kInsideRead);
   Flight& flight = flights_[head.ticket.slot];
   const bool sane = request->op == Op::kRead && head.nbytes <= flight.asked - flight.landed;
   uint64_t left = sane ? head.nbytes : 0;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "common/hooks.hpp"
 #include "transport/tcp/connection_impl.hpp"
 
 namespace kvxfer::tcp {
@@ -202,6 +203,8 @@ TcpConnection::Step TcpConnection::receive_body(Lane& lane) {
               flights_.contains(lane.head.request);
       if (store) ++lane.reading->busy;
     }
+    if (store)
+      hooks::reached(inbound != nullptr ? hooks::Point::kInsideChunk : hooks::Point::kInsideRead);
     ssize_t n;
     int err = 0;
     if (lane.buffered() > 0) {  // lane 0 read ahead
