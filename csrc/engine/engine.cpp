@@ -67,6 +67,7 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
     }
     transports_.emplace_back(name, std::move(transport));
   }
+  if (!transports_.empty()) words_ = std::make_shared<ExportedWords>();
   tcp_ = std::make_unique<tcp::TcpTransport>(*this, options_.secret, options_.transport);
   bool loopback = true;
   identity_.address = tcp_->listen(options_.listen, &loopback);
@@ -194,6 +195,7 @@ RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
 
 RegionPtr Engine::add_region(RegionPtr region) {
   region->key = random_bytes<16>();
+  if (words_) region->gate.export_word(words_->take());
   std::lock_guard lock(mutex_);
   check_open();
   if (regions_.size() >= kMaxRegions)

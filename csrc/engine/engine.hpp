@@ -166,8 +166,9 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   Reactor reactor_;
   std::unique_ptr<tcp::TcpTransport> tcp_;
   std::vector<std::pair<std::string, std::unique_ptr<Transport>>>
-      transports_;                     // attach, best first
-  std::vector<std::string> not_here_;  // "shm: reason"
+      transports_;                        // attach, best first
+  std::vector<std::string> not_here_;     // "shm: reason"
+  std::shared_ptr<ExportedWords> words_;  // of our gates; null where no peer could look at them
   std::atomic<bool> closed_{false};
   std::mutex close_mutex_;
   Fd event_;

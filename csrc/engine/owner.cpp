@@ -125,6 +125,7 @@ LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Col
   lease->num_arrivals = num_arrivals;
   lease->arrivals = std::vector<std::atomic<uint64_t>>((num_arrivals + 63) / 64);
   lease->engine = weak_from_this();
+  if (words_) lease->gate.export_word(words_->take());
   lease->gate.on_quiet(&QuietHook::run, lease.get());
   {
     std::lock_guard lock(mutex_);

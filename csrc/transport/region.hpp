@@ -11,12 +11,14 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/fd.hpp"
 #include "common/status.hpp"
 #include "common/wait_word.hpp"
 #include "common/wire.hpp"
+#include "transport/exported_words.hpp"
 
 namespace kvxfer {
 
@@ -45,17 +47,21 @@ class Gate {
     if (copiers_.fetch_sub(1, std::memory_order_seq_cst) == 1) settle();
   }
   void close() noexcept {
+    word_.close();  // first: nothing may be called quiet that a reader elsewhere takes for open
     closed_.store(true, std::memory_order_seq_cst);
     settle();
   }
+  // The gate's twin for readers in other processes; set before the gate is shared. May be empty.
+  void export_word(ExportedWord word) noexcept { word_ = std::move(word); }
+  const ExportedWord& word() const noexcept { return word_; }
   bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
   // Once true, always true, and nothing can be stored behind this gate any more.
   bool quiet() const noexcept { return quiet_.load(std::memory_order_acquire); }
   Woken wait_quiet(int64_t deadline_ns) noexcept {
     for (;;) {
-      const uint32_t seen = word_.read();
+      const uint32_t seen = changed_.read();
       if (quiet()) return Woken::kNotified;
-      if (Woken why = word_.wait(seen, deadline_ns); why != Woken::kNotified) return why;
+      if (Woken why = changed_.wait(seen, deadline_ns); why != Woken::kNotified) return why;
     }
   }
 
@@ -64,13 +70,14 @@ class Gate {
     if (!closed_.load(std::memory_order_seq_cst) || copiers_.load(std::memory_order_seq_cst) != 0)
       return;
     if (quiet_.exchange(true, std::memory_order_acq_rel)) return;
-    word_.notify_all();
+    changed_.notify_all();
     if (hook_ != nullptr) hook_(context_);
   }
 
   std::atomic<uint32_t> copiers_{0};
   std::atomic<bool> closed_{false}, quiet_{false};
-  WaitWord word_;
+  WaitWord changed_;
+  ExportedWord word_;
   void (*hook_)(void*) = nullptr;
   void* context_ = nullptr;
 };

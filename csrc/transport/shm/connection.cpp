@@ -14,14 +14,21 @@ namespace {
 // Rounds of work (a message, a chunk, a staging slot) before other connections get their turn.
 constexpr int kMaxRounds = 64;
 
-enum class SocketType : uint32_t { kSegment = 1, kWithdrawn = 2, kBye = 3 };
+enum class SocketType : uint32_t { kRegion = 1, kWithdrawn = 2, kBye = 3, kWords = 4 };
 struct SocketMessage {
   SocketType type{};
   uint32_t reserved = 0;
   uint64_t region = 0;
   uint64_t nbytes = 0;
 };
-constexpr size_t kMaxMapped = kMaxRegions;
+
+bool send_shown(int socket, const SocketMessage& message, ByteView shown, int fd) noexcept {
+  Bytes bytes;
+  Writer writer(bytes);
+  writer.put(message);
+  writer.raw(shown);
+  return send(socket, bytes, {&fd, fd >= 0 ? size_t{1} : size_t{0}});
+}
 }  // namespace
 
 struct ShmConnection::BellHandler final : FdHandler {
@@ -40,21 +47,26 @@ struct ShmConnection::SocketHandler final : FdHandler {
 };
 
 ShmConnection::ShmConnection(Host& host, Parts parts)
-    : Connection("shm"),
+    : Connection(parts.reach->transport()),
       host_(host),
       socket_(std::move(parts.socket)),
+      reach_(std::move(parts.reach)),
       channel_(std::move(parts.control), parts.me, std::move(parts.staging),
                std::move(parts.peer_staging), std::move(parts.my_bell), std::move(parts.peer_bell)),
       outgoing_(
           channel_, *this, host,
           [](void* self, const Region& region) {
-            return static_cast<ShmConnection*>(self)->announce(region);
+            return static_cast<ShmConnection*>(self)->show(region);
           },
           this),
       incoming_(
           channel_, *this, host,
           [](void* self, uint64_t region) {
             return static_cast<ShmConnection*>(self)->source(region);
+          },
+          [](void* context, const Region& region) {
+            auto* self = static_cast<ShmConnection*>(context);
+            return self->show(region) && self->show_words(*region.gate.word().words());
           },
           this) {}
 
@@ -91,32 +103,45 @@ Cancelled ShmConnection::cancel(const RequestPtr& request) noexcept {
   return outgoing_.cancel(request);
 }
 
-bool ShmConnection::announce(const Region& region) noexcept {
+bool ShmConnection::show(const Region& region) noexcept {
+  if (!reach_->can_show(region)) return false;
   std::lock_guard lock(mutex_);
   if (dead_) return false;
-  if (announced_.contains(region.id)) return true;
-  const SocketMessage message{SocketType::kSegment, 0, region.id, region.nbytes};
-  const int fd = region.memfd.get();
-  if (!send(socket_.get(), view_of(message), {&fd, 1})) return false;
-  announced_.insert(region.id);
+  if (shown_.contains(region.id)) return true;
+  int fd = -1;
+  const Bytes shown = reach_->show(region, fd);
+  if (!send_shown(socket_.get(), {SocketType::kRegion, 0, region.id, region.nbytes}, shown, fd))
+    return false;
+  shown_.insert(region.id);
   return true;
+}
+
+bool ShmConnection::show_words(const ExportedWords& words) noexcept {
+  std::lock_guard lock(mutex_);
+  if (dead_) return false;
+  if (words_shown_) return true;
+  int fd = -1;
+  const Bytes shown = reach_->show(words, fd);
+  words_shown_ =
+      send_shown(socket_.get(), {SocketType::kWords, 0, 0, ExportedWords::kBytes}, shown, fd);
+  return words_shown_;
 }
 
 void ShmConnection::withdraw(uint64_t region) noexcept {
   std::lock_guard lock(mutex_);
-  if (dead_ || announced_.erase(region) == 0) return;
+  if (dead_ || shown_.erase(region) == 0) return;
   const SocketMessage message{SocketType::kWithdrawn, 0, region, 0};
-  // If the peer's socket is full it keeps a read-only mapping for longer: no harm but the memory.
+  // If the peer's socket is full it keeps what we showed for longer: no harm but the memory.
   [[maybe_unused]] const bool sent = send(socket_.get(), view_of(message), {});
 }
 
-std::shared_ptr<Mapping> ShmConnection::source(uint64_t region) {
-  auto found = mapped_.find(region);
-  if (found == mapped_.end()) {
+std::shared_ptr<PeerMemory> ShmConnection::source(uint64_t region) {
+  auto found = taken_.find(region);
+  if (found == taken_.end()) {
     read_socket();  // the announcement was sent before the record that names it
-    found = mapped_.find(region);
+    found = taken_.find(region);
   }
-  return found == mapped_.end() ? nullptr : found->second;
+  return found == taken_.end() ? nullptr : found->second;
 }
 
 void ShmConnection::read_socket() {
@@ -135,23 +160,26 @@ void ShmConnection::read_socket() {
     }
     Reader reader(bytes);
     const auto message = reader.get<SocketMessage>();
-    if (received == Received::kBroken || !reader.finished())
-      return broken("a malformed socket message");
-    if (message.type == SocketType::kWithdrawn && fds.empty()) {
-      mapped_.erase(message.region);
+    if (received == Received::kBroken || !reader.ok()) return broken("a malformed socket message");
+    const ByteView shown = reader.take(reader.remaining());
+    Fd fd = fds.empty() ? Fd{} : std::move(fds[0]);
+    std::string reason;
+    if (message.type == SocketType::kWithdrawn && !fd) {
+      taken_.erase(message.region);
     } else if (message.type == SocketType::kBye) {
       return die({.code = Code::kPeerDisconnected, .text = "the peer closed its engine"});
-    } else if (message.type == SocketType::kSegment && fds.size() == 1 &&
-               mapped_.size() < kMaxMapped && !mapped_.contains(message.region)) {
-      std::string reason;
-      auto mapping = map_peer_readonly(fds[0].get(), message.nbytes, reason);
-      if (!mapping) return broken(reason.c_str());
-      mapped_.emplace(message.region, std::move(mapping));
+    } else if (message.type == SocketType::kWords) {
+      if (!reach_->take_words(shown, std::move(fd), reason)) return broken(reason.c_str());
+    } else if (message.type == SocketType::kRegion && taken_.size() < kMaxRegions &&
+               !taken_.contains(message.region)) {
+      auto memory = reach_->take(message.nbytes, shown, std::move(fd), reason);
+      if (!memory) return broken(reason.c_str());
+      taken_.emplace(message.region, std::move(memory));
     } else {
       return broken("an unexpected socket message");
     }
     std::lock_guard lock(mutex_);
-    num_mapped_ = mapped_.size();
+    num_taken_ = taken_.size();
   }
 }
 
@@ -178,6 +206,15 @@ bool ShmConnection::take_message() {
     case Type::kAbort:
       sane = incoming_.on_abort(body_);
       break;
+    case Type::kReadDone:
+      sane = incoming_.on_read_done(body_);
+      break;
+    case Type::kGranted: {
+      Reader reader(body_);
+      const auto head = reader.get<GrantHead>();
+      sane = reader.finished() && outgoing_.on_granted(head, source(head.region));
+      break;
+    }
     case Type::kOutcome: {
       Reader reader(body_);
       const auto outcome = reader.get<OutcomeHead>();
@@ -249,6 +286,7 @@ bool ShmConnection::step() {
   some |= incoming_.copy_one();
   some |= take_bulk();
   some |= incoming_.serve_one();
+  some |= outgoing_.pull_one();
   some |= outgoing_.pump();
   if (outgoing_.room_wanted()) host_.writable(*this);
   return some;
@@ -291,7 +329,7 @@ void ShmConnection::die(const Failure& cause) {
   socket_.reset();  // the peer sees it at once
   incoming_.clear();
   outgoing_.end_all(cause);
-  mapped_.clear();
+  taken_.clear();
   host_.lost(*this, cause);
 }
 
@@ -307,9 +345,8 @@ void ShmConnection::join() noexcept {}
 
 std::string ShmConnection::describe() const {
   std::lock_guard lock(mutex_);
-  return cat("shm: Unix socket and shared rings; ", announced_.size(),
-             " of our regions mapped by the peer, ", num_mapped_,
-             " of its by us; registered memory is staged");
+  return cat(transport(), ": Unix socket and shared rings; ", reach_->describe(), "; ",
+             shown_.size(), " of our regions shown to the peer, ", num_taken_, " of its to us");
 }
 
 }  // namespace kvxfer::shm

@@ -24,6 +24,7 @@ class ShmConnection final : public Connection {
     Segment staging;
     std::shared_ptr<Mapping> peer_staging;
     Fd my_bell, peer_bell, socket;
+    std::unique_ptr<Reach> reach;
   };
   ShmConnection(Host& host, Parts parts);
   void start();  // from here on the reactor drives it
@@ -34,7 +35,7 @@ class ShmConnection final : public Connection {
   void join() noexcept override;
   std::string describe() const override;
 
-  void withdraw(uint64_t region) noexcept;  // the peer may let go of its mapping; any thread
+  void withdraw(uint64_t region) noexcept;  // the peer may let go of it; any thread
 
  private:
   struct BellHandler;
@@ -47,23 +48,26 @@ class ShmConnection final : public Connection {
   void read_socket();
   void broken(const char* what);
   void die(const Failure& cause);
-  bool announce(const Region& region) noexcept;
-  std::shared_ptr<Mapping> source(uint64_t region);
+  bool show(const Region& region) noexcept;
+  bool show_words(const ExportedWords& words) noexcept;
+  std::shared_ptr<PeerMemory> source(uint64_t region);
 
   Host& host_;
   Fd socket_;
+  const std::unique_ptr<Reach> reach_;
   Channel channel_;
   Outgoing outgoing_;
   Incoming incoming_;
 
   mutable std::mutex
-      mutex_;  // over the next three; held across a non-blocking sendmsg of some 20 bytes
-  std::unordered_set<uint64_t> announced_;
+      mutex_;  // over the next four; held across a non-blocking sendmsg of some 20 bytes
+  std::unordered_set<uint64_t> shown_;
+  bool words_shown_ = false;
   bool dead_ = false;
-  size_t num_mapped_ = 0;  // for describe()
+  size_t num_taken_ = 0;  // for describe()
 
   // Progress thread only.
-  std::unordered_map<uint64_t, std::shared_ptr<Mapping>> mapped_;
+  std::unordered_map<uint64_t, std::shared_ptr<PeerMemory>> taken_;
   Bytes body_;
   bool bulk_held_ = false;  // the record in held_ waits for the spans before it
   uint32_t held_type_ = 0;

@@ -16,7 +16,7 @@
 
 namespace kvxfer::shm {
 
-inline constexpr uint32_t kVersion = 1;
+inline constexpr uint32_t kVersion = 2;
 inline constexpr uint64_t kMessageRingBytes =
     256 * 1024;  // a 48 KiB notification fits several times
 inline constexpr uint64_t kBulkRingBytes = 64 * 1024;
@@ -60,6 +60,8 @@ enum class Type : uint32_t {
   kSpans = 5,     // bulk: spans of a mapped write that has too many for its head
   kStaged = 6,    // bulk: a staging slot with the bytes for these targets
   kReadData = 7,  // bulk of the owner: a staging slot with the next bytes of a read
+  kGranted = 8,   // message of the owner: so many spans of a read may be pulled by the reader
+  kReadDone = 9,  // message: all of a granted read was pulled, and nothing had been revoked
 };
 
 }  // namespace kvxfer::shm

@@ -12,9 +12,6 @@
 namespace kvxfer::shm {
 
 namespace {
-// Between two looks at the gate and the slot word: tens of microseconds.
-constexpr uint64_t kChunkBytes = 256 * 1024;
-
 uint64_t total(const std::vector<SpanRecord>& spans) {
   uint64_t sum = 0;  // at most 512 x 2^32: no overflow
   for (const SpanRecord& span : spans) sum += span.nbytes;
@@ -100,19 +97,20 @@ bool Incoming::check(Job& job, const std::vector<SpanRecord>& spans, bool& sane)
   sane = sum <= job.nbytes - job.announced;
   if (!sane) return false;
   job.announced += sum;
+  job.num_spans += spans.size();
   std::vector<Target> targets;
   targets.reserve(spans.size());
   for (const SpanRecord& span : spans) targets.push_back({span.target, span.nbytes});
   std::optional<Failure> failure = job.landing.check(targets, 0);
   for (size_t i = 0; !failure && job.source && i < spans.size(); ++i) {
     const SpanRecord& span = spans[i];
-    if (span.source <= job.source->size() && span.nbytes <= job.source->size() - span.source)
+    if (span.source <= job.source->nbytes() && span.nbytes <= job.source->nbytes() - span.source)
       continue;
     failure.emplace(Failure{.code = Code::kRemoteAccess,
                             .span = i,
-                            .expected = job.source->size(),
+                            .expected = job.source->nbytes(),
                             .given = span.source + span.nbytes,
-                            .text = "a span ends behind the source segment"});
+                            .text = "a span ends behind the source region"});
   }
   if (!failure) return true;
   if (failure->span < spans.size()) failure->span = spans[failure->span].ordinal;
@@ -147,7 +145,9 @@ bool Incoming::on_request(ByteView body) {
       return true;
     }
   }
-  if ((head.flags & kMapped) != 0) {
+  if ((head.flags & kMapped) != 0 && job->op == Op::kRead) {
+    job->granted = can_grant(job->landing);
+  } else if ((head.flags & kMapped) != 0) {
     job->source = source_(context_, head.source);
     if (!job->source) {
       refuse(job, {.code = Code::kRemoteAccess,
@@ -158,6 +158,10 @@ bool Incoming::on_request(ByteView body) {
   }
   bool sane = true;
   if (!check(*job, spans, sane)) return sane;
+  if (job->granted) {
+    grant(*job);
+    return true;
+  }
   job->spans.assign(spans.begin(), spans.end());
   if (job->nbytes == 0)
     finish(job);
@@ -177,6 +181,10 @@ bool Incoming::on_read_part(ByteView body) {
   if (!job) return head.ticket.slot < kNumSlots;  // ended meanwhile
   bool sane = job->op == Op::kRead;
   if (!sane || !check(*job, spans, sane)) return sane;
+  if (job->granted) {
+    grant(*job);
+    return true;
+  }
   const bool idle = job->spans.empty();
   job->spans.insert(job->spans.end(), spans.begin(), spans.end());
   if (idle) serving_.push_back(job);
@@ -188,6 +196,30 @@ bool Incoming::on_abort(ByteView body) {
   const auto head = reader.get<PartHead>();
   if (!reader.finished()) return false;
   if (const JobPtr job = find(head.ticket)) drop(job);
+  return true;
+}
+
+// Both gates have words that the peer can look at, and it has what it needs to do so.
+bool Incoming::can_grant(const Landing& landing) {
+  return landing.region->gate.word() && (!landing.lease || landing.lease->gate.word()) &&
+         show_(context_, *landing.region);
+}
+
+void Incoming::grant(const Job& job) {
+  GrantHead head{
+      job.ticket, job.landing.region->id, job.num_spans, job.landing.region->gate.word().ref(), {}};
+  if (job.landing.lease) head.lease_word = job.landing.lease->gate.word().ref();
+  channel_.message(Type::kGranted, {view_of(head)});
+}
+
+bool Incoming::on_read_done(ByteView body) {
+  Reader reader(body);
+  const auto head = reader.get<PartHead>();
+  const JobPtr job = find(head.ticket);
+  if (!reader.finished() || !job || !job->granted || job->announced != job->nbytes) return false;
+  connection_.counters.requests_served.fetch_add(1, std::memory_order_relaxed);
+  connection_.counters.bytes_served.fetch_add(job->nbytes, std::memory_order_relaxed);
+  jobs_.erase(job->ticket.slot);
   return true;
 }
 
@@ -249,24 +281,35 @@ bool Incoming::copy_chunk(const JobPtr& job) {
     return false;
   }
   hooks::reached(hooks::Point::kInsideChunk);
-  uint64_t left = kChunkBytes;
-  while (left > 0 && !job->spans.empty()) {
+  const ChunkLimit limit = job->source->limit();
+  uint64_t left = limit.nbytes;
+  pulls_.clear();
+  while (left > 0 && pulls_.size() < limit.num_pulls && !job->spans.empty()) {
     const SpanRecord& span = job->spans.front();
-    const uint64_t n = std::min(left, span.nbytes - job->offset);
-    const std::byte* from = job->source->data() + span.source + job->offset;
-    job->landing.region->resolve(span.target + job->offset, n, [&from](std::byte* to, size_t size) {
-      std::memcpy(to, from, size);
+    uint64_t n = std::min(left, span.nbytes - job->offset);
+    uint64_t from = span.source + job->offset;
+    // Pieces that do not fit any more are left to the next chunk.
+    const uint64_t begin = from;
+    job->landing.region->resolve(span.target + job->offset, n, [&](std::byte* to, size_t size) {
+      if (pulls_.size() == limit.num_pulls) return;
+      pulls_.push_back({to, from, size, span.ordinal});
       from += size;
     });
+    n = from - begin;
     left -= n;
-    job->done += n;
     job->offset += n;
     if (job->offset == span.nbytes) {
       job->spans.pop_front();
       job->offset = 0;
     }
   }
+  std::optional<Failure> failure = job->source->pull(pulls_, {});
   job->landing.leave();
+  if (failure) {
+    refuse(job, std::move(*failure));
+    return false;
+  }
+  job->done += limit.nbytes - left;
   return true;
 }
 

@@ -13,15 +13,16 @@
 #include <vector>
 
 #include "transport/shm/channel.hpp"
+#include "transport/shm/peer_memory.hpp"
 #include "transport/transport.hpp"
 
 namespace kvxfer::shm {
 
 class Outgoing {
  public:
-  // `announce` gives the peer a region's memfd once; false when it could not.
-  using Announce = bool (*)(void* context, const Region& region);
-  Outgoing(Channel& channel, Connection& connection, Host& host, Announce announce, void* context);
+  // `show` lets the peer pull from a region of ours; false when it cannot.
+  using Show = bool (*)(void* context, const Region& region);
+  Outgoing(Channel& channel, Connection& connection, Host& host, Show show, void* context);
 
   // Any thread.
   Status post(const RequestPtr& request, bool& needs_pump) noexcept;
@@ -31,7 +32,10 @@ class Outgoing {
   // Progress thread. False from the two on_… means that the peer broke the protocol.
   bool on_outcome(const OutcomeHead& outcome, std::string text);
   bool on_read_data(const StageHead& head, const std::byte* bytes);
-  bool pump();  // one chunk; true when it did something
+  // `memory`: the region that the grant names, or null when the peer has not shown it.
+  bool on_granted(const GrantHead& head, std::shared_ptr<PeerMemory> memory);
+  bool pump();      // one chunk of a write; true when it did something
+  bool pull_one();  // one chunk of a read that was granted
   void end_all(const Failure& cause);
 
  private:
@@ -47,6 +51,10 @@ class Outgoing {
     size_t asked_spans = 0;
     uint64_t asked = 0, landed = 0;  // bytes of a read
     bool accepted = false;
+    std::shared_ptr<PeerMemory> memory;  // of a granted read
+    Watch watch;
+    size_t granted = 0;    // spans that may be pulled
+    bool pulling = false;  // stands in pulling_
   };
   // The flight of this ticket, if it is still the same one; mutex_ held.
   Flight* find(Ticket ticket) noexcept;
@@ -58,11 +66,12 @@ class Outgoing {
   bool pump_staged(Ticket ticket, const Request& request, Flight& flight, bool& finished);
   void ask(Ticket ticket, const Request& request, Flight& flight);
   void end(Ticket ticket, Completion completion);
+  void end_pulled(Ticket ticket, std::optional<Failure> failure);
 
   Channel& channel_;
   Connection& connection_;
   Host& host_;
-  Announce announce_;
+  Show show_;
   void* context_;
 
   std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
@@ -70,6 +79,8 @@ class Outgoing {
   std::vector<uint32_t> free_;
   std::unordered_map<uint64_t, uint32_t> by_id_;
   std::deque<Ticket> pumping_;
+  std::deque<Ticket> pulling_;  // progress thread only, like the next
+  std::vector<Pull> pulls_;
   bool room_wanted_ = false;
   bool dead_ = false;
 };

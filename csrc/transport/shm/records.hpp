@@ -30,7 +30,7 @@ struct RequestHead {
   RegionRef region;
   LeaseRef lease;
   uint64_t arrival = 0;
-  uint64_t source = 0;  // id of the initiator's region, kMapped
+  uint64_t source = 0;  // id of the initiator's region, kMapped write
 };
 
 struct SpanRecord {
@@ -48,9 +48,16 @@ struct OutcomeHead {
   uint64_t expected = 0, given = 0;
 };
 
-struct PartHead {  // kReadPart, kSpans, kAbort
+struct PartHead {  // kReadPart, kSpans, kAbort, kReadDone
   Ticket ticket;
   uint64_t num_spans = 0;
+};
+
+struct GrantHead {  // kGranted
+  Ticket ticket;
+  uint64_t region = 0;     // the owner's id of it, as shown
+  uint64_t num_spans = 0;  // of the request, from its first on
+  WordRef region_word, lease_word;
 };
 
 struct StageHead {  // kStaged, kReadData

@@ -68,7 +68,8 @@ std::shared_ptr<Mapping> map_peer(int fd, size_t nbytes, int seals, int protecti
              " bytes, announced " + std::to_string(nbytes);
     return nullptr;
   }
-  return map(fd, nbytes, protection, reason);
+  // The whole file: a mapping of huge pages can only be unmapped in their size.
+  return map(fd, static_cast<size_t>(info.st_size), protection, reason);
 }
 
 }  // namespace

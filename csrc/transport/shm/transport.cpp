@@ -116,6 +116,7 @@ struct ShmTransport::Joining final : FdHandler {
     parts.my_bell = make_bell();
     parts.peer_bell = std::move(fds[1]);
     parts.control = control.mapping;
+    parts.reach = make_mapped_reach();
 
     const JoinReply reply{.proof = prove(*session, "server", request)};
     const int given[3] = {control.fd.get(), parts.staging.fd.get(), parts.my_bell.get()};
@@ -245,6 +246,7 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
   if (!make_nonblocking(fds[2].get())) return "its bell is no event descriptor";
   parts.peer_bell = std::move(fds[2]);
   parts.socket = std::move(socket);
+  parts.reach = make_mapped_reach();
   auto connection = std::make_shared<ShmConnection>(*host_, std::move(parts));
   host_->adopt(session.id, connection);
   keep(connection);

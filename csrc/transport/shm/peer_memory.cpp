@@ -1,0 +1,132 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/shm/peer_memory.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#ifndef MADV_POPULATE_READ  // Linux 5.14; on older ones pages are mapped as they are touched
+#define MADV_POPULATE_READ 22
+#endif
+
+namespace kvxfer::shm {
+
+#ifdef __SANITIZE_THREAD__
+__attribute__((no_sanitize("thread"))) void copy_from_peer(std::byte* to, const std::byte* from,
+                                                           size_t nbytes) noexcept {
+  // volatile, or the compiler would make it a call of the memcpy that TSan intercepts.
+  const volatile std::byte* source = from;
+  for (size_t i = 0; i < nbytes; ++i) to[i] = source[i];
+}
+#else
+void copy_from_peer(std::byte* to, const std::byte* from, size_t nbytes) noexcept {
+  std::memcpy(to, from, nbytes);
+}
+#endif
+
+Failure PeerMemory::ended(bool lease) {
+  if (lease)
+    return {.code = Code::kLease, .text = "the lease was revoked or has expired during the read"};
+  return {.code = Code::kRemoteAccess, .text = "the region was deregistered during the read"};
+}
+
+namespace {
+
+// Mapping pages one fault at a time halves the first copy, so they are mapped in the background.
+class Populating {
+ public:
+  explicit Populating(std::shared_ptr<Mapping> mapping) : mapping_(std::move(mapping)) {
+    if (mapping_->size() <= kPart)
+      part(0);
+    else
+      thread_ = std::thread([this] {
+        for (size_t at = 0; at < mapping_->size() && !stop_.load(std::memory_order_relaxed);
+             at += kPart)
+          if (!part(at)) return;
+      });
+  }
+  ~Populating() {
+    stop_.store(true, std::memory_order_relaxed);  // advice: the join orders everything
+    if (thread_.joinable()) thread_.join();
+  }
+  const Mapping& mapping() const noexcept { return *mapping_; }
+
+ private:
+  static constexpr size_t kPart = size_t{4} << 20;  // under a millisecond to wait for
+  bool part(size_t at) const noexcept {
+    return ::madvise(mapping_->data() + at, std::min(kPart, mapping_->size() - at),
+                     MADV_POPULATE_READ) == 0;
+  }
+  const std::shared_ptr<Mapping> mapping_;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+// The peer's words, shared by all of its regions; empty until it has shown them.
+struct PeerWords {
+  std::shared_ptr<Mapping> mapping;
+  bool closed(const WordRef& word) const noexcept {
+    return word.index != WordRef::kNone && (!mapping || !still_open(mapping->data(), word));
+  }
+};
+using WordsPtr = std::shared_ptr<PeerWords>;
+
+class MappedMemory final : public PeerMemory {
+ public:
+  MappedMemory(uint64_t nbytes, std::shared_ptr<Mapping> mapping, WordsPtr words)
+      : PeerMemory(nbytes), pages_(std::move(mapping)), words_(std::move(words)) {}
+
+  std::optional<Failure> pull(std::span<const Pull> pulls, const Watch& watch) noexcept override {
+    const std::byte* base = pages_.mapping().data();
+    for (const Pull& each : pulls) copy_from_peer(each.to, base + each.from, each.nbytes);
+    if (words_->closed(watch.lease)) return ended(true);
+    if (words_->closed(watch.region)) return ended(false);
+    return {};
+  }
+
+ private:
+  Populating pages_;
+  const WordsPtr words_;
+};
+
+class MappedReach final : public Reach {
+ public:
+  std::string_view transport() const noexcept override { return "shm"; }
+  std::string describe() const override {
+    return "allocated memory is mapped, registered memory is staged";
+  }
+  bool can_show(const Region& region) const noexcept override {
+    return region.memfd && region.shareable && region.pieces.size() == 1;
+  }
+  Bytes show(const Region& region, int& fd) const override {
+    fd = region.memfd.get();
+    return {};
+  }
+  Bytes show(const ExportedWords& words, int& fd) const override {
+    fd = words.fd();
+    return {};
+  }
+  std::shared_ptr<PeerMemory> take(uint64_t nbytes, ByteView shown, Fd fd,
+                                   std::string& reason) override {
+    if (!shown.empty() || !fd) return reason = "a region without its descriptor", nullptr;
+    auto mapping = map_peer_readonly(fd.get(), nbytes, reason);
+    return mapping ? std::make_shared<MappedMemory>(nbytes, std::move(mapping), words_) : nullptr;
+  }
+  bool take_words(ByteView shown, Fd fd, std::string& reason) override {
+    if (!shown.empty() || !fd || words_->mapping) return reason = "words shown wrongly", false;
+    words_->mapping = map_peer_readonly(fd.get(), ExportedWords::kBytes, reason);
+    return words_->mapping != nullptr;
+  }
+
+ private:
+  const WordsPtr words_ = std::make_shared<PeerWords>();
+};
+
+}  // namespace
+
+std::unique_ptr<Reach> make_mapped_reach() { return std::make_unique<MappedReach>(); }
+
+}  // namespace kvxfer::shm
