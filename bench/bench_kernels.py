@@ -14,10 +14,7 @@ of the same blocks in the same order; copy and pack, a contiguous copy of as man
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import interleave, machine_facts, write_json
 from kvxfer import kernels
 from kvxfer.layout import KVLayout
 
@@ -34,20 +32,22 @@ Timed = dict[str, Callable[[], Any]]
 def measure(timed: Timed, *, threads: int, rounds: int) -> dict[str, list[float]]:
     """Seconds per call and round; each call repeated until a round lasts some milliseconds."""
     clock = time.thread_time if threads == 1 else time.perf_counter
-    repeats = {}
-    for name, call in timed.items():
+
+    def case(call: Callable[[], Any]) -> Callable[[], float]:
         call()
         start = time.perf_counter()
         call()
-        repeats[name] = max(1, min(200, int(0.004 / max(1e-7, time.perf_counter() - start))))
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(rounds):
-        for name, call in timed.items():
+        repeats = max(1, min(200, int(0.004 / max(1e-7, time.perf_counter() - start))))
+
+        def sample() -> float:
             start = clock()
-            for _ in range(repeats[name]):
+            for _ in range(repeats):
                 call()
-            seconds[name].append((clock() - start) / repeats[name])
-    return seconds
+            return (clock() - start) / repeats
+
+        return sample
+
+    return interleave({name: case(call) for name, call in timed.items()}, rounds)
 
 
 def ratio(seconds: dict[str, list[float]], ours: str, other: str, scale: float = 1.0) -> float:
@@ -321,18 +321,8 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for name in args.only.split(","):
         BENCHES[name](args, rows)
-    if args.json:
-        facts = {
-            "command": " ".join(sys.argv),
-            "machine": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-            "build": kernels.build_info(),
-        }
-        with open(args.json, "w") as file:
-            json.dump({"facts": facts, "rows": rows}, file, indent=1)
+    facts = machine_facts("torch") | {"threads": args.threads, "build": kernels.build_info()}
+    write_json(args.json, {"facts": facts, "rows": rows})
     return 0
 
 

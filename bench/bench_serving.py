@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import threading
@@ -23,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import machine_facts, percentile, write_json
 from kvxfer.testing.cluster import Cluster
 
 SHORT = {"max_tokens": 48, "temperature": 0, "ignore_eos": True}
@@ -79,12 +77,12 @@ def burst(cluster: Cluster, seed: int) -> dict[str, float]:
     first, _ = measure(cluster, [(seed * 13 + j * 11) % 1500 + 300 for j in range(6000)], 2)
     for thread in threads:
         thread.join()
-    whole = sorted(gap for each in gaps for gap in each)
+    whole = [gap for each in gaps for gap in each]
     return {
         "long_ttft_s": first,
         "gap_p50_s": statistics.median(whole),
-        "gap_p99_s": whole[int(0.99 * (len(whole) - 1))],
-        "gap_max_s": whole[-1],
+        "gap_p99_s": percentile(whole, 0.99),
+        "gap_max_s": max(whole),
     }
 
 
@@ -122,18 +120,13 @@ def main() -> int:
                 f"{load:6} {figure:12} disaggregated {ours * 1e3:8.1f} ms | monolithic x 2 "
                 f"{base * 1e3:8.1f} ms | ratio {ours / base:.2f}"
             )
-    if args.json:
-        report: dict[str, Any] = {
-            "command": " ".join(["python", *sys.argv]),
-            "cpus": len(os.sched_getaffinity(0)),
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "rounds": args.rounds,
-            "ratios_disaggregated_to_monolithic": ratios,
-            "samples": found,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report: dict[str, Any] = {
+        "facts": machine_facts("torch"),
+        "rounds": args.rounds,
+        "ratios_disaggregated_to_monolithic": ratios,
+        "samples": found,
+    }
+    write_json(args.json, report)
     return 0
 
 

@@ -1,198 +1,236 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-"""Scattered writes of 1024 blocks in one request, against a bound measured in the same run.
+"""1024 scattered blocks in one request between two processes, against bounds and peers of the same run.
 
-    python bench/bench_transfer.py [--transports tcp,shm] [--json PATH]
+    python bench/bench_transfer.py [--quick] [--nixl-python PATH] [--mooncake-python PATH] [--json PATH]
 
-Two processes; slots are random on both sides. The bound of ``tcp`` is one raw socket with 1 MiB
-writes between the same two processes; of ``shm`` it is the same scattered copy inside one process.
-Bound and transport take turns round by round, and the ratio is of medians: neighbours disturb both.
-The bytes of every case are verified once.
+Also: round trip of a 64-byte notification, cost of submitting, time to connect, CPU time per GB, and what
+an idle engine costs. README.md beside this file has the method; report.py prints the result as a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
-import platform
-import socket
 import statistics
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from kvxfer import _transfer
-from kvxfer.transfer import TransferEngine, probe_transports
+import transfer_small
+from common import interleave, kept, kib, machine_facts, speed_ratio, summary, table, write_json
+from peer_pairs import PeerError, PeerPair, start_peers
+from processes import Sample, cpu_sides
+from targets import ALLOCATED, REGISTERED, TARGETS
+from transfer_world import Path, World
 
-NUM_BLOCKS = 1024
-CHUNK = 1 << 20
-SECRET = b"bench"
-
-
-def _slots(rng: np.random.Generator, block: int) -> np.ndarray:
-    return (rng.permutation(2 * NUM_BLOCKS)[:NUM_BLOCKS] * block).astype(np.int64)
-
-
-def _target(pipe: Any, transport: str, pool: int) -> None:
-    """The other process: owns the destination, and is the far end of the raw socket."""
-    with (
-        TransferEngine("target", transports=(transport,), secret=SECRET) as engine,
-        socket.create_server(("127.0.0.1", 0)) as server,
-    ):
-        region = engine.allocate(pool, "pool")
-        pipe.send((engine.address, server.getsockname()[1]))
-        raw, _ = server.accept()
-        view = memoryview(region.array)
-        source: np.ndarray | None = None
-        while (message := pipe.recv()) is not None:
-            kind, *args = message
-            if kind == "raw":  # nbytes through one socket, in 1 MiB reads into place
-                left = args[0]
-                while left > 0:
-                    left -= raw.recv_into(view[: min(left, CHUNK)])
-                raw.sendall(b"!")
-            elif kind == "memcpy":  # the bound runs in the process that copies
-                if source is None:
-                    source = np.ones_like(region.array)
-                pipe.send(_memcpy(region.array, source, *args))
-            elif kind == "drain":
-                pipe.send(len(engine.notifications()))
-            elif kind == "clear":
-                region.array[:] = 0
-                pipe.send(None)
-            elif kind == "gather":
-                offsets, block = args
-                pipe.send(region.array.reshape(-1, block)[offsets // block].tobytes())
+Row = dict[str, Any]
+Samples = dict[str, list[Sample]]
 
 
-def _memcpy(
-    pool: np.ndarray, source: np.ndarray, src: np.ndarray, dst: np.ndarray, block: int
-) -> float:
-    _transfer.scattered_copy(pool, source, dst, src, block)  # warm
-    began = time.perf_counter()
-    _transfer.scattered_copy(pool, source, dst, src, block)
-    return time.perf_counter() - began
+def rounds_for(block: int, rounds: int) -> int:
+    """Small requests take so little time that they can have more samples."""
+    return rounds * (5 if block <= 16384 else 2 if block <= 65536 else 1)
 
 
-def _raw_round(pipe: Any, raw: socket.socket, data: memoryview, nbytes: int) -> float:
-    pipe.send(("raw", nbytes))
-    began = time.perf_counter()
-    sent = 0
-    while sent < nbytes:
-        sent += raw.send(data[sent : min(sent + CHUNK, nbytes)])
-    raw.recv(1)
-    return time.perf_counter() - began
+def default_paths(world: World) -> dict[str, str]:
+    """What carries a request when no transport is named, by the source's memory."""
+    found = {}
+    for name, memory in ((ALLOCATED, "pool"), (REGISTERED, "heap")):
+        transport = world.move(Path(name, "default", "write", memory, ()), 0, 0, 64).transport
+        kind = {"pool": " mapped", "heap": " staged"}[memory] if transport == "shm" else ""
+        found[name] = f"{transport}{kind}"
+    return found
 
 
-def run(transport: str, blocks: list[int], rounds: int) -> list[dict[str, Any]]:
-    pool = 2 * NUM_BLOCKS * max(blocks)
-    context = multiprocessing.get_context("spawn")
-    pipe, child = context.Pipe()
-    process = context.Process(target=_target, args=(child, transport, pool))
-    process.start()
-    child.close()
-    results = []
-    rng = np.random.default_rng(0)
-    with TransferEngine("source", transports=(transport,), secret=SECRET) as engine:
-        address, port = pipe.recv()
-        region = engine.allocate(pool, "pool")
-        region.array[:] = rng.integers(0, 256, pool, np.uint8)
-        peer = engine.connect(address)
-        remote = peer.regions["pool"]
-        raw = socket.create_connection(("127.0.0.1", port))
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        data = memoryview(region.array)
-        for block in blocks:
-            nbytes = NUM_BLOCKS * block
-            src, dst = _slots(rng, block), _slots(rng, block)
-            pipe.send(("clear",))
-            pipe.recv()
-            engine.write(region, remote, src, dst, block).wait(60)
-            pipe.send(("gather", dst, block))
-            expected = region.array.reshape(-1, block)[src // block].tobytes()
-            if pipe.recv() != expected:
-                raise SystemExit(f"{transport}: wrong bytes at {block}")
-            ours, bound, submit = [], [], []
-            for _ in range(rounds):
-                if transport == "tcp":
-                    bound.append(_raw_round(pipe, raw, data, nbytes))
-                else:
-                    pipe.send(("memcpy", src, dst, block))
-                    bound.append(pipe.recv())
-                engine.write(region, remote, 0, 0, 1).wait(60)  # the target is awake in both
-                began = time.perf_counter()
-                xfer = engine.write(region, remote, src, dst, block)
-                submit.append(time.perf_counter() - began)
-                xfer.wait(60)
-                ours.append(time.perf_counter() - began)
-            p50, p99 = statistics.median(ours), sorted(ours)[int(len(ours) * 0.99)]
-            limit = statistics.median(bound)
-            row = {
-                "case": "write_blocks",
-                "transport": transport,
-                "num_blocks": NUM_BLOCKS,
-                "block_nbytes": block,
-                "rounds": rounds,
-                "p50_us": p50 * 1e6,
-                "p99_us": p99 * 1e6,
-                "submit_us": statistics.median(submit) * 1e6,
-                "gb_per_s": nbytes / p50 / 1e9,
-                "bound": "raw socket" if transport == "tcp" else "memcpy",
-                "bound_gb_per_s": nbytes / limit / 1e9,
-                "ratio": limit / p50,
-            }
-            results.append(row)
-            print(
-                f"write_blocks  {transport}  {NUM_BLOCKS} x {block // 1024} KiB | "
-                f"p50 {row['p50_us']:.0f} us  p99 {row['p99_us']:.0f} us | "
-                f"{row['gb_per_s']:.2f} GB/s | {row['ratio']:.2f} of {row['bound']} "
-                f"({row['bound_gb_per_s']:.2f} GB/s)",
-                flush=True,
-            )
-        ours, bound = [], []
-        for i in range(50 * rounds):
-            if i % 100 == 0:  # the window of undrained messages is 256
-                pipe.send(("drain",))
-                pipe.recv()
-            began = time.perf_counter()
-            engine.notify(peer, bytes(64)).wait(60)
-            ours.append(time.perf_counter() - began)
-        p50 = statistics.median(ours)
-        print(f"notify 64 B until accepted  {transport} | p50 {p50 * 1e6:.0f} us", flush=True)
-        results.append({"case": "notify_64", "transport": transport, "p50_us": p50 * 1e6})
-        raw.close()
-    pipe.send(None)
-    process.join(60)
-    if process.exitcode != 0:
-        raise SystemExit(f"the target ended with {process.exitcode}")
-    return results
+class Throughput:
+    """All cases of one block size, taken in turns."""
 
+    def __init__(
+        self, world: World, peers: Sequence[PeerPair], num_blocks: int, block: int
+    ) -> None:
+        self.world, self.num_blocks, self.block = world, num_blocks, block
+        rng = np.random.default_rng(block)
+        self.src, self.dst = (rng.permutation(2 * num_blocks)[:num_blocks] for _ in range(2))
+        self.skipped: dict[str, str] = {}
+        self.verified: dict[str, bool] = {}
+        self.kinds: dict[str, str] = {}
+        self.cases: dict[str, Callable[[], Sample | None]] = {}
+        src, dst = (each.astype(np.int64) * block for each in (self.src, self.dst))
+        self.offsets = src, dst
+        for path in world.paths():
+            self._add("path", path.name, lambda path=path: world.timed(path, src, dst, block))
+            for name in path.bounds:
+                if name not in self.cases and name not in self.skipped:
+                    take = world.bound(name, src, dst, block)
+                    if isinstance(take, str):
+                        self.skipped[name] = take
+                    else:
+                        self._add("bound", name, take)
+        for peer in peers:
+            self._add_peer(peer)
 
-def main() -> int:
-    available = [name for name, reason in probe_transports() if reason is None]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--transports", default=",".join(available))
-    parser.add_argument("--blocks", default="4,16,64,256", help="KiB, comma-separated")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    blocks = [int(each) * 1024 for each in args.blocks.split(",")]
-    results = [row for each in args.transports.split(",") for row in run(each, blocks, args.rounds)]
-    if args.json is not None:
-        machine = {
-            "platform": platform.platform(),
-            "num_cpus": os.cpu_count(),
-            "python": sys.version.split()[0],
-            "numpy": np.__version__,
+    def _add(self, kind: str, name: str, take: Callable[[], Sample | None]) -> None:
+        self.kinds[name], self.cases[name] = kind, take
+
+    def _add_peer(self, peer: PeerPair) -> None:
+        def take() -> Sample | None:
+            if peer.name in self.skipped:
+                return None
+            try:
+                return peer.sample()
+            except PeerError as error:  # the run goes on without it
+                self.skipped[peer.name] = str(error)
+                return None
+
+        try:
+            slots = self.src.tolist(), self.dst.tolist()
+            self.verified[peer.name] = peer.open(self.block, 2 * self.num_blocks, *slots)
+        except PeerError as error:
+            self.skipped[peer.name] = str(error)
+        else:
+            self._add("peer", peer.name, take)
+
+    def verify(self) -> None:
+        for path in self.world.paths():
+            self.world.verify(path, *self.offsets, self.block)
+            self.verified[path.name] = True
+
+    def run(self, rounds: int) -> Samples:
+        self.verify()
+        taken = interleave(self.cases, rounds, seed=self.block)
+        self.verify()  # and nothing that came in between has done harm
+        return {
+            name: [each for each in samples if each is not None]
+            for name, samples in taken.items()
+            if name not in self.skipped
         }
-        args.json.write_text(
-            json.dumps({"machine": machine, "argv": sys.argv, "results": results}, indent=1) + "\n"
+
+    def rows(self, samples: Samples) -> list[Row]:
+        nbytes = self.num_blocks * self.block
+        return [
+            {
+                "case": "blocks",
+                "kind": self.kinds[name],
+                "name": name,
+                "num_blocks": self.num_blocks,
+                "block_nbytes": self.block,
+                **({"verified": self.verified[name]} if name in self.verified else {}),
+                **summary(each, nbytes),
+            }
+            for name, each in samples.items()
+        ]
+
+
+def ratios(samples: Samples, block: int, default: dict[str, str]) -> list[Row]:
+    out = []
+    for target in TARGETS:
+        ours = default.get(target.ours, target.ours)
+        others = [name for name in target.others if name in samples]
+        if ours not in samples or not others:
+            continue
+        best = min(others, key=lambda name: median_of(samples[name]))
+        out.append(
+            {
+                "ours": target.ours,
+                "path": ours,
+                "to": target.to,
+                "other": best,
+                "block_nbytes": block,
+                "floor": target.floor(block),
+                **speed_ratio(samples[ours], samples[best]),
+            }
         )
+    return out
+
+
+def median_of(samples: Sequence[Sample]) -> float:
+    return statistics.median(each.seconds for each in kept(samples)[0])
+
+
+def print_rows(block: int, rows: Sequence[Row], found: Sequence[Row]) -> None:
+    head = (f"{kib(block)} blocks", "p50 us", "p99 us", "GB/s", "CPU s/GB", "kept")
+    print(
+        table(
+            head,
+            (
+                (
+                    row["name"],
+                    f"{row['p50_us']:.0f}",
+                    f"{row['p99_us']:.0f}",
+                    f"{row['gb_per_s']:.2f}",
+                    f"{row['cpu_s_per_gb']:.3f}",
+                    f"{row['samples'] - row['dropped']}/{row['samples']}"
+                    + (" NOISY: all used" if row["noisy"] else ""),
+                )
+                for row in rows
+            ),
+        )
+    )
+    for each in found:
+        floor = f", asked {each['floor']:.2f}" if each["floor"] is not None else ""
+        noisy = " (noisy)" if each["noisy"] else ""
+        other = f" ({each['other']})" if each["other"] != each["to"] else ""
+        print(f"  {each['ours']} = {each['ratio']:.2f} x {each['to']}{other}{floor}{noisy}")
+    print(flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kvxfer bench transfer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--blocks", default="4,16,64,256", help="KiB, comma-separated")
+    parser.add_argument("--num-blocks", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=30, help="of the largest blocks; small: more")
+    parser.add_argument("--paths", help="comma-separated parts of names, for example 'shm,tcp'")
+    parser.add_argument("--no-small", action="store_true", help="throughput only")
+    parser.add_argument("--quick", action="store_true", help="some seconds: does everything work?")
+    parser.add_argument("--cpus-per-side", type=int, default=1, metavar="N")
+    parser.add_argument("--no-pin", action="store_true", help="leave placement to the scheduler")
+    parser.add_argument("--spin-us", type=float, default=20.0, help="EngineConfig.spin_us of all")
+    parser.add_argument("--nixl-python", metavar="PATH", help="an interpreter that has nixl")
+    parser.add_argument("--mooncake-python", metavar="PATH", help="an interpreter with mooncake")
+    parser.add_argument("--json", metavar="PATH")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.blocks, args.num_blocks, args.rounds = "4,16", 256, 2
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    blocks = [int(each) * 1024 for each in args.blocks.split(",")]
+    sides = None if args.no_pin else cpu_sides(args.cpus_per_side)
+    facts = machine_facts()
+    facts["pinned"] = [sorted(side) for side in sides] if sides else None
+    if sides is None and not args.no_pin:
+        print("too few CPUs to pin the two processes apart: they share, and ratios suffer\n")
+    report: dict[str, Any] = {"schema": 2, "facts": facts, "rows": [], "ratios": [], "skipped": {}}
+    pool_nbytes = max(2 * args.num_blocks * max(blocks), 4 << 20)
+    peers, report["skipped"] = start_peers(args.nixl_python, args.mooncake_python, sides)
+    try:
+        with World(pool_nbytes, sides, args.spin_us) as world:
+            world.keep(args.paths.split(",") if args.paths else [])
+            report["skipped"] |= world.refused
+            facts["default_paths"] = default = default_paths(world)
+            for block in blocks:
+                run = Throughput(world, peers, args.num_blocks, block)
+                samples = run.run(rounds_for(block, args.rounds))
+                rows, found = run.rows(samples), ratios(samples, block, default)
+                print_rows(block, rows, found)
+                report["rows"] += rows
+                report["ratios"] += found
+                report["skipped"] |= run.skipped
+            if not args.no_small:
+                report["rows"] += transfer_small.run(world, args.rounds, quick=args.quick)
+    finally:
+        for peer in peers:
+            peer.close()
+    for name, reason in report["skipped"].items():
+        print(f"not measured: {name}: {reason}")
+    write_json(args.json, report)
     return 0
 
 

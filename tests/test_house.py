@@ -71,7 +71,9 @@ def test_public_names_exist_and_are_few() -> None:
     assert len(kvxfer.__all__) <= 30
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["doctor", "--help"], ["serve", "--help"], ["bench", "--help"]]
+)
 def test_help_is_there(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kvxfer", *arguments],

@@ -25,7 +25,8 @@ PYTHON_EDGES: dict[str, set[str]] = {
     "server": {"errors", "layout", "transfer", "kernels", "connector"},
     "testing": {"errors", "layout", "transfer", "kernels", "connector", "server"},
     "doctor": {"errors", "layout", "transfer", "kernels", "_transfer", "_kernels_cpu"},
-    "cli": {"errors", "doctor", "server"},
+    "bench": set(),
+    "cli": {"errors", "doctor", "server", "bench"},
     "__main__": {"cli"},
     "__init__": {"errors", "layout", "transfer", "kernels", "connector"},
 }

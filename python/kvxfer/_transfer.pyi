@@ -17,6 +17,22 @@ def scattered_copy(
     source_offsets: _Offsets,
     nbytes: int,
 ) -> None: ...
+def memory_round_trips(
+    shared: Any, *, first: bool, rounds: int, timeout_s: float
+) -> list[float]: ...
+def socket_round_trips(
+    fd: int, nbytes: int, *, first: bool, rounds: int, polling: bool, timeout_s: float
+) -> list[float]: ...
+def notify_round_trips(
+    engine: Engine,
+    peer: Peer,
+    nbytes: int,
+    *,
+    first: bool,
+    rounds: int,
+    polling: bool,
+    timeout_s: float,
+) -> list[float]: ...
 def probe_transports() -> list[tuple[str, str | None]]: ...
 
 class Watch:

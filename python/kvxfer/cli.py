@@ -32,6 +32,7 @@ COMMANDS = {
     "worker": Command(
         "kvxfer.server.worker", "one worker: prefill, decode or both phases", "server"
     ),
+    "bench": Command("kvxfer.bench", "measures this machine, each number beside a bound"),
 }
 
 

@@ -61,5 +61,6 @@ void register_peers(pybind11::module_& m);
 void register_transfers(pybind11::module_& m);
 void register_leases(pybind11::module_& m);
 void register_engine(pybind11::module_& m);
+void register_bounds(pybind11::module_& m);  // of bench/
 
 }  // namespace kvxfer::bindings

@@ -1,0 +1,112 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where processes run, what CPU time they take, and how long their threads wait for a CPU.
+
+Standard library only: the drivers of peers run it under interpreters that have no kvxfer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+
+# A sample in which a thread stood in the run queue for longer than this share measures the neighbours.
+MAX_DELAY = 0.08
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed run: wall time, CPU time of all its processes, and the worst wait for a CPU."""
+
+    seconds: float
+    cpu_seconds: float = 0.0
+    delay: float = 0.0  # of the thread that waited longest, as a share of `seconds`
+
+    @property
+    def clean(self) -> bool:
+        return self.delay <= MAX_DELAY
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of all threads of a process, in nanosecond steps.
+
+    Not rusage, which no process can ask of another, and not /proc/PID/stat, which counts in ticks.
+    The clock's number is CPUCLOCK_SCHED of the process, as clock_getcpuclockid() builds it.
+    """
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def threads(pid: int) -> list[int]:
+    return [int(each) for each in os.listdir(f"/proc/{pid}/task")]
+
+
+def run_queue_ns(pid: int) -> dict[int, int]:
+    """Per thread, how long it has been runnable without running."""
+    waited = {}
+    for tid in threads(pid):
+        try:
+            with open(f"/proc/{pid}/task/{tid}/schedstat") as file:
+                waited[tid] = int(file.read().split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread ended between the listing and the look
+    return waited
+
+
+class Stopwatch:
+    """Times a block of code that involves the given processes: ``with Stopwatch(pids) as watch``.
+
+    ``wake`` runs last before the clock starts: reading the counters takes long enough for a peer
+    that polls to fall asleep again.
+    """
+
+    def __init__(self, pids: Iterable[int], wake: Callable[[], object] | None = None) -> None:
+        self.pids = tuple(pids)
+        self.wake = wake
+        self.sample = Sample(0.0)
+
+    def __enter__(self) -> Stopwatch:
+        self._waited = {pid: run_queue_ns(pid) for pid in self.pids}
+        if self.wake is not None:
+            self.wake()
+        self._cpu = sum(map(cpu_seconds, self.pids))
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        seconds = time.perf_counter() - self._began
+        if exc_type is not None:
+            return
+        cpu = sum(map(cpu_seconds, self.pids)) - self._cpu
+        worst = max(
+            after - self._waited[pid].get(tid, 0)
+            for pid in self.pids
+            for tid, after in run_queue_ns(pid).items()
+        )
+        self.sample = Sample(seconds, cpu, worst / 1e9 / seconds)
+
+
+def cpu_sides(per_side: int = 1) -> tuple[set[int], set[int]] | None:
+    """Distinct CPUs for two processes, or None where this process may use too few."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2 * per_side:
+        return None
+    return set(cpus[:per_side]), set(cpus[per_side : 2 * per_side])
+
+
+def pin(cpus: set[int] | None) -> None:
+    """Every thread of this process, those that an engine has started included, onto these CPUs.
+
+    After the engines are made: they look at the CPUs of their process once, and with a single one
+    they never spin. Two processes with a CPU each are not that case.
+    """
+    if cpus is not None:
+        for tid in threads(os.getpid()):
+            os.sched_setaffinity(tid, cpus)

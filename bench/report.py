@@ -1,0 +1,107 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""A result of bench_transfer as markdown: the ratios that were reached, and in brackets those asked for.
+
+python bench/report.py bench/results/transfer-2cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import kib
+from targets import TARGETS
+
+
+def line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def cell(each: Mapping[str, Any] | None) -> str:
+    """`**0.91** (0.85)`: bold where it is reached; `~` where neighbours disturbed nearly all samples."""
+    if each is None:
+        return ""
+    number = f"{each['ratio']:.2f}" + ("~" if each["noisy"] else "")
+    floor = each["floor"]
+    if floor is None:
+        return number
+    return f"{f'**{number}**' if each['ratio'] >= floor else number} ({floor:.2f})"
+
+
+def ratio_table(found: Mapping[str, Any]) -> list[str]:
+    ratios = {(each["ours"], each["to"], each["block_nbytes"]): each for each in found["ratios"]}
+    blocks = sorted({block for _, _, block in ratios})
+    out = [line(["", *map(kib, blocks)]), line(["---"] * (len(blocks) + 1))]
+    for target in TARGETS:
+        cells = [ratios.get((target.ours, target.to, block)) for block in blocks]
+        if any(cells):
+            name = f"`{target.ours}` / {target.to}"
+            out.append(line([name, *(cell(each) for each in cells)]))
+    return out
+
+
+def rate_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    blocks = sorted({row["block_nbytes"] for row in rows})
+    out = [line(["GB/s (CPU s/GB)", *map(kib, blocks)]), line(["---"] * (len(blocks) + 1))]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = {row["block_nbytes"]: row for row in rows if row["name"] == name}
+        cells = (
+            f"{row['gb_per_s']:.2f} ({row['cpu_s_per_gb']:.2f})" if row else ""
+            for row in map(found.get, blocks)
+        )
+        out.append(line([name, *cells]))
+    return out
+
+
+def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    out = [line(["", "median", "to its bound"]), line(["---"] * 3)]
+    for row in rows:
+        bound = ""
+        if row["case"] == "round_trip" and "bound" in row:
+            bound = f"{row['times_bound']:.2f} x {row['bound']}, {row['us_over_bound']:+.2f} us"
+        elif row["case"] == "connect" and "bound" in row:
+            bound = f"{row['times_bound']:.1f} x {row['bound']}"
+        elif row["case"] == "submit":
+            bound = f"asked: {row['asked_us']:.2f} us"
+        if row["case"] == "idle":
+            out.append(line(["idle, CPU", f"{row['cpu_share'] * 100:.4f} %", ""]))
+            continue
+        name = f"{row['case'].replace('_', ' ')}, {row['name']}"
+        if row["case"] == "submit":
+            name += f", {row['num_blocks']} blocks"
+        noisy = "~" if row.get("noisy") else ""
+        out.append(line([name, f"{row['p50_us']:.2f} us{noisy}", bound]))
+    return out
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    facts = found["facts"]
+    blocks = [row for row in found["rows"] if row["case"] == "blocks"]
+    small = [row for row in found["rows"] if row["case"] != "blocks"]
+    head = (
+        f"{facts['cpu']}, {facts['cpus_usable']} CPUs, {facts['platform']}, "
+        f"kvxfer {facts['kvxfer']}. `~`: nearly all samples were disturbed."
+    )
+    parts = [[head], ratio_table(found), rate_table(blocks)]
+    if small:
+        parts.append(small_table(small))
+    if found["skipped"]:
+        parts.append([f"Not measured: {name}: {why}" for name, why in found["skipped"].items()])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("result", type=Path)
+    print(markdown(json.loads(parser.parse_args().result.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

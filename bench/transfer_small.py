@@ -1,0 +1,264 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is not throughput: round trips, submitting, connecting, and doing nothing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import transfer_target
+from common import interleave, kept, percentile, speed_ratio
+from kvxfer import _transfer
+from processes import Sample, Stopwatch, cpu_seconds
+from transfer_world import PATHS, World
+
+NOTIFICATION_NBYTES = 64
+SUBMIT_SIZES = (1, 64, 1024, 16384)
+SPAN, STRIDE = 64, 128  # of the submit cases: gaps, so that nothing is coalesced
+TIMEOUT_S = 60.0
+WARM = 5  # round trips at the start of a batch, while the other side is still on its way
+
+Row = dict[str, Any]
+
+
+def run(world: World, rounds: int, *, quick: bool) -> list[Row]:
+    rows = round_trips(world, 3 if quick else rounds, 20 if quick else 300)
+    rows += submit_cost(world, 5 if quick else 5 * rounds)
+    rows += connect_time(world, 3 if quick else rounds)
+    rows.append(idle(world, 0.2 if quick else 5.0))
+    print(flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------- round trips
+
+
+class RoundTrips:
+    """Batches of round trips of one kind; a sample is the median of a batch."""
+
+    def __init__(self, world: World, per_batch: int) -> None:
+        self.world, self.per_batch = world, per_batch + WARM
+        fd = os.memfd_create("kvxfer-bench")
+        os.ftruncate(fd, mmap.PAGESIZE)
+        self.page = mmap.mmap(fd, mmap.PAGESIZE)
+        self.page_path = f"/proc/{os.getpid()}/fd/{fd}"
+        self.all: dict[str, list[float]] = {}
+
+    def batch(self, name: str, here: Callable[[], list[float]], *there: Any) -> Sample:
+        self.world.tell(*there)
+        with Stopwatch(self.world.pids) as watch:
+            seconds = here()
+        self.world.answer()
+        seconds = seconds[WARM:]
+        self.all.setdefault(name, []).extend(seconds)
+        median = statistics.median(seconds)
+        return Sample(median, watch.sample.cpu_seconds, watch.sample.delay)
+
+    def memory(self, name: str) -> Sample:
+        self.page[:] = bytes(mmap.PAGESIZE)
+        shared = np.frombuffer(self.page, np.uint8)
+        return self.batch(
+            name,
+            lambda: _transfer.memory_round_trips(
+                shared, first=True, rounds=self.per_batch, timeout_s=TIMEOUT_S
+            ),
+            *("memory_echo", self.page_path, self.per_batch),
+        )
+
+    def socket(self, name: str, polling: bool) -> Sample:
+        return self.batch(
+            name,
+            lambda: _transfer.socket_round_trips(
+                self.world.raw.fileno(),
+                NOTIFICATION_NBYTES,
+                first=True,
+                rounds=self.per_batch,
+                polling=polling,
+                timeout_s=TIMEOUT_S,
+            ),
+            *("socket_echo", NOTIFICATION_NBYTES, self.per_batch, polling),
+        )
+
+    def notify(self, name: str, pair: str, polling: bool) -> Sample:
+        engine = self.world.engines[pair]
+        return self.batch(
+            name,
+            lambda: _transfer.notify_round_trips(
+                engine._core,
+                self.world.peers[pair],
+                NOTIFICATION_NBYTES,
+                first=True,
+                rounds=self.per_batch,
+                polling=polling,
+                timeout_s=TIMEOUT_S,
+            ),
+            *("notify_echo", pair, engine.incarnation, self.per_batch, polling),
+        )
+
+
+def round_trips(world: World, rounds: int, per_batch: int) -> list[Row]:
+    trips = RoundTrips(world, per_batch)
+    bounds = {"shm, polling": "memory, polling", "shm, asleep": "socket, asleep"}
+    bounds |= {"tcp, polling": "socket, polling", "tcp, asleep": "socket, asleep"}
+    cases: dict[str, Callable[[], Sample]] = {
+        "memory, polling": lambda: trips.memory("memory, polling"),
+        "socket, polling": lambda: trips.socket("socket, polling", True),
+        "socket, asleep": lambda: trips.socket("socket, asleep", False),
+    }
+    for pair in ("shm", "tcp"):
+        for way in ("polling", "asleep"):
+            name = f"{pair}, {way}"
+            if pair in world.pairs:
+                cases[name] = lambda name=name, pair=pair, way=way: trips.notify(
+                    name, pair, way == "polling"
+                )
+    samples = interleave(cases, rounds)
+    medians = {
+        name: statistics.median(each.seconds for each in kept(taken)[0])
+        for name, taken in samples.items()
+    }
+    rows = []
+    for name, taken in samples.items():
+        bound = bounds.get(name)
+        row: Row = {
+            "case": "round_trip",
+            "kind": "path" if bound else "bound",
+            "name": name,
+            "nbytes": 8 if name.startswith("memory") else NOTIFICATION_NBYTES,
+            "p50_us": medians[name] * 1e6,
+            "p99_us": percentile(trips.all[name], 0.99) * 1e6,
+            "samples": len(taken),
+            "dropped": sum(not each.clean for each in taken),
+            "noisy": kept(taken)[1],
+        }
+        text = f"round trip  {name:16} p50 {row['p50_us']:8.2f} us  p99 {row['p99_us']:8.2f} us"
+        if bound:
+            row["bound"] = bound
+            row["times_bound"] = 1 / speed_ratio(taken, samples[bound])["ratio"]
+            row["us_over_bound"] = (medians[name] - medians[bound]) * 1e6
+            text += f"  {row['times_bound']:.2f} x {bound} (+{row['us_over_bound']:.2f} us)"
+        print(text + ("  NOISY" if row["noisy"] else ""), flush=True)
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------- submitting
+
+
+def submit_cost(world: World, rounds: int) -> list[Row]:
+    """The time of the call alone, from Python; the request is awaited outside the clock."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for path in (each for each in PATHS if each.name in ("shm mapped", "shm staged", "tcp")):
+        if path.pair not in world.pairs:
+            continue
+        cases: dict[str, Callable[[], float]] = {}
+        for n in SUBMIT_SIZES:
+            src, dst = (
+                rng.permutation(SUBMIT_SIZES[-1])[:n].astype(np.int64) * STRIDE for _ in "sd"
+            )
+
+            def take(path: Any = path, src: Any = src, dst: Any = dst) -> float:
+                world.move(path, 0, 0, 1)
+                began = time.perf_counter()
+                xfer = world.submit(path, src, dst, SPAN)
+                seconds = time.perf_counter() - began
+                xfer.wait(TIMEOUT_S)
+                return seconds
+
+            cases[str(n)] = take
+        taken = {int(n): each for n, each in interleave(cases, rounds).items()}
+        us = {n: statistics.median(each) * 1e6 for n, each in taken.items()}
+        first, last = SUBMIT_SIZES[0], SUBMIT_SIZES[-1]
+        slope = (us[last] - us[first]) / (last - first) * 1e3
+        rows += [
+            {
+                "case": "submit",
+                "kind": "path",
+                "name": path.name,
+                "num_blocks": n,
+                "p50_us": us[n],
+                "p10_us": percentile(taken[n], 0.1) * 1e6,
+                "asked_us": 2 + 0.01 * n,
+                "ns_per_block": slope,
+            }
+            for n in us
+        ]
+        each = "  ".join(f"{n}: {us[n]:.1f} us" for n in us)
+        print(f"submit      {path.name:16} {each}  | {slope:.1f} ns a block", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------- connecting
+
+
+def connect_time(world: World, rounds: int) -> list[Row]:
+    """Until regions and transports of the peer are known; a bare connect of the kernel's beside it."""
+
+    def ours(pair: str) -> float:
+        engine = transfer_target.make_engine("a newcomer", pair, world.spin_us)
+        try:
+            began = time.perf_counter()
+            engine.connect(world.hello["addresses"][pair], TIMEOUT_S)
+            return time.perf_counter() - began
+        finally:
+            engine.close()
+
+    def bare() -> float:
+        began = time.perf_counter()
+        connection = socket.create_connection(("127.0.0.1", world.hello["bare"]))
+        seconds = time.perf_counter() - began
+        world.ask("take_bare", 1)
+        connection.close()
+        return seconds
+
+    cases: dict[str, Callable[[], float]] = {"bare tcp": bare}
+    for pair in ("shm", "tcp"):
+        if pair in world.pairs:
+            cases[pair] = lambda pair=pair: ours(pair)
+    taken = interleave(cases, rounds)
+    bound = statistics.median(taken["bare tcp"])
+    rows = []
+    for name, seconds in taken.items():
+        p50 = statistics.median(seconds)
+        row: Row = {
+            "case": "connect",
+            "kind": "bound" if name == "bare tcp" else "path",
+            "name": name,
+            "p50_us": p50 * 1e6,
+            "p99_us": percentile(seconds, 0.99) * 1e6,
+            "samples": len(seconds),
+        }
+        if name != "bare tcp":
+            row |= {"bound": "bare tcp", "times_bound": p50 / bound}
+        rows.append(row)
+        print(f"connect     {name:16} p50 {row['p50_us']:8.0f} us  p99 {row['p99_us']:8.0f} us")
+    return rows
+
+
+# ---------------------------------------------------------------------- doing nothing
+
+
+def idle(world: World, seconds: float) -> Row:
+    """CPU time of both processes, all engines connected, while nobody asks for anything."""
+    before = [cpu_seconds(pid) for pid in world.pids]
+    time.sleep(seconds)
+    used = [cpu_seconds(pid) - was for pid, was in zip(world.pids, before, strict=True)]
+    share = max(used) / seconds
+    print(f"idle        {len(world.engines)} connected engines: {share * 100:.4f} % of one CPU")
+    return {
+        "case": "idle",
+        "kind": "path",
+        "name": "connected engines",
+        "num_engines": len(world.engines),
+        "seconds": seconds,
+        "cpu_share": share,
+    }

@@ -1,0 +1,151 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, verify what they move, and put each number beside its bound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvxfer.transfer import probe_transports
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+sys.path.insert(0, str(BENCH))
+import common  # noqa: E402
+import report  # noqa: E402
+from processes import MAX_DELAY, Sample  # noqa: E402
+
+
+def kvxfer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvxfer", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("bench") / "quick.json"
+    done = kvxfer("bench", "transfer", "--quick", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def rows(found: dict[str, Any], case: str) -> list[dict[str, Any]]:
+    return [row for row in found["rows"] if row["case"] == case]
+
+
+def test_every_path_moves_verified_bytes(quick: dict[str, Any]) -> None:
+    here = {name for name, reason in probe_transports() if reason is None}
+    paths = [row for row in rows(quick, "blocks") if row["kind"] == "path"]
+    assert {row["name"].split()[0].rstrip(",") for row in paths} == here
+    assert {row["block_nbytes"] for row in paths} == {4096, 16384}
+    for row in paths:
+        assert row["verified"] is True, row
+        assert 0 < row["p50_us"] <= row["p99_us"], row
+        assert row["gb_per_s"] > 0, row
+        assert row["cpu_s_per_gb"] > 0, row
+
+
+def test_every_path_stands_beside_a_bound_of_the_same_run(quick: dict[str, Any]) -> None:
+    measured = {(row["name"], row["block_nbytes"]) for row in rows(quick, "blocks")}
+    paths = {row["name"] for row in rows(quick, "blocks") if row["kind"] == "path"}
+    assert {each["path"] for each in quick["ratios"]} == paths
+    for each in quick["ratios"]:
+        assert each["ratio"] > 0, each
+        assert (each["other"], each["block_nbytes"]) in measured, each
+
+
+def test_small_costs_are_there(quick: dict[str, Any]) -> None:
+    trips = {row["name"]: row for row in rows(quick, "round_trip")}
+    assert trips["tcp, asleep"]["times_bound"] > 0
+    assert "us_over_bound" in trips["shm, polling"]
+    assert {row["num_blocks"] for row in rows(quick, "submit")} == {1, 64, 1024, 16384}
+    assert {row["name"] for row in rows(quick, "connect")} >= {"bare tcp", "tcp"}
+    (idle,) = rows(quick, "idle")
+    assert 0 <= idle["cpu_share"] < 0.5, "an engine polls although nobody asked for anything"
+
+
+def test_the_json_says_where_it_comes_from(quick: dict[str, Any]) -> None:
+    facts = quick["facts"]
+    assert "bench_transfer.py" in facts["command"]
+    assert facts["cpus_usable"] > 0
+    for name in ("cpu", "platform", "python", "numpy", "kvxfer"):
+        assert facts[name], name
+    assert set(quick["skipped"]) >= {"mooncake tcp"}, "a peer that is left out is named"
+
+
+def test_the_report_is_a_table_of_reached_and_asked(quick: dict[str, Any]) -> None:
+    lines = report.markdown(quick).splitlines()
+    mapped = next(line for line in lines if line.startswith("| `shm mapped`"))
+    assert "(0.85)" in mapped
+    assert "(0.95)" in mapped
+    assert mapped.count("|") == lines[lines.index(mapped) - 1].count("|")
+
+
+def test_a_peer_that_is_not_there_is_named_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = kvxfer(
+        *("bench", "transfer", "--quick", "--no-small", "--paths", "tcp 1 lane"),
+        *("--nixl-python", str(tmp_path / "python"), "--mooncake-python", sys.executable),
+        *("--json", str(path)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = json.loads(path.read_text())["skipped"]
+    assert "cannot run" in skipped["nixl tcp, polling"]
+    assert "mooncake" in skipped["mooncake tcp"], "the interpreter has no such module"
+
+
+def test_without_a_checkout_the_command_says_so(tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT / "python" / "kvxfer", tmp_path / "kvxfer", ignore=shutil.ignore_patterns("models")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "kvxfer", "bench", "transfer", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert "source checkout" in done.stderr
+
+
+def test_disturbed_samples_are_left_out_and_counted() -> None:
+    samples = [Sample(1.0, delay=0.0)] * 8 + [Sample(9.0, delay=2 * MAX_DELAY)] * 7
+    found = common.summary(samples, nbytes=10**9)
+    assert (found["p50_us"], found["dropped"], found["noisy"]) == (1e6, 7, False)
+
+
+def test_a_run_that_was_disturbed_throughout_is_marked() -> None:
+    samples = [Sample(1.0, delay=0.0)] * 2 + [Sample(9.0, delay=1.0)] * 13
+    found = common.summary(samples, nbytes=10**9)
+    assert (found["p50_us"], found["dropped"], found["noisy"]) == (9e6, 13, True)
+
+
+def test_a_ratio_pairs_samples_of_one_round() -> None:
+    ours = [Sample(seconds) for seconds in (1.0, 2.0, 4.0)]
+    other = [Sample(seconds) for seconds in (2.0, 4.0, 8.0)]
+    assert common.speed_ratio(ours, other)["ratio"] == 2.0
+
+
+def test_each_round_takes_every_case_once() -> None:
+    taken: list[str] = []
+    names = "abcd"
+    common.interleave({name: lambda name=name: taken.append(name) for name in names}, 20)
+    turns = [taken[at : at + 4] for at in range(0, len(taken), 4)]
+    assert all(sorted(turn) == list(names) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1, "the order is not shuffled"
