@@ -61,6 +61,7 @@ def summary(samples: Sequence[Sample], nbytes: int) -> dict[str, Any]:
     return {
         "p50_us": p50 * 1e6,
         "p99_us": percentile((each.seconds for each in used), 0.99) * 1e6,
+        "best_us": min(each.seconds for each in used) * 1e6,
         "gb_per_s": nbytes / p50 / 1e9,
         "cpu_s_per_gb": statistics.median(each.cpu_seconds for each in used) / (nbytes / 1e9),
         "samples": len(samples),

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ PEERS = Path(__file__).resolve().parent / "peers"
 sys.path.insert(0, str(PEERS))
 from lines import Lines  # noqa: E402
 
-# A NIXL pair that polls has a CPU for each side; those with threads of their own may use all.
+# The callers of a NIXL pair without threads poll, so each side has a CPU; the others may use all.
 NIXL: dict[str, tuple[list[str], bool]] = {
     "nixl, failure detection": (["--tls", "all", "--errors", "peer"], True),
     "nixl, failure detection, threads": (["--tls", "all", "--errors", "peer", "--threads"], False),
@@ -37,8 +39,9 @@ class PeerError(RuntimeError):
 class PeerPair:
     """The driver of two processes of another library, asked over a pipe."""
 
-    def __init__(self, name: str, command: list[str]) -> None:
+    def __init__(self, name: str, command: list[str], *, pause: bool = False) -> None:
         self.name = name
+        self._pids: list[int] = []
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the pair
         try:
             self.process = subprocess.Popen(
@@ -49,7 +52,21 @@ class PeerPair:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._lines = Lines(self.process.stdout.fileno(), self.process.stdin.fileno())
-        self._answer(START_S)
+        started = self._answer(START_S)
+        # Threads that poll also between the samples would disturb everybody else's.
+        self._pids = started["pids"] if pause else []
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            os.kill(pid, number)
+
+    def _ask(self, **message: Any) -> dict[str, Any]:
+        self._signal(signal.SIGCONT)
+        self._lines.send(**message)
+        answer = self._answer(ANSWER_S)
+        self._signal(signal.SIGSTOP)
+        return answer
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -65,15 +82,17 @@ class PeerPair:
             raise PeerError(said[-1] if said else str(error)) from None
 
     def open(self, block: int, num_slots: int, src: list[int], dst: list[int]) -> bool:
-        self._lines.send(do="case", block=block, num_slots=num_slots, src=src, dst=dst)
-        return bool(self._answer(ANSWER_S)["verified"])
+        return bool(
+            self._ask(do="case", block=block, num_slots=num_slots, src=src, dst=dst)["verified"]
+        )
 
     def sample(self) -> Sample:
-        self._lines.send(do="sample")
-        return Sample(**self._answer(ANSWER_S))
+        return Sample(**self._ask(do="sample"))
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        if self.process.poll() is None:
+            self._signal(signal.SIGCONT)
         self.process.stdin.close()
         try:
             self.process.wait(20)
@@ -106,7 +125,7 @@ def start_peers(
             absent[name] = command
             continue
         try:
-            pairs.append(PeerPair(name, command))
+            pairs.append(PeerPair(name, command, pause="--threads" in command))
         except PeerError as error:
             absent[name] = str(error)
     return pairs, absent

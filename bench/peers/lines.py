@@ -7,10 +7,12 @@ Peers run under an interpreter of their own: nothing here needs more than NumPy.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+PR_SET_PDEATHSIG = 1
 MARK = "> "  # libraries print to stdout as they please: only lines that open with this are ours
 
 
@@ -58,7 +61,11 @@ class Lines:
 
 
 def standard() -> Lines:
-    """To whoever started this process. What prints to stdout from now on goes to stderr."""
+    """To whoever started this process, with whom it dies, also when it is stopped just then.
+
+    What prints to stdout from now on goes to stderr.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.dup(1)
     os.dup2(2, 1)
     return Lines(0, out)
