@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import kib
-from targets import TARGETS
+from targets import ROUND_TRIPS, TARGETS
 
 
 def line(cells: Iterable[object]) -> str:
@@ -22,14 +22,15 @@ def line(cells: Iterable[object]) -> str:
 
 
 def cell(each: Mapping[str, Any] | None) -> str:
-    """`**0.91** (0.85)`: bold where it is reached; `~` where neighbours disturbed nearly all samples."""
+    """`**0.91** (0.85)`: bold where it is reached; `~`, and never bold, where nearly all was disturbed."""
     if each is None:
         return ""
     number = f"{each['ratio']:.2f}" + ("~" if each["noisy"] else "")
     floor = each["floor"]
     if floor is None:
         return number
-    return f"{f'**{number}**' if each['ratio'] >= floor else number} ({floor:.2f})"
+    reached = each["ratio"] >= floor and not each["noisy"]
+    return f"{f'**{number}**' if reached else number} ({floor:.2f})"
 
 
 def ratio_table(found: Mapping[str, Any]) -> list[str]:
@@ -63,6 +64,9 @@ def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         bound = ""
         if row["case"] == "round_trip" and "bound" in row:
             bound = f"{row['times_bound']:.2f} x {row['bound']}, {row['us_over_bound']:+.2f} us"
+            if row["name"] in ROUND_TRIPS:
+                key, most = ROUND_TRIPS[row["name"]]
+                bound += f" (asked: {most} {'us over it' if key == 'us_over_bound' else 'times'})"
         elif row["case"] == "connect" and "bound" in row:
             bound = f"{row['times_bound']:.1f} x {row['bound']}"
         elif row["case"] == "submit":

@@ -56,3 +56,15 @@ TARGETS = (
     of("tcp", "NIXL tcp", 3, 2, 1.3, 1.2, others=NIXL_TCP),
     of("tcp", "mooncake tcp", 15, 8, 3, 2),
 )
+
+# At most so much over the bound: microseconds, or times.
+ROUND_TRIPS = {
+    "shm, polling": ("us_over_bound", 0.5),
+    "tcp, polling": ("times_bound", 1.3),
+    "tcp, asleep": ("times_bound", 1.3),
+}
+
+
+def submit_us(num_blocks: int) -> float:
+    """What submitting a request may cost its caller."""
+    return 2 + 0.01 * num_blocks
