@@ -22,6 +22,9 @@ import common  # noqa: E402
 import report  # noqa: E402
 from processes import MAX_DELAY, Sample  # noqa: E402
 
+# Those that bench_transfer has paths for, where they work.
+HERE = {name for name, reason in probe_transports() if reason is None} & {"shm", "cma", "tcp"}
+
 
 def kvxfer(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -47,9 +50,8 @@ def rows(found: dict[str, Any], case: str) -> list[dict[str, Any]]:
 
 
 def test_every_path_moves_verified_bytes(quick: dict[str, Any]) -> None:
-    here = {name for name, reason in probe_transports() if reason is None}
     paths = [row for row in rows(quick, "blocks") if row["kind"] == "path"]
-    assert {row["name"].split()[0].rstrip(",") for row in paths} == here
+    assert {row["name"].split()[0].rstrip(",") for row in paths} == HERE
     assert {row["block_nbytes"] for row in paths} == {4096, 16384}
     for row in paths:
         assert row["verified"] is True, row
@@ -70,7 +72,7 @@ def test_every_path_stands_beside_a_bound_of_the_same_run(quick: dict[str, Any])
 def test_small_costs_are_there(quick: dict[str, Any]) -> None:
     trips = {row["name"]: row for row in rows(quick, "round_trip")}
     assert trips["tcp, asleep"]["times_bound"] > 0
-    assert "us_over_bound" in trips["shm, polling"]
+    assert ("us_over_bound" in trips.get("shm, polling", {})) == ("shm" in HERE)
     assert {row["num_blocks"] for row in rows(quick, "submit")} == {1, 64, 1024, 16384}
     assert {row["name"] for row in rows(quick, "connect")} >= {"bare tcp", "tcp"}
     (idle,) = rows(quick, "idle")
