@@ -37,6 +37,7 @@ TARGETS = (
     of("shm mapped", "memcpy", 0.85, 0.95, 0.95, 0.95),
     of("shm staged", "memcpy", 0.55, 0.80, 0.85, 0.65),
     of("shm staged", "process_vm_readv", 2.0, 1.8, 1.6, 1.3),
+    of("shm staged", "process_vm_writev"),
     of("cma", "process_vm_readv", 0.75, 0.75, 0.90, 0.90),
     of("cma", "process_vm_writev"),
     of("tcp 1 lane", "raw socket", 0.95, 0.95, 1.0, 1.0),

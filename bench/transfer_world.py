@@ -35,7 +35,7 @@ class Path:
 
 PATHS = (
     Path("shm mapped", "shm", "write", "pool", ("memcpy",)),
-    Path("shm staged", "shm", "write", "heap", ("memcpy", "process_vm_readv")),
+    Path("shm staged", "shm", "write", "heap", ("memcpy", "process_vm_readv", "process_vm_writev")),
     Path("cma", "cma", "write", "heap", ("process_vm_readv", "process_vm_writev")),
     Path("tcp 1 lane", "tcp 1 lane", "write", "heap", ("raw socket",)),
     Path("tcp", "tcp", "write", "heap", ("raw socket",)),
