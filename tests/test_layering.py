@@ -31,7 +31,7 @@ PYTHON_EDGES: dict[str, set[str]] = {
     "__init__": {"errors", "layout", "transfer", "kernels", "connector"},
 }
 # Torch costs a second of import and pins an ABI: only these may name it at module level.
-MAY_IMPORT_TORCH = {"kernels/triton", "server", "testing"}
+MAY_IMPORT_TORCH = {"kernels/triton", "kernels/torch_ops", "server", "testing"}
 
 INCLUDE_EDGES: dict[str, set[str]] = {
     "common": set(),

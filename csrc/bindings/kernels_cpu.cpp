@@ -22,16 +22,22 @@ using kvxfer::kernels::itemsize;
 
 namespace {
 
-// bfloat16 has no NumPy type: it arrives as uint16.
-DType dtype_of(const char* name, const py::array& array) {
+// bfloat16 has no NumPy type: it arrives as uint16; int8 arrives as itself. The 8-bit floats arrive
+// as uint8, and the caller says which (`bytes_are`).
+DType dtype_of(const char* name, const py::array& array, int bytes_are = -1) {
   const char kind = array.dtype().kind();
   const auto size = array.itemsize();
   if (kind == 'f' && size == 4) return DType::kFloat32;
   if (kind == 'f' && size == 2) return DType::kFloat16;
   if (kind == 'u' && size == 2) return DType::kBFloat16;
+  if (kind == 'i' && size == 1) return DType::kInt8;
+  const auto named = static_cast<DType>(bytes_are);
+  if (kind == 'u' && size == 1 && (named == DType::kFloat8E4M3 || named == DType::kFloat8E5M2))
+    return named;
   fail(Code::kInvalidArgument, name,
-       ": expected float32, float16 or uint16 (bfloat16), given kind ", kind, " of ", size,
-       " bytes");
+       ": expected float32, float16, uint16 (bfloat16), int8 or uint8 with its float type, given "
+       "kind ",
+       kind, " of ", size, " bytes");
 }
 
 void check_ndim(const char* name, const py::array& array, int ndim) {
@@ -51,10 +57,17 @@ cpu::Rows rows_of(const char* name, const py::array& array) {
           stride_of(array, 1)};
 }
 
-cpu::Cache cache_of(const char* name, const py::array& array) {
+cpu::Scales scales_of(const char* name, const std::optional<py::array>& array) {
+  if (!array) return {};
+  check_ndim(name, *array, 3);
+  return {static_cast<float*>(const_cast<void*>(array->data())),
+          {stride_of(*array, 0), stride_of(*array, 1), stride_of(*array, 2)}};
+}
+
+cpu::Cache cache_of(const char* name, const py::array& array, int bytes_are) {
   check_ndim(name, array, 4);
   return {const_cast<void*>(array.data()),
-          dtype_of(name, array),
+          dtype_of(name, array, bytes_are),
           {stride_of(array, 0), stride_of(array, 1), stride_of(array, 2)}};
 }
 
@@ -77,12 +90,16 @@ cpu::Attention attention_of(const py::array& q, const py::array& k_cache, const 
                             const py::array& block_table, const py::array& seq_lens, py::array& out,
                             std::optional<py::array>& lse, float sm_scale, float v_scale,
                             int64_t window_left, float logits_soft_cap,
-                            const std::optional<py::array>& sinks) {
+                            const std::optional<py::array>& sinks,
+                            const std::optional<py::array>& k_scales,
+                            const std::optional<py::array>& v_scales, int bytes_are) {
   cpu::Attention a;
   a.q = rows_of("q", q);
   a.out = rows_of("out", out);
-  a.k = cache_of("k_cache", k_cache);
-  a.v = cache_of("v_cache", v_cache);
+  a.k = cache_of("k_cache", k_cache, bytes_are);
+  a.v = cache_of("v_cache", v_cache, bytes_are);
+  a.k_scales = scales_of("k_scale_cache", k_scales);
+  a.v_scales = scales_of("v_scale_cache", v_scales);
   check_ndim("block_table", block_table, 2);
   a.block_table = ints_of<int32_t>("block_table", block_table);
   a.table_stride = stride_of(block_table, 0);
@@ -108,12 +125,16 @@ cpu::Attention attention_of(const py::array& q, const py::array& k_cache, const 
 }
 
 void append_kv(const py::array& key, const py::array& value, py::array& k_cache, py::array& v_cache,
-               const py::array& slot_mapping, float k_scale, float v_scale) {
+               const py::array& slot_mapping, float k_scale, float v_scale,
+               const std::optional<py::array>& k_scales, const std::optional<py::array>& v_scales,
+               int bytes_are) {
   cpu::Append p;
   p.key = rows_of("key", key);
   p.value = rows_of("value", value);
-  p.k = cache_of("k_cache", k_cache);
-  p.v = cache_of("v_cache", v_cache);
+  p.k = cache_of("k_cache", k_cache, bytes_are);
+  p.v = cache_of("v_cache", v_cache, bytes_are);
+  p.k_scales = scales_of("k_scale_cache", k_scales);
+  p.v_scales = scales_of("v_scale_cache", v_scales);
   p.slots = ints_of<int64_t>("slot_mapping", slot_mapping);
   p.num_tokens = key.shape(0);
   p.num_kv_heads = key.shape(1);
@@ -131,9 +152,11 @@ void paged_decode(const py::array& q, const py::array& k_cache, const py::array&
                   const py::array& block_table, const py::array& seq_lens, py::array out,
                   std::optional<py::array> lse, float sm_scale, float v_scale, int64_t window_left,
                   float logits_soft_cap, const std::optional<py::array>& sinks,
-                  int64_t split_size) {
-  cpu::Attention a = attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale,
-                                  v_scale, window_left, logits_soft_cap, sinks);
+                  const std::optional<py::array>& k_scales,
+                  const std::optional<py::array>& v_scales, int bytes_are, int64_t split_size) {
+  cpu::Attention a =
+      attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale, v_scale,
+                   window_left, logits_soft_cap, sinks, k_scales, v_scales, bytes_are);
   a.split_size = split_size;
   const py::gil_scoped_release release;
   cpu::paged_decode(a);
@@ -143,9 +166,12 @@ void paged_prefill(const py::array& q, const py::array& k_cache, const py::array
                    const py::array& cu_seqlens_q, const py::array& block_table,
                    const py::array& seq_lens, py::array out, std::optional<py::array> lse,
                    bool causal, float sm_scale, float v_scale, int64_t window_left,
-                   float logits_soft_cap, const std::optional<py::array>& sinks) {
-  cpu::Attention a = attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale,
-                                  v_scale, window_left, logits_soft_cap, sinks);
+                   float logits_soft_cap, const std::optional<py::array>& sinks,
+                   const std::optional<py::array>& k_scales,
+                   const std::optional<py::array>& v_scales, int bytes_are) {
+  cpu::Attention a =
+      attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale, v_scale,
+                   window_left, logits_soft_cap, sinks, k_scales, v_scales, bytes_are);
   a.cu_seqlens_q = ints_of<int32_t>("cu_seqlens_q", cu_seqlens_q);
   a.causal = causal;
   const py::gil_scoped_release release;
@@ -177,7 +203,8 @@ void copy_rows(const py::array_t<int64_t, py::array::c_style>& bases,
                const py::array_t<int64_t, py::array::c_style>& segments, int64_t num_heads,
                int64_t width, int64_t row_bytes, const Strides& src_strides,
                const Strides& dst_strides, const Extent& src_extent, const Extent& dst_extent,
-               int src_dtype, int dst_dtype) {
+               int src_dtype, int dst_dtype,
+               const std::optional<py::array_t<float, py::array::c_style>>& factors) {
   check_ndim("bases", bases, 2);
   check_ndim("segments", segments, 2);
   if (bases.shape(1) != 2 || segments.shape(1) != 5) {
@@ -198,13 +225,56 @@ void copy_rows(const py::array_t<int64_t, py::array::c_style>& bases,
   p.src_block_size = src_extent[1];
   p.dst_blocks = dst_extent[0];
   p.dst_block_size = dst_extent[1];
-  p.convert = src_dtype != dst_dtype;
+  p.convert = src_dtype != dst_dtype || factors;
+  if (factors) {
+    if (factors->size() != p.num_layers * num_heads * 2) {
+      fail(Code::kInvalidArgument, "factors: expected ", p.num_layers * num_heads * 2,
+           " numbers, given ", factors->size());
+    }
+    p.factors = factors->data();
+  }
   if (p.convert) {
     p.src_dtype = static_cast<DType>(src_dtype);
     p.dst_dtype = static_cast<DType>(dst_dtype);
   }
   const py::gil_scoped_release release;
   cpu::copy_rows(p);
+}
+
+void checksum_rows(const py::array_t<int64_t, py::array::c_style>& bases,
+                   const py::array_t<int64_t, py::array::c_style>& layers,
+                   const py::array_t<int64_t, py::array::c_style>& block_ids,
+                   const py::array_t<uint32_t, py::array::c_style>& keys, py::array sums,
+                   int64_t part_id, int64_t row_bytes, const Strides& strides, const Extent& extent,
+                   const Extent& tokens, const Extent& heads) {
+  if (sums.dtype().kind() != 'u' || sums.itemsize() != 8 || sums.size() != bases.size() ||
+      layers.size() != bases.size()) {
+    fail(Code::kInvalidArgument, "sums, layers: expected ", bases.size(), " uint64 and int64");
+  }
+  const int64_t words = (row_bytes + 7) / 8 * 2;
+  if (row_bytes < 0 || words > keys.size() || tokens[0] < 0 || extent[1] <= 0 ||
+      tokens[1] > block_ids.size() * extent[1]) {
+    fail(Code::kInvalidArgument, "row_bytes, tokens: expected at most ", keys.size() * 4, " and ",
+         block_ids.size() * extent[1], ", given ", row_bytes, " and ", tokens[1]);
+  }
+  cpu::Checksum p;
+  p.bases = bases.data();
+  p.layers = layers.data();
+  p.sums = static_cast<uint64_t*>(sums.mutable_data());
+  p.block_ids = block_ids.data();
+  p.keys = keys.data();
+  p.num_layers = bases.size();
+  p.part_id = part_id;
+  p.row_bytes = row_bytes;
+  p.strides = {strides[0], strides[1], strides[2]};
+  p.num_blocks = extent[0];
+  p.block_size = extent[1];
+  p.first_token = tokens[0];
+  p.end_token = tokens[1];
+  p.first_head = heads[0];
+  p.num_heads = heads[1];
+  const py::gil_scoped_release release;
+  cpu::checksum_rows(p);
 }
 
 py::dict build_info() {
@@ -225,21 +295,27 @@ PYBIND11_MODULE(_kernels_cpu, m) {
   kvxfer::bindings::register_errors();
   m.def("append_kv", &append_kv, py::arg("key"), py::arg("value"), py::arg("k_cache"),
         py::arg("v_cache"), py::arg("slot_mapping"), py::kw_only(), py::arg("k_scale"),
-        py::arg("v_scale"));
+        py::arg("v_scale"), py::arg("k_scale_cache"), py::arg("v_scale_cache"),
+        py::arg("bytes_are"));
   m.def("paged_decode", &paged_decode, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
         py::arg("block_table"), py::arg("seq_lens"), py::arg("out"), py::arg("lse"), py::kw_only(),
         py::arg("sm_scale"), py::arg("v_scale"), py::arg("window_left"), py::arg("logits_soft_cap"),
-        py::arg("sinks"), py::arg("split_size"));
+        py::arg("sinks"), py::arg("k_scale_cache"), py::arg("v_scale_cache"), py::arg("bytes_are"),
+        py::arg("split_size"));
   m.def("paged_prefill", &paged_prefill, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
         py::arg("cu_seqlens_q"), py::arg("block_table"), py::arg("seq_lens"), py::arg("out"),
         py::arg("lse"), py::kw_only(), py::arg("causal"), py::arg("sm_scale"), py::arg("v_scale"),
-        py::arg("window_left"), py::arg("logits_soft_cap"), py::arg("sinks"));
+        py::arg("window_left"), py::arg("logits_soft_cap"), py::arg("sinks"),
+        py::arg("k_scale_cache"), py::arg("v_scale_cache"), py::arg("bytes_are"));
   m.def("merge_states", &merge_states, py::arg("v_a"), py::arg("lse_a"), py::arg("v_b"),
         py::arg("lse_b"), py::arg("out"), py::arg("lse"));
   m.def("copy_rows", &copy_rows, py::arg("bases"), py::arg("segments"), py::kw_only(),
         py::arg("num_heads"), py::arg("width"), py::arg("row_bytes"), py::arg("src_strides"),
         py::arg("dst_strides"), py::arg("src_extent"), py::arg("dst_extent"), py::arg("src_dtype"),
-        py::arg("dst_dtype"));
+        py::arg("dst_dtype"), py::arg("factors"));
+  m.def("checksum_rows", &checksum_rows, py::arg("bases"), py::arg("layers"), py::arg("block_ids"),
+        py::arg("keys"), py::arg("sums"), py::kw_only(), py::arg("part_id"), py::arg("row_bytes"),
+        py::arg("strides"), py::arg("extent"), py::arg("tokens"), py::arg("heads"));
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &cpu::get_num_threads);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 def append_kv(
@@ -14,6 +15,9 @@ def append_kv(
     *,
     k_scale: float,
     v_scale: float,
+    k_scale_cache: npt.NDArray[Any] | None,
+    v_scale_cache: npt.NDArray[Any] | None,
+    bytes_are: int,
 ) -> None: ...
 def paged_decode(
     q: npt.NDArray[Any],
@@ -29,6 +33,9 @@ def paged_decode(
     window_left: int,
     logits_soft_cap: float,
     sinks: npt.NDArray[Any] | None,
+    k_scale_cache: npt.NDArray[Any] | None,
+    v_scale_cache: npt.NDArray[Any] | None,
+    bytes_are: int,
     split_size: int,
 ) -> None: ...
 def paged_prefill(
@@ -47,6 +54,9 @@ def paged_prefill(
     window_left: int,
     logits_soft_cap: float,
     sinks: npt.NDArray[Any] | None,
+    k_scale_cache: npt.NDArray[Any] | None,
+    v_scale_cache: npt.NDArray[Any] | None,
+    bytes_are: int,
 ) -> None: ...
 def merge_states(
     v_a: npt.NDArray[Any],
@@ -69,6 +79,21 @@ def copy_rows(
     dst_extent: Sequence[int],
     src_dtype: int,
     dst_dtype: int,
+    factors: npt.NDArray[np.float32] | None,
+) -> None: ...
+def checksum_rows(
+    bases: npt.NDArray[np.int64],
+    layers: npt.NDArray[np.int64],
+    block_ids: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.uint32],
+    sums: npt.NDArray[np.uint64],
+    *,
+    part_id: int,
+    row_bytes: int,
+    strides: Sequence[int],
+    extent: Sequence[int],
+    tokens: Sequence[int],
+    heads: Sequence[int],
 ) -> None: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...

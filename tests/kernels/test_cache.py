@@ -277,7 +277,7 @@ def bad_copies() -> list[tuple[str, type[Exception], str, dict[str, Any]]]:
         ("unknown layer", LayoutError, "layers: layer 5", {"layers": [5]}),
         ("no list", InvalidArgumentError, "src_blocks: expected a list", {"src_blocks": [0.5, 1.5]}),
         ("head_dim", LayoutError, "head_dim: part k: source 6, destination 7", {"dst": {"head_dim": 7}}),
-        ("dtype", LayoutError, "dtype: part k", {"dst": {"dtype": "int8"}}),
+        ("dtype", LayoutError, "scales: .*int8 without", {"dst": {"dtype": "int8"}}),
         ("short memory", InvalidArgumentError, "dst: layer 1, part v needs", {"cut": 1}),
         ("negative ctas", InvalidArgumentError, "max_ctas", {"max_ctas": -1}),
     ]  # fmt: skip

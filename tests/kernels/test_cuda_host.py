@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from kvxfer.kernels import _cuda, reference
-from kvxfer.kernels._copy_job import CopyJob, make_job, make_side
+from kvxfer.kernels._copy_job import CopyJob, make_job
+from kvxfer.kernels._sides import make_side
 from kvxfer.layout import KVLayout
 
 NpArray = np.ndarray[Any, Any]

@@ -22,11 +22,16 @@ constexpr int64_t kBytesPerItem = 1 << 18;
 constexpr int64_t kStreamTotal = 8 << 20;
 constexpr int64_t kStreamRun = 256;
 
-void append_rows(const Append& p, const Rows& rows, const Cache& cache, int64_t width, float scale,
-                 int64_t token) {
+// The largest magnitude that a scaled row may have: all of a dtype's range.
+float range_of(DType dtype) {
+  return dtype == DType::kInt8 ? 127.0f : dtype == DType::kFloat8E5M2 ? 57344.0f : 448.0f;
+}
+
+void append_rows(const Append& p, const Rows& rows, const Cache& cache, const Scales& scales,
+                 int64_t width, float fixed_scale, int64_t token) {
   if (p.slots[token] < 0) return;
   const SlotPosition at = split_slot(p.slots[token], p.block_size);
-  const bool same = rows.dtype == cache.dtype && scale == 1.0f;
+  const bool same = rows.dtype == cache.dtype && fixed_scale == 1.0f && scales.data == nullptr;
   const char* src =
       static_cast<const char*>(rows.data) + token * rows.stride_row * itemsize(rows.dtype);
   char* dst = static_cast<char*>(cache.data);
@@ -36,7 +41,13 @@ void append_rows(const Append& p, const Rows& rows, const Cache& cache, int64_t 
     if (same) {
       std::memcpy(to, from, static_cast<size_t>(width * itemsize(cache.dtype)));
     } else {
-      isa().convert(from, rows.dtype, to, cache.dtype, width, scale);
+      float scale = fixed_scale;
+      if (scales.data != nullptr) {
+        const float top = isa().largest(from, rows.dtype, width);
+        scale = top > 0 ? top / range_of(cache.dtype) : 1.0f;
+        scales.data[row_offset(scales.strides, at.block, at.offset, head)] = scale;
+      }
+      isa().convert(from, rows.dtype, to, cache.dtype, width, 1.0f, scale);
     }
   }
 }
@@ -80,7 +91,7 @@ struct CopyContext {
     const char* src =
         reinterpret_cast<const char*>(p.bases[layer * 2]) + row_offset(p.src, s[0], s[1], 0);
     char* dst = reinterpret_cast<char*>(p.bases[layer * 2 + 1]) + row_offset(p.dst, s[2], s[3], 0);
-    if (p.convert) return convert_rows(src, dst, s[4]);
+    if (p.convert) return convert_rows(layer, src, dst, s[4]);
     const RunShape shape = collapse_rows(p.row_bytes, s[4], p.num_heads, p.src, p.dst);
     for (int64_t i = 0; i < shape.outer; ++i) {
       for (int64_t j = 0; j < shape.inner; ++j) {
@@ -95,11 +106,14 @@ struct CopyContext {
     }
   }
 
-  void convert_rows(const char* src, char* dst, int64_t tokens) const {
+  void convert_rows(int64_t layer, const char* src, char* dst, int64_t tokens) const {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t h = 0; h < p.num_heads; ++h) {
+        const float* factor =
+            p.factors == nullptr ? nullptr : p.factors + (layer * p.num_heads + h) * 2;
         isa().convert(src + t * p.src.token + h * p.src.head, p.src_dtype,
-                      dst + t * p.dst.token + h * p.dst.head, p.dst_dtype, p.width, 1.0f);
+                      dst + t * p.dst.token + h * p.dst.head, p.dst_dtype, p.width,
+                      factor == nullptr ? 1.0f : factor[0], factor == nullptr ? 1.0f : factor[1]);
       }
     }
   }
@@ -136,8 +150,8 @@ void append_kv(const Append& p) {
                [&](int64_t i, void*) {
                  const int64_t end = std::min(p.num_tokens, (i + 1) * per_item);
                  for (int64_t token = i * per_item; token < end; ++token) {
-                   append_rows(p, p.key, p.k, p.head_dim, p.k_scale, token);
-                   append_rows(p, p.value, p.v, p.head_dim_v, p.v_scale, token);
+                   append_rows(p, p.key, p.k, p.k_scales, p.head_dim, p.k_scale, token);
+                   append_rows(p, p.value, p.v, p.v_scales, p.head_dim_v, p.v_scale, token);
                  }
                });
 }

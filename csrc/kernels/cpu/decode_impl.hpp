@@ -36,6 +36,19 @@ KVXFER_INLINE void locate_rows(const Attention& a, int64_t sequence, int64_t beg
   }
 }
 
+// The scales of `count` keys of one head into `out`, or null where the cache has none.
+KVXFER_INLINE const float* load_scales(const Attention& a, const Scales& from, int64_t sequence,
+                                       int64_t begin, int64_t count, int64_t head, float* out) {
+  if (from.data == nullptr) return nullptr;
+  const int32_t* table = a.block_table + sequence * a.table_stride;
+  int64_t column = begin / a.block_size, offset = begin - column * a.block_size;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = from.data[row_offset(from.strides, table[column], offset, head)];
+    if (++offset == a.block_size) offset = 0, ++column;
+  }
+  return out;
+}
+
 // scores[r][t..t+3] = q[r] . k[t..t+3] for R query rows and four keys. A line of the next tile's
 // rows is asked for between the products: in bursts the requests would fill the core's few miss
 // buffers, and the products would wait.
@@ -168,12 +181,19 @@ KVXFER_INLINE void soften(const Attention& a, float* scores, int64_t count, RowS
   }
 }
 
+template <int R>
+KVXFER_INLINE void scale_keys(float* scores, const float* scales, int64_t count) {
+  if (scales == nullptr) return;
+  for (int r = 0; r < R; ++r)
+    for (int64_t t = 0; t < count; ++t) scores[r * kDecodeTile + t] *= scales[t];
+}
+
 // One tile of keys for R query rows of one KV head. The first rows of a group to see it prefetch
 // the next tile.
 template <int R, bool kTail, bool kPrefetch, class T>
 void decode_tile(const Attention& a, const TileRows<T>& rows, const TileRows<T>& next,
-                 int64_t k_shift, int64_t v_shift, const float* q, int64_t q_stride,
-                 RowState* state, float* values, int64_t stride) {
+                 int64_t k_shift, int64_t v_shift, const float* k_scales, const float* v_scales,
+                 const float* q, int64_t q_stride, RowState* state, float* values, int64_t stride) {
   alignas(64) float scores[R * kDecodeTile];
   for (int64_t t = 0; t < rows.count; t += 4) {
     // Short of four keys the last one stands in: its scores are masked, and no foreign row is read.
@@ -184,7 +204,9 @@ void decode_tile(const Attention& a, const TileRows<T>& rows, const TileRows<T>&
   for (int64_t t = (rows.count + 3) / 4 * 4; t < kDecodeTile; ++t) {
     for (int r = 0; r < R; ++r) scores[r * kDecodeTile + t] = 0;
   }
+  scale_keys<R>(scores, k_scales, rows.count);
   soften<R>(a, scores, rows.count, state, values, stride);
+  scale_keys<R>(scores, v_scales, rows.count);
   constexpr int kWide = R >= 4 ? 2 : R == 2 ? 4 : 8;
   int64_t d = 0;
   for (; d + kWide * kLanes <= a.head_dim_v; d += kWide * kLanes) {
@@ -235,8 +257,8 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
   for (int64_t h = 0; h < heads; ++h) {
     float* q = s.q + h * q_stride;
     for (int64_t d = a.head_dim; d < q_stride; ++d) q[d] = 0;
-    convert(row_of(a.q, item.row, first + h), a.q.dtype, q, DType::kFloat32, a.head_dim, 1.0f);
-    for (int64_t d = 0; d < a.head_dim; ++d) q[d] *= scale;
+    convert(row_of(a.q, item.row, first + h), a.q.dtype, q, DType::kFloat32, a.head_dim, scale,
+            1.0f);
     for (int64_t d = 0; d < v_stride; ++d) s.values[h * v_stride + d] = 0;
     s.state[h] = {kLowest, Vf{}};
   }
@@ -253,6 +275,11 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
     locate_rows(a, item.sequence, tile_end(begin), tile_end(tile_end(begin)), next);
     for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
       const int64_t k_shift = kv_head * a.k.strides.head, v_shift = kv_head * a.v.strides.head;
+      float k_buffer[kDecodeTile], v_buffer[kDecodeTile];
+      const float* k_scales =
+          load_scales(a, a.k_scales, item.sequence, begin, rows.count, kv_head, k_buffer);
+      const float* v_scales =
+          load_scales(a, a.v_scales, item.sequence, begin, rows.count, kv_head, v_buffer);
       for (int64_t g = 0; g < group;) {
         const int64_t h = (kv_head - item.head_begin) * group + g;
         const float* q = s.q + h * q_stride;
@@ -263,7 +290,8 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
                                            : &decode_tile<kRows, true, false, T>)
                                  : (g == 0 ? &decode_tile<kRows, false, true, T>
                                            : &decode_tile<kRows, false, false, T>);
-          tile(a, rows, next, k_shift, v_shift, q, q_stride, s.state + h, values, v_stride);
+          tile(a, rows, next, k_shift, v_shift, k_scales, v_scales, q, q_stride, s.state + h,
+               values, v_stride);
           g += kRows;
         };
         if (group - g >= kMaxDecodeRows) {
@@ -292,6 +320,12 @@ void decode(const Attention& a, const DecodeItem& item, void* scratch) {
       return decode_typed<Half>(a, item, scratch);
     case DType::kBFloat16:
       return decode_typed<BFloat>(a, item, scratch);
+    case DType::kFloat8E4M3:
+      return decode_typed<E4M3>(a, item, scratch);
+    case DType::kFloat8E5M2:
+      return decode_typed<E5M2>(a, item, scratch);
+    case DType::kInt8:
+      return decode_typed<Int8>(a, item, scratch);
   }
 }
 
@@ -309,7 +343,8 @@ KVXFER_INLINE void write_row(const Attention& a, int64_t row, int64_t q_head, fl
   }
   const float factor = sum == 0 ? 0.0f : a.v_scale / sum;
   for (int64_t d = 0; d < a.head_dim_v; ++d) values[d] *= factor;
-  convert(values, DType::kFloat32, row_of_mut(a.out, row, q_head), a.out.dtype, a.head_dim_v, 1.0f);
+  convert(values, DType::kFloat32, row_of_mut(a.out, row, q_head), a.out.dtype, a.head_dim_v, 1.0f,
+          1.0f);
   if (a.lse != nullptr) {
     a.lse[row * a.lse_stride + q_head] =
         sum == 0 ? -__builtin_inff() : base * kLn2 + __builtin_logf(sum);

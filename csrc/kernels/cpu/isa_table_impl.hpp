@@ -23,7 +23,7 @@ constexpr int kMaxDecodeRows = KVXFER_SIMD_BYTES == 64 ? 4 : 2;
 }  // namespace
 
 extern const IsaTable kTable;
-const IsaTable kTable = {KVXFER_SIMD_NAME, decode_scratch, decode,  finish,
-                         prefill_scratch,  prefill,        convert, merge};
+const IsaTable kTable = {KVXFER_SIMD_NAME, decode_scratch, decode,  finish, prefill_scratch,
+                         prefill,          convert,        largest, merge,  hash_row};
 
 }  // namespace kvxfer::kernels::cpu::KVXFER_SIMD_NAMESPACE

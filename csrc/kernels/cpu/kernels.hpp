@@ -16,6 +16,7 @@ void paged_decode(const Attention& params);
 void paged_prefill(const Attention& params);
 void merge_states(const Merge& params);
 void copy_rows(const Copy& params);
+void checksum_rows(const Checksum& params);
 
 // Instruction sets that this build has and this CPU can run, best first; the first one is used.
 std::vector<std::string> available_isas();

@@ -22,12 +22,18 @@ struct Cache {  // [num_blocks, block_size, num_kv_heads, channels], channels ad
   RowStrides strides{};
 };
 
+struct Scales {  // [num_blocks, block_size, num_kv_heads]: value = stored * scale; null: none
+  float* data = nullptr;
+  RowStrides strides{};
+};
+
 struct Attention {
   Rows q;                // [rows, num_q_heads, head_dim]
   Rows out;              // [rows, num_q_heads, head_dim_v], dtype of q
   float* lse = nullptr;  // [rows, num_q_heads] or null
   int64_t lse_stride = 0;
-  Cache k, v;                            // of one dtype
+  Cache k, v;  // of one dtype
+  Scales k_scales, v_scales;
   const int32_t* block_table = nullptr;  // [batch, max_blocks]
   int64_t table_stride = 0, max_blocks = 0;
   const int32_t* seq_lens = nullptr;      // [batch]
@@ -47,6 +53,7 @@ inline constexpr int64_t kDefaultSplit = 512;
 struct Append {
   Rows key, value;  // [num_tokens, num_kv_heads, head_dim(_v)], of one dtype
   Cache k, v;
+  Scales k_scales, v_scales;       // written: each row's largest magnitude fills the dtype's range
   const int64_t* slots = nullptr;  // [num_tokens], -1 skips
   int64_t num_tokens = 0, num_kv_heads = 0, head_dim = 0, head_dim_v = 0;
   int64_t num_blocks = 0, block_size = 0;
@@ -71,7 +78,23 @@ struct Copy {
   RowStrides src{}, dst{};
   int64_t src_blocks = 0, src_block_size = 0, dst_blocks = 0, dst_block_size = 0;
   bool convert = false;  // then both dtypes are as below; else bytes are copied
+  // [num_layers, num_heads, 2] or null, when converting: written = read * first / second.
+  const float* factors = nullptr;
   DType src_dtype = DType::kFloat32, dst_dtype = DType::kFloat32;
+};
+
+// One part of a checksum; strides in bytes.
+struct Checksum {
+  const int64_t* bases = nullptr;      // [num_layers]: addresses
+  const int64_t* layers = nullptr;     // [num_layers]: global ids
+  uint64_t* sums = nullptr;            // [num_layers], added to
+  const int64_t* block_ids = nullptr;  // of the sequence, from its token 0
+  const uint32_t* keys = nullptr;      // one per 4 bytes of a row, rounded up to pairs
+  int64_t num_layers = 0, part_id = 0, row_bytes = 0;
+  RowStrides strides{};
+  int64_t num_blocks = 0, block_size = 0;
+  int64_t first_token = 0, end_token = 0;
+  int64_t first_head = 0, num_heads = 0;  // bases point at the first head
 };
 
 // A stretch of one sequence's keys for one decode row, heads [head_begin, head_end).
@@ -105,8 +128,11 @@ struct IsaTable {
   int64_t (*prefill_scratch)(const Attention&);
   void (*prefill)(const Attention&, const PrefillItem&, void* scratch);
   void (*convert)(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n,
-                  float divisor);
+                  float multiplier, float divisor);
+  float (*largest)(const void* src, DType dtype, int64_t n);  // magnitude; a NaN counts as 0
   void (*merge)(const Merge&, int64_t row);
+  // NH over the row's 32-bit words, filled up with zeros to a pair of them.
+  uint64_t (*hash_row)(const void* row, int64_t nbytes, const uint32_t* keys);
 };
 
 }  // namespace kvxfer::kernels::cpu

@@ -136,9 +136,9 @@ KVXFER_INLINE void soften_panel(float* scores, int64_t count, float* highest, fl
 // from a slot that nobody wrote, since 0 * NaN would pass on into the sum.
 template <class T>
 KVXFER_INLINE void gather_tile(const T* const* rows, int64_t shift, int64_t count, int64_t n,
-                               int64_t padded, float* out) {
+                               int64_t padded, const float* scales, float* out) {
   for (int64_t t = 0; t < count; ++t) {
-    convert_row(rows[t] + shift, out + t * padded, n, 1.0f);
+    convert_row(rows[t] + shift, out + t * padded, n, scales == nullptr ? 1.0f : scales[t], 1.0f);
     for (int64_t d = n; d < padded; ++d) out[t * padded + d] = 0;
   }
   for (int64_t i = count * padded; i < pad_keys(count) * padded; ++i) out[i] = 0;
@@ -187,8 +187,8 @@ KVXFER_INLINE void load_queries(const Attention& a, const PrefillItem& item, int
     }
     const int64_t head = item.kv_head * group + row % group;
     convert(row_of(a.q, first_row + row / group, head), a.q.dtype, s.row, DType::kFloat32,
-            a.head_dim, 1.0f);
-    for (int64_t d = 0; d < a.head_dim; ++d) q[d * kPanel] = s.row[d] * scale;
+            a.head_dim, scale, 1.0f);
+    for (int64_t d = 0; d < a.head_dim; ++d) q[d * kPanel] = s.row[d];
   }
 }
 
@@ -223,8 +223,12 @@ void prefill_typed(const Attention& a, const PrefillItem& item, void* scratch) {
   locate_tile(a, item.sequence, keys_begin, tile_count(keys_begin), k_rows[0], v_rows[0]);
   for (int64_t begin = keys_begin, count; begin < keys_end; begin += count, now ^= 1) {
     count = tile_count(begin);
-    gather_tile(k_rows[now], k_shift, count, a.head_dim, a.head_dim, s.k);
-    gather_tile(v_rows[now], v_shift, count, a.head_dim_v, dv, s.v);
+    float scales[kTileKeys];
+    const auto scales_of = [&](const Scales& from) {
+      return load_scales(a, from, item.sequence, begin, count, item.kv_head, scales);
+    };
+    gather_tile(k_rows[now], k_shift, count, a.head_dim, a.head_dim, scales_of(a.k_scales), s.k);
+    gather_tile(v_rows[now], v_shift, count, a.head_dim_v, dv, scales_of(a.v_scales), s.v);
     const int64_t next_count = begin + count < keys_end ? tile_count(begin + count) : 0;
     locate_tile(a, item.sequence, begin + count, next_count, k_rows[now ^ 1], v_rows[now ^ 1]);
     int64_t ahead = 0;
@@ -276,5 +280,11 @@ void prefill(const Attention& a, const PrefillItem& item, void* scratch) {
       return prefill_typed<Half>(a, item, scratch);
     case DType::kBFloat16:
       return prefill_typed<BFloat>(a, item, scratch);
+    case DType::kFloat8E4M3:
+      return prefill_typed<E4M3>(a, item, scratch);
+    case DType::kFloat8E5M2:
+      return prefill_typed<E5M2>(a, item, scratch);
+    case DType::kInt8:
+      return prefill_typed<Int8>(a, item, scratch);
   }
 }

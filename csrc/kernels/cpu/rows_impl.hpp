@@ -52,6 +52,44 @@ KVXFER_INLINE void store(Half* p, Vf v) {
 #endif
 }
 
+// Floats as 8-bit floats of kMantissa bits: to nearest even, finite ones saturate, a NaN stays one.
+// `smallest` is the least normal value; adding `align` puts a subnormal's last bit at the float's.
+template <int kMantissa, int kBias>
+KVXFER_INLINE Vb narrow_to_8(Vf v, float largest, float smallest, float align, uint32_t nan) {
+  constexpr int kDrop = 23 - kMantissa;
+  const Vu bits = reinterpret_cast<Vu>(v);
+  const Vu sign = (bits >> 24) & 0x80u;
+  const Vf magnitude = reinterpret_cast<Vf>(bits & 0x7fffffffu);
+  const Vf bounded = magnitude > largest ? splat(largest) : magnitude;
+  const Vu from = reinterpret_cast<Vu>(bounded);
+  const Vu normal =
+      (from - (uint32_t{127 - kBias} << 23) + ((1u << (kDrop - 1)) - 1) + ((from >> kDrop) & 1u)) >>
+      kDrop;
+  const Vf aligned = bounded + align;
+  const Vu tiny = reinterpret_cast<Vu>(aligned) - reinterpret_cast<Vu>(splat(align));
+  const Vu is_tiny = reinterpret_cast<Vu>(bounded < smallest);
+  const Vu is_nan = reinterpret_cast<Vu>(v != v);
+  const Vu code = (is_tiny & tiny) | (~is_tiny & normal);
+  return __builtin_convertvector(sign | (is_nan & nan) | (~is_nan & code), Vb);
+}
+
+KVXFER_INLINE void store(E4M3* p, Vf v) {
+  *reinterpret_cast<VbLoose*>(p) = narrow_to_8<3, 7>(v, 448.0f, 0x1p-6f, 0x1p14f, 0x7fu);
+}
+
+KVXFER_INLINE void store(E5M2* p, Vf v) {
+  *reinterpret_cast<VbLoose*>(p) = narrow_to_8<2, 15>(v, 57344.0f, 0x1p-14f, 0x1p7f, 0x7fu);
+}
+
+KVXFER_INLINE void store(Int8* p, Vf v) {
+  const Vf low = splat(-128.0f), high = splat(127.0f);
+  Vf bounded = v > low ? v : low;  // a NaN becomes the lowest, as there is no code for it
+  bounded = bounded < high ? bounded : high;
+  const Vf magic = splat(0x1.8p23f);  // leaves the value, rounded to even, in the low bits
+  const Vi whole = reinterpret_cast<Vi>(bounded + magic) - reinterpret_cast<Vi>(magic);
+  *reinterpret_cast<VsLoose*>(p) = __builtin_convertvector(whole, Vs);
+}
+
 template <class T>
 KVXFER_INLINE void store_part(T* p, Vf v, int64_t n) {
   T whole[kLanes];
@@ -60,18 +98,16 @@ KVXFER_INLINE void store_part(T* p, Vf v, int64_t n) {
 }
 
 template <class S, class D>
-void convert_row(const S* src, D* dst, int64_t n, float divisor) {
+void convert_row(const S* src, D* dst, int64_t n, float multiplier, float divisor) {
   // A true division, as engines do it: a multiplication by the reciprocal rounds differently.
-  const bool scaled = divisor != 1.0f;
+  const bool divided = divisor != 1.0f, multiplied = multiplier != 1.0f;
+  const auto scale = [&](Vf v) {
+    if (multiplied) v *= multiplier;
+    return divided ? v / divisor : v;
+  };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vf v = load(src + i);
-    store(dst + i, scaled ? v / divisor : v);
-  }
-  if (i < n) {
-    const Vf v = load_part(src + i, n - i);
-    store_part(dst + i, scaled ? v / divisor : v, n - i);
-  }
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, scale(load(src + i)));
+  if (i < n) store_part(dst + i, scale(load_part(src + i, n - i)), n - i);
 }
 
 template <class Body>
@@ -83,6 +119,12 @@ KVXFER_INLINE void with_type(DType dtype, const void* p, Body body) {
       return body(static_cast<const Half*>(p));
     case DType::kBFloat16:
       return body(static_cast<const BFloat*>(p));
+    case DType::kFloat8E4M3:
+      return body(static_cast<const E4M3*>(p));
+    case DType::kFloat8E5M2:
+      return body(static_cast<const E5M2*>(p));
+    case DType::kInt8:
+      return body(static_cast<const Int8*>(p));
   }
 }
 
@@ -95,14 +137,36 @@ KVXFER_INLINE void with_type(DType dtype, void* p, Body body) {
       return body(static_cast<Half*>(p));
     case DType::kBFloat16:
       return body(static_cast<BFloat*>(p));
+    case DType::kFloat8E4M3:
+      return body(static_cast<E4M3*>(p));
+    case DType::kFloat8E5M2:
+      return body(static_cast<E5M2*>(p));
+    case DType::kInt8:
+      return body(static_cast<Int8*>(p));
   }
 }
 
 void convert(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n,
-             float divisor) {
+             float multiplier, float divisor) {
   with_type(src_dtype, src, [&](auto* s) {
-    with_type(dst_dtype, dst, [&](auto* d) { convert_row(s, d, n, divisor); });
+    with_type(dst_dtype, dst, [&](auto* d) { convert_row(s, d, n, multiplier, divisor); });
   });
+}
+
+float largest(const void* src, DType dtype, int64_t n) {
+  float result = 0;
+  with_type(dtype, src, [&](auto* s) {
+    Vf top{};
+    const auto take = [&](Vf v) {
+      const Vf magnitude = v < 0.0f ? -v : v;
+      top = magnitude > top ? magnitude : top;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) take(load(s + i));
+    if (i < n) take(load_part(s + i, n - i));
+    result = max_lanes(top);
+  });
+  return result;
 }
 
 KVXFER_INLINE const char* row_of(const Rows& rows, int64_t row, int64_t head) {
@@ -145,4 +209,40 @@ void merge(const Merge& m, int64_t row) {
       }
     });
   }
+}
+
+typedef uint64_t Vq __attribute__((vector_size(KVXFER_SIMD_BYTES)));
+typedef uint32_t VuLoose __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(4), may_alias));
+
+// The products of the lower and the upper words of each 64-bit lane.
+KVXFER_INLINE Vq multiply_pairs(Vu words) {
+  const Vq low = reinterpret_cast<Vq>(words), high = low >> 32;
+#if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
+  return reinterpret_cast<Vq>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(high)));
+#elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
+  return reinterpret_cast<Vq>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(high)));
+#else
+  return (low & 0xffffffffu) * high;
+#endif
+}
+
+uint64_t hash_row(const void* row, int64_t nbytes, const uint32_t* keys) {
+  const auto* bytes = static_cast<const unsigned char*>(row);
+  Vq sums{};
+  int64_t at = 0;
+  for (; at + KVXFER_SIMD_BYTES <= nbytes; at += KVXFER_SIMD_BYTES) {
+    Vu words;
+    __builtin_memcpy(&words, bytes + at, sizeof words);
+    sums += multiply_pairs(words + *reinterpret_cast<const VuLoose*>(keys + at / 4));
+  }
+  uint64_t total = 0;
+  for (int i = 0; i < KVXFER_SIMD_BYTES / 8; ++i) total += sums[i];
+  for (; at < nbytes; at += 8) {
+    uint32_t pair[2] = {};
+    __builtin_memcpy(pair, bytes + at, static_cast<uint64_t>(nbytes - at < 8 ? nbytes - at : 8));
+    total += static_cast<uint64_t>(pair[0] + keys[at / 4]) * (pair[1] + keys[at / 4 + 1]);
+  }
+  return total;
 }

@@ -14,14 +14,27 @@ typedef uint16_t Vh __attribute__((vector_size(KVXFER_SIMD_BYTES / 2)));
 typedef float V4 __attribute__((vector_size(16)));
 typedef float VfLoose __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(4), may_alias));
 typedef uint16_t VhLoose __attribute__((vector_size(KVXFER_SIMD_BYTES / 2), aligned(2), may_alias));
+typedef uint8_t Vb __attribute__((vector_size(KVXFER_SIMD_BYTES / 4)));
+typedef int8_t Vs __attribute__((vector_size(KVXFER_SIMD_BYTES / 4)));
+typedef uint8_t VbLoose __attribute__((vector_size(KVXFER_SIMD_BYTES / 4), aligned(1), may_alias));
+typedef int8_t VsLoose __attribute__((vector_size(KVXFER_SIMD_BYTES / 4), aligned(1), may_alias));
 typedef int32_t ViLoose __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(4), may_alias));
 
-// Element types of a cache; both 16-bit types are bare bits here.
+// Element types of a cache; all but float are bare bits here.
 struct Half {
   uint16_t bits;
 };
 struct BFloat {
   uint16_t bits;
+};
+struct E4M3 {
+  uint8_t bits;
+};
+struct E5M2 {
+  uint8_t bits;
+};
+struct Int8 {
+  int8_t bits;
 };
 
 #define KVXFER_INLINE inline __attribute__((always_inline))
@@ -37,19 +50,43 @@ KVXFER_INLINE Vf load(const BFloat* p) {
   return reinterpret_cast<Vf>(__builtin_convertvector(bits, Vu) << 16);
 }
 
-KVXFER_INLINE Vf load(const Half* p) {
+// The bits of halves, as floats.
+KVXFER_INLINE Vf widen(Vh bits) {
 #if defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 32
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
 #elif defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 64
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
 #else
   // Exponent and mantissa move up by 13 bits; times 2^112 sets the bias right, subnormals included.
-  const Vu wide = __builtin_convertvector(*reinterpret_cast<const VhLoose*>(p), Vu);
+  const Vu wide = __builtin_convertvector(bits, Vu);
   const Vu magnitude = (wide & 0x7fffu) << 13;
   const Vu value = reinterpret_cast<Vu>(reinterpret_cast<Vf>(magnitude) * 0x1p112f);
   const Vu special = reinterpret_cast<Vu>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
   return reinterpret_cast<Vf>(value | special | (wide & 0x8000u) << 16);
 #endif
+}
+
+KVXFER_INLINE Vf load(const Half* p) { return widen(*reinterpret_cast<const VhLoose*>(p)); }
+
+// e4m3 is a half short of 3 mantissa bits and 8 of exponent bias: exact for all codes, subnormals
+// too.
+KVXFER_INLINE Vf load(const E4M3* p) {
+  const Vh code = __builtin_convertvector(*reinterpret_cast<const VbLoose*>(p), Vh);
+  const Vf value = widen((code & 0x80) << 8 | (code & 0x7f) << 7) * 256.0f;
+  // The one code that is no number, per sign.
+  const Vu nan =
+      reinterpret_cast<Vu>((__builtin_convertvector(code, Vu) & 0x7fu) == 0x7fu) & 0x7fc00000u;
+  return reinterpret_cast<Vf>(reinterpret_cast<Vu>(value) | nan);
+}
+
+// e5m2 is the upper byte of a half.
+KVXFER_INLINE Vf load(const E5M2* p) {
+  return widen(__builtin_convertvector(*reinterpret_cast<const VbLoose*>(p), Vh) << 8);
+}
+
+KVXFER_INLINE Vf load(const Int8* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const VsLoose*>(p), Vi),
+                                 Vf);
 }
 
 // Like the instruction: when either is NaN the second operand is the result. Callers put the value

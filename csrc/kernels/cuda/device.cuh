@@ -41,6 +41,8 @@ void with_type(DType dtype, Body body) {
       return body(__half{});
     case DType::kBFloat16:
       return body(__nv_bfloat16{});
+    default:
+      fail(Code::kInvalidArgument, "dtype: expected float32, float16 or bfloat16");
   }
 }
 

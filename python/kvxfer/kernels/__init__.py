@@ -18,16 +18,20 @@ from kvxfer.kernels._dispatch import (
 from kvxfer.kernels.attention import merge_states, paged_decode, paged_prefill
 from kvxfer.kernels.bound import BoundCache
 from kvxfer.kernels.cache import append_kv, copy_blocks, pack_blocks, unpack_blocks
+from kvxfer.kernels.checksum import checksum_blocks
+from kvxfer.kernels.mla import mla_decode
 
 __all__ = [
     "BoundCache",
     "append_kv",
     "backend_reasons",
     "build_info",
+    "checksum_blocks",
     "copy_blocks",
     "explain",
     "get_num_threads",
     "merge_states",
+    "mla_decode",
     "pack_blocks",
     "paged_decode",
     "paged_prefill",

@@ -18,6 +18,8 @@ import numpy as np
 from kvxfer.errors import InvalidArgumentError
 
 __all__ = [
+    "CACHE_DTYPES",
+    "FLOAT8_DTYPES",
     "FLOAT_DTYPES",
     "Array",
     "Operands",
@@ -31,6 +33,8 @@ __all__ = [
 Array = Any  # numpy.ndarray or torch.Tensor; torch stays out of the type too
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+FLOAT8_DTYPES = ("float8_e4m3", "float8_e5m2")
+CACHE_DTYPES = (*FLOAT_DTYPES, *FLOAT8_DTYPES, "int8")
 
 # A NumPy uint16 is bfloat16, for which NumPy has no type of its own.
 _NUMPY_NAMES = {
@@ -39,7 +43,11 @@ _NUMPY_NAMES = {
     np.dtype(np.uint16): "bfloat16",
     np.dtype(np.int32): "int32",
     np.dtype(np.int64): "int64",
+    np.dtype(np.int8): "int8",
+    np.dtype(np.uint8): "uint8",
 }
+# Libraries add what their type leaves out: "fn" for finite.
+_SHORT_NAMES = {"float8_e4m3fn": "float8_e4m3"}
 
 
 # A decode step makes some ten calls of five arrays each, so what is asked of an array here is asked
@@ -62,24 +70,28 @@ def device_of(array: Array) -> str:
 def dtype_of(array: Array) -> str:
     """The dtype's name, ``"bfloat16"`` for a NumPy ``uint16``."""
     if isinstance(array, np.ndarray):
-        return _NUMPY_NAMES.get(array.dtype) or str(array.dtype.name)
+        name = _NUMPY_NAMES.get(array.dtype) or str(array.dtype.name)
+        return _SHORT_NAMES.get(name, name)
     known = _torch_names.get(array.dtype)
     if known is None:
-        known = _torch_names[array.dtype] = str(array.dtype).removeprefix("torch.")
+        name = str(array.dtype).removeprefix("torch.")
+        known = _torch_names[array.dtype] = _SHORT_NAMES.get(name, name)
     return known
 
 
 def as_numpy(array: Array) -> np.ndarray[Any, Any]:
-    """A NumPy view of host memory, no copy; bfloat16 becomes ``uint16``."""
+    """A NumPy view of host memory, no copy; bfloat16 becomes ``uint16``, float8 ``uint8``."""
     if isinstance(array, np.ndarray):
-        if array.dtype.name == "bfloat16":  # the ml_dtypes extension type
-            return array.view(np.uint16)
+        if array.dtype.name.startswith(("bfloat16", "float8")):
+            return array.view(np.uint16 if array.itemsize == 2 else np.uint8)  # ml_dtypes
         return array
     torch = sys.modules["torch"]
     if array.requires_grad:
         array = array.detach()
     if array.dtype is torch.bfloat16:
         array = array.view(torch.uint16)
+    elif array.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        array = array.view(torch.uint8)
     return array.numpy()  # type: ignore[no-any-return]
 
 
@@ -125,12 +137,14 @@ class Operands:
         dtypes: Sequence[str],
         *,
         dense: bool = False,
+        any_strides: bool = False,
     ) -> tuple[int, ...]:
         """Check one argument and return its shape.
 
         Args:
             shape: per axis the expected extent, or a word where any extent will do.
-            dense: expect a C-contiguous array; else only the last axis' elements need be adjacent.
+            dense: expect a C-contiguous array; else only the last axis' elements need be adjacent,
+                and with ``any_strides`` not even those.
         """
         view = self._place(name, array)
         given: tuple[int, ...] = tuple(view.shape)
@@ -147,7 +161,8 @@ class Operands:
             raise InvalidArgumentError(
                 f"{name}: expected dtype {' or '.join(dtypes)}, given {dtype}"
             )
-        _check_strides(name, view, given, dense)
+        if not any_strides:
+            _check_strides(name, view, given, dense)
         self.views[name], self.given[name], self.dtypes[name] = view, array, dtype
         return given
 
@@ -172,7 +187,7 @@ class Operands:
         """Exchange axes 1 and 2 of these arrays: a head-major cache seen as a token-major one."""
         for name in names:
             self.views[name] = self.views[name].swapaxes(1, 2)
-        self._swapped = names
+        self._swapped += names
 
     def source(self, numpy: bool) -> dict[str, Array]:
         """The arrays by name, as a backend wants them."""

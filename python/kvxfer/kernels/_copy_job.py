@@ -4,83 +4,23 @@
 
 A row is the channels of one (layer, part, head, token). The job is factored: a table of base addresses per
 (layer, part), strides per part, and segments (runs of tokens within one source and one destination block).
-A KVLayout is read by its fields alone; ``kernels`` does not import ``layout``.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError, LayoutError
-from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, as_numpy, device_of, is_torch, same_memory
+from kvxfer.kernels._arrays import CACHE_DTYPES, Array, same_memory
+from kvxfer.kernels._scales import ScalesLike, scale_factors
+from kvxfer.kernels._sides import ITEMSIZE, LayoutLike, Side, block_ids_of, locate_layers
 
-__all__ = ["CopyJob", "LayoutLike", "PartCopy", "Side", "make_job", "wire_side"]
-
-ITEMSIZE = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-    "uint8": 1,
-}
-
-
-class PartLike(Protocol):
-    """One part of a KVLayout; strides and bases in bytes, one base per held layer."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def stride_block(self) -> int: ...
-    @property
-    def stride_token(self) -> int: ...
-    @property
-    def stride_head(self) -> int: ...
-    @property
-    def bases(self) -> Sequence[int]: ...
-
-
-class LayoutLike(Protocol):
-    """What a copy reads of a KVLayout."""
-
-    @property
-    def layers(self) -> Sequence[int]: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def head_range(self) -> tuple[int, int]: ...
-    @property
-    def parts(self) -> Sequence[PartLike]: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def atom(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a copy: a layout over memory that is given as pieces of one linear offset space."""
-
-    layout: LayoutLike
-    pieces: tuple[Array, ...]  # uint8, one-dimensional, contiguous; laid end to end
-
-    @property
-    def device(self) -> str:
-        return device_of(self.pieces[0])
+__all__ = ["CopyJob", "PartCopy", "make_job", "wire_side"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +35,14 @@ class PartCopy:
     dst_strides: tuple[int, int, int]
     src_bases: tuple[tuple[int, int], ...]  # the copied heads' first one included in the offset
     dst_bases: tuple[tuple[int, int], ...]
+    # float32 [layers, heads, 2], where stored numbers change on the way: written = read * first / second.
+    factors: npt.NDArray[np.float32] | None = None
+
+    @property
+    def converts(self) -> tuple[str, ...]:
+        """The dtypes between which numbers are converted; none where bytes are copied."""
+        same = self.src_dtype == self.dst_dtype and self.factors is None
+        return () if same else (self.src_dtype, self.dst_dtype)
 
 
 @dataclass(frozen=True)
@@ -138,6 +86,10 @@ class _Wire:
     parts: tuple[_Part, ...]
     nbytes: int
     format: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    scales: ScalesLike | None
     atom: str = "element"
 
 
@@ -164,33 +116,11 @@ def wire_side(
         parts=tuple(parts),
         nbytes=per_layer * len(layers),
         format=layout.format,
+        dtype=layout.dtype,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        scales=layout.scales,
     )
-
-
-def make_side(name: str, layout: LayoutLike, memory: Array | Sequence[Array]) -> Side:
-    """Check and flatten the memory of one side."""
-    arrays = list(memory) if isinstance(memory, list | tuple) else [memory]
-    if not arrays:
-        raise InvalidArgumentError(f"{name}: expected at least one array, given none")
-    return Side(layout, tuple(_flat_bytes(name, array) for array in arrays))
-
-
-def _flat_bytes(name: str, array: Array) -> Array:
-    if is_torch(array):
-        if not array.is_contiguous():
-            raise InvalidArgumentError(f"{name}: expected a contiguous tensor, given strides")
-        torch = sys.modules["torch"]
-        flat = array.detach().reshape(-1).view(torch.uint8)
-        return as_numpy(flat) if device_of(array) == "cpu" else flat
-    if not isinstance(array, np.ndarray):
-        raise InvalidArgumentError(
-            f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
-        )
-    if not array.flags.c_contiguous:
-        raise InvalidArgumentError(
-            f"{name}: expected a C-contiguous array, given strides {list(array.strides)}"
-        )
-    return array.reshape(-1).view(np.uint8)
 
 
 def make_job(
@@ -219,7 +149,10 @@ def make_job(
     if a.format != b.format:
         raise LayoutError("format", f"source {a.format!r}, destination {b.format!r}")
     _check_atom(a, b)
-    src_ids, dst_ids = _block_ids("src_blocks", src_blocks), _block_ids("dst_blocks", dst_blocks)
+    src_ids, dst_ids = (
+        block_ids_of("src_blocks", src_blocks),
+        block_ids_of("dst_blocks", dst_blocks),
+    )
     held = min(src_origin + len(src_ids) * a.block_size, dst_origin + len(dst_ids) * b.block_size)
     end = held if num_tokens is None else int(num_tokens)
     if not 0 <= first_token <= end or end > held:
@@ -266,17 +199,6 @@ def _check_atom(a: LayoutLike, b: LayoutLike) -> None:
             "blocks of this format cannot be cut, so block_size and heads must be equal: source "
             f"{a.block_size}, {a.head_range}; destination {b.block_size}, {b.head_range}",
         )
-
-
-def _block_ids(name: str, ids: Any) -> npt.NDArray[np.int64]:
-    array = np.asarray(as_numpy(ids) if is_torch(ids) else ids)
-    if array.size == 0:
-        return np.zeros(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidArgumentError(
-            f"{name}: expected a list of block ids, given shape {list(array.shape)}, dtype {array.dtype}"
-        )
-    return array.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -362,11 +284,11 @@ def _parts(
                 "head_dim", f"part {part.name}: source {part.width}, destination {target.width}"
             )
         both = (part.dtype, target.dtype)
-        if part.dtype != target.dtype and not all(d in FLOAT_DTYPES for d in both):
+        if part.dtype != target.dtype and not all(d in CACHE_DTYPES for d in both):
             raise LayoutError(
                 "dtype",
                 f"part {part.name}: expected equal dtypes, or a conversion among "
-                f"{', '.join(FLOAT_DTYPES)}; source {part.dtype}, destination {target.dtype}",
+                f"{', '.join(CACHE_DTYPES)}; source {part.dtype}, destination {target.dtype}",
             )
         result.append(
             PartCopy(
@@ -376,37 +298,12 @@ def _parts(
                 dst_dtype=target.dtype,
                 src_strides=(part.stride_block, part.stride_token, part.stride_head),
                 dst_strides=(target.stride_block, target.stride_token, target.stride_head),
-                src_bases=_bases("src", src, part, layers, first_head, num_heads),
-                dst_bases=_bases("dst", dst, target, layers, first_head, num_heads),
+                src_bases=locate_layers("src", src, part, layers, first_head, num_heads),
+                dst_bases=locate_layers("dst", dst, target, layers, first_head, num_heads),
+                factors=scale_factors(a, b, part.name, layers, first_head, num_heads),
             )
         )
     return tuple(result)
-
-
-def _bases(
-    name: str, side: Side, part: PartLike, layers: list[int], first_head: int, num_heads: int
-) -> tuple[tuple[int, int], ...]:
-    """Per layer the piece that holds it and the offset there; all of the layer must lie in that piece."""
-    layout = side.layout
-    sizes = [int(piece.shape[0]) for piece in side.pieces]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    row = part.width * ITEMSIZE[part.dtype]
-    heads_here = layout.head_range[1] - layout.head_range[0]
-    reach = row + (layout.num_blocks - 1) * part.stride_block
-    reach += (layout.block_size - 1) * part.stride_token + (heads_here - 1) * part.stride_head
-    found = []
-    held = list(layout.layers)
-    for layer in layers:
-        base = int(part.bases[held.index(layer)])
-        piece = int(np.searchsorted(starts, base, side="right")) - 1
-        if piece >= len(sizes) or base + reach > starts[piece + 1]:
-            raise InvalidArgumentError(
-                f"{name}: layer {layer}, part {part.name} needs bytes [{base}, {base + reach}) in one piece, "
-                f"given pieces of {sizes} bytes"
-            )
-        shift = (first_head - layout.head_range[0]) * part.stride_head if num_heads else 0
-        found.append((piece, base - int(starts[piece]) + shift))
-    return tuple(found)
 
 
 def _check_overlap(src: Side, dst: Side, segments: npt.NDArray[np.int64]) -> None:

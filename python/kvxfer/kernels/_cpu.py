@@ -10,16 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from kvxfer import _kernels_cpu
-from kvxfer._kernels_cpu import append_kv, merge_states, paged_prefill, set_num_threads
-from kvxfer.kernels._copy_job import ITEMSIZE, CopyJob
+from kvxfer._kernels_cpu import merge_states, set_num_threads
+from kvxfer.kernels._arrays import CACHE_DTYPES
+from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys
+from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._sides import ITEMSIZE
 
 __all__ = [
+    "CACHE_DTYPES",
     "append_kv",
     "build_info",
+    "checksum_blocks",
     "copy_blocks",
     "describe",
     "get_num_threads",
     "merge_states",
+    "mla_decode",
     "paged_decode",
     "paged_prefill",
     "set_num_threads",
@@ -27,10 +33,12 @@ __all__ = [
 ]
 
 TAKES_NUMPY = True
+SCALES = True
 
 NpArray = npt.NDArray[Any]
 
-_DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2}
+# DType of csrc/kernels/dtype.hpp.
+_DTYPE_TAG = {name: tag for tag, name in enumerate(CACHE_DTYPES)}
 
 get_num_threads = _kernels_cpu.get_num_threads
 build_info = _kernels_cpu.build_info
@@ -45,8 +53,76 @@ def describe() -> str:
     return f"C++, {info['isa']}, {get_num_threads()} threads"
 
 
+def append_kv(*arrays: Any, **options: Any) -> None:
+    _kernels_cpu.append_kv(*arrays, **_native(options))
+
+
 def paged_decode(*arrays: Any, split_size: int | None, **options: Any) -> None:
-    _kernels_cpu.paged_decode(*arrays, split_size=split_size or 0, **options)
+    _kernels_cpu.paged_decode(*arrays, split_size=split_size or 0, **_native(options))
+
+
+def paged_prefill(*arrays: Any, **options: Any) -> None:
+    _kernels_cpu.paged_prefill(*arrays, **_native(options))
+
+
+def mla_decode(
+    q_latent: NpArray,
+    q_rope: NpArray,
+    latent_cache: NpArray,
+    block_table: NpArray,
+    seq_lens: NpArray,
+    out: NpArray,
+    lse: npt.NDArray[np.float32] | None,
+    *,
+    sm_scale: float,
+    kv_scale: float,
+    split_size: int | None,
+    cache_dtype: str,
+) -> None:
+    """All heads over one KV head whose value is the front of its key."""
+    rows = latent_cache[:, :, None, :]
+    paged_decode(
+        np.concatenate([q_latent, q_rope], axis=2),
+        rows,
+        rows[..., : q_latent.shape[2]],
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        sm_scale=sm_scale * kv_scale,
+        v_scale=kv_scale,
+        window_left=-1,
+        logits_soft_cap=0.0,
+        sinks=None,
+        split_size=split_size,
+        cache_dtype=cache_dtype,
+    )
+
+
+def _native(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the extension module spells them: a float8 cache arrives there as mere bytes."""
+    bytes_are = _DTYPE_TAG[options.pop("cache_dtype")]
+    return {"k_scale_cache": None, "v_scale_cache": None, "bytes_are": bytes_are, **options}
+
+
+def checksum_blocks(job: ChecksumJob) -> npt.NDArray[np.uint64]:
+    pieces = [piece.ctypes.data for piece in job.pieces]
+    sums = np.zeros(len(job.layers), np.uint64)
+    for part in job.parts:
+        _kernels_cpu.checksum_rows(
+            np.array([pieces[piece] + offset for piece, offset in part.bases], np.int64),
+            np.array(job.layers, np.int64),
+            job.block_ids,
+            hash_keys(),
+            sums,
+            part_id=part.part_id,
+            row_bytes=part.row_bytes,
+            strides=part.strides,
+            extent=(job.num_blocks, job.block_size),
+            tokens=(job.first_token, job.num_tokens),
+            heads=(job.first_head, job.num_heads),
+        )
+    return sums
 
 
 def copy_blocks(job: CopyJob) -> None:
@@ -61,7 +137,7 @@ def copy_blocks(job: CopyJob) -> None:
             ],
             np.int64,
         )
-        same = part.src_dtype == part.dst_dtype
+        same = not part.converts
         _kernels_cpu.copy_rows(
             bases,
             job.segments,
@@ -74,4 +150,5 @@ def copy_blocks(job: CopyJob) -> None:
             dst_extent=job.dst_extent,
             src_dtype=0 if same else _DTYPE_TAG[part.src_dtype],
             dst_dtype=0 if same else _DTYPE_TAG[part.dst_dtype],
+            factors=part.factors,
         )

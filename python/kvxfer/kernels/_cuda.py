@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from kvxfer.kernels._arrays import Array, dtype_of
-from kvxfer.kernels._copy_job import ITEMSIZE, CopyJob
+from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._sides import ITEMSIZE
 
 try:
     from kvxfer import _kernels_cuda

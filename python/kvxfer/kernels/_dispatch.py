@@ -7,8 +7,11 @@ why it cannot run that op on that device here, or None, and ``TAKES_NUMPY``. The
 normalised everything before a backend is called:
 
 - caches are views ``[block, token, head, channel]`` with any strides, last axis contiguous (an HND cache
-  is the same view with other strides); where ``TAKES_NUMPY`` all arrays are NumPy views (bfloat16 as ``uint16``:
-  ``reference``, ``cpu``), else what the caller gave, torch tensors as a rule (``triton``, ``cuda``);
+  is the same view with other strides), of a dtype in the module's ``CACHE_DTYPES``; where ``TAKES_NUMPY`` all
+  arrays are NumPy views (bfloat16 as ``uint16``, float8 as ``uint8``: ``reference``, ``cpu``) and ``cache_dtype``
+  is passed by name, else what the caller gave, torch tensors as a rule (``triton``, ``cuda``);
+- scale caches, ``[block, token, head]`` float32, are passed only to a module that says ``SCALES``, and only
+  when there are any;
 - outputs are allocated; ``lse`` is a float32 array or None; ``k_scale`` is folded into ``sm_scale``.
 
     append_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale, v_scale)
@@ -16,8 +19,11 @@ normalised everything before a backend is called:
                  sm_scale, v_scale, window_left, logits_soft_cap, sinks, split_size)
     paged_prefill(q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens, out, lse, *,
                   causal, sm_scale, v_scale, window_left, logits_soft_cap, sinks)
+    mla_decode(q_latent, q_rope, latent_cache [block, token, channel], block_table, seq_lens, out, lse, *,
+               sm_scale, kv_scale, split_size)
     merge_states(v_a, lse_a, v_b, lse_b, out, lse)
     copy_blocks(job: kvxfer.kernels._copy_job.CopyJob)
+    checksum_blocks(job: kvxfer.kernels._checksum_job.ChecksumJob) -> uint64 [layers], NumPy
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ from types import ModuleType
 from typing import Any
 
 from kvxfer.errors import InvalidArgumentError, UnavailableError
-from kvxfer.kernels._arrays import Array, device_of
+from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, device_of
 
 __all__ = [
     "BACKENDS",
@@ -44,7 +50,15 @@ __all__ = [
     "takes_numpy",
 ]
 
-OPS = ("append_kv", "paged_decode", "paged_prefill", "merge_states", "copy_blocks")
+OPS = (
+    "append_kv",
+    "paged_decode",
+    "paged_prefill",
+    "merge_states",
+    "copy_blocks",
+    "checksum_blocks",
+    "mla_decode",
+)
 
 # In the order in which "auto" prefers them.
 BACKENDS = {
@@ -71,25 +85,40 @@ def _load(backend: str) -> ModuleType | str:
         return f"{name} cannot be imported: {error}"
 
 
-def _why_not(backend: str, op: str, device: str) -> str | None:
+def _why_not(
+    backend: str, op: str, device: str, cache_dtype: str | None = None, scaled: bool = False
+) -> str | None:
     module = _load(backend)
     if isinstance(module, str):
         return module
     if not hasattr(module, op):
         return f"the {backend} backend has no {op}"
+    if cache_dtype is not None:
+        known: tuple[str, ...] = getattr(module, "CACHE_DTYPES", FLOAT_DTYPES)
+        if cache_dtype not in known:
+            return f"its caches are {', '.join(known)}, not {cache_dtype}"
+    if scaled and not getattr(module, "SCALES", False):
+        return f"its {op} knows no scales but k_scale and v_scale"
     reason: str | None = module.unavailable(op, device)
     return reason
 
 
-def _auto_why_not(backend: str, op: str, device: str) -> str | None:
+def _auto_why_not(
+    backend: str, op: str, device: str, cache_dtype: str | None = None, scaled: bool = False
+) -> str | None:
     if backend == "triton" and device == "cpu":
         return "on CPU arrays Triton means its interpreter, which auto never takes"
-    return _why_not(backend, op, device)
+    return _why_not(backend, op, device, cache_dtype, scaled)
 
 
-def choose(op: str, device: str, backend: str) -> ModuleType:
+def choose(
+    op: str, device: str, backend: str, *, cache_dtype: str | None = None, scaled: bool = False
+) -> ModuleType:
     """The module that runs ``op`` for arrays on ``device``.
 
+    Args:
+        cache_dtype: that the call's cache has; a module says its own in ``CACHE_DTYPES``.
+        scaled: the call has scales in memory, or converts between fixed ones; a module says ``SCALES``.
     Raises:
         InvalidArgumentError: no such backend.
         UnavailableError: it cannot run here; carries the reason.
@@ -98,7 +127,7 @@ def choose(op: str, device: str, backend: str) -> ModuleType:
         if backend not in BACKENDS:
             names = ", ".join(["auto", *BACKENDS])
             raise InvalidArgumentError(f"backend: expected one of {names}, given {backend!r}")
-        reason = _why_not(backend, op, device)
+        reason = _why_not(backend, op, device, cache_dtype, scaled)
         if reason is not None:
             raise UnavailableError(
                 f"{op}: backend {backend!r} is unavailable: {reason}", reason=reason
@@ -106,7 +135,7 @@ def choose(op: str, device: str, backend: str) -> ModuleType:
         return _loaded(backend)
     reasons: dict[str, str] = {}
     for name in BACKENDS:
-        reason = _auto_why_not(name, op, device)
+        reason = _auto_why_not(name, op, device, cache_dtype, scaled)
         if reason is None:
             if name == "reference":
                 _say_slow(op, reasons["cpu"])

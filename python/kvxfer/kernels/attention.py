@@ -8,7 +8,14 @@ import math
 from typing import Any
 
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, same_memory
+from kvxfer.kernels._arrays import (
+    CACHE_DTYPES,
+    FLOAT8_DTYPES,
+    FLOAT_DTYPES,
+    Array,
+    Operands,
+    same_memory,
+)
 from kvxfer.kernels._dispatch import choose, takes_numpy
 
 __all__ = ["merge_states", "paged_decode", "paged_prefill"]
@@ -28,6 +35,9 @@ def paged_decode(
     sinks: Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    k_scale_cache: Array | None = None,
+    v_scale_cache: Array | None = None,
+    kv_dtype: str | None = None,
     out: Array | None = None,
     return_lse: bool = False,
     split_size: int | None = None,
@@ -38,7 +48,7 @@ def paged_decode(
     Args:
         q: ``[batch, num_q_heads, head_dim]``, float32, float16 or bfloat16. Any strides, channels adjacent.
         k_cache: axes by ``kv_layout``, any strides, channels adjacent (so a fused or head-major cache is
-            passed as a view); float32, float16 or bfloat16, not necessarily that of ``q``.
+            passed as a view); float32, float16, bfloat16, float8 or int8, not necessarily that of ``q``.
         v_cache: as ``k_cache``; its last axis may differ, and is then that of the output.
         block_table: ``[batch, max_blocks]`` int32, -1 past the end and in front of the window.
         seq_lens: ``[batch]`` int32, in tokens, the new one included. A 0 gives zeros and an LSE of -inf
@@ -51,6 +61,9 @@ def paged_decode(
         sinks: ``[num_q_heads]`` float32, a logit per head that takes weight and has no value. It is part
             of the LSE, so that merging with further states stays exact.
         k_scale, v_scale: value = stored * scale, per tensor.
+        k_scale_cache, v_scale_cache: float32 scales in memory, one per token and head, axes of the cache less the
+            channels, any strides: value = stored * scale_cache * scale. Both or none.
+        kv_dtype: of caches that are NumPy ``uint8``: ``"float8_e4m3"`` or ``"float8_e5m2"``; never guessed.
         out: ``[batch, num_q_heads, head_dim_v]``, dtype of ``q``, overwritten; allocated when None.
         split_size: tokens per partial sum of the long axis; None: the backend's fixed length. Results do
             not depend on the batch's composition or on the number of threads.
@@ -64,7 +77,8 @@ def paged_decode(
     """
     call = Operands()
     batch, _, head_dim = call.add("q", q, ("batch", "num_q_heads", "head_dim"), FLOAT_DTYPES)
-    add_caches(call, k_cache, v_cache, kv_layout, head_dim)
+    add_caches(call, k_cache, v_cache, kv_layout, head_dim, kv_dtype)
+    add_scale_caches(call, k_scale_cache, v_scale_cache, kv_layout)
     call.add("block_table", block_table, (batch, "max_blocks"), ("int32",))
     call.add("seq_lens", seq_lens, (batch,), ("int32",))
     if split_size is not None and split_size <= 0:
@@ -91,6 +105,9 @@ def paged_prefill(
     sinks: Array | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    k_scale_cache: Array | None = None,
+    v_scale_cache: Array | None = None,
+    kv_dtype: str | None = None,
     out: Array | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -107,8 +124,8 @@ def paged_prefill(
         seq_lens: ``[batch]`` int32, tokens of context, the new ones included.
         causal: a row sees keys up to its own position; False: all of the context.
         out: ``[num_tokens, num_q_heads, head_dim_v]``.
-        k_cache, v_cache, block_table, sm_scale, kv_layout, window_left, logits_soft_cap, sinks, k_scale,
-            v_scale: as in :func:`paged_decode`.
+        k_cache, v_cache, block_table, sm_scale, kv_layout, window_left, logits_soft_cap, sinks, k_scale, v_scale,
+            k_scale_cache, v_scale_cache, kv_dtype: as in :func:`paged_decode`.
     Returns:
         ``out``, or ``(out, lse)``; LSE float32 ``[num_tokens, num_q_heads]``, natural logarithm.
     Raises:
@@ -119,7 +136,8 @@ def paged_prefill(
     num_tokens, _, head_dim = call.add(
         "q", q, ("num_tokens", "num_q_heads", "head_dim"), FLOAT_DTYPES
     )
-    add_caches(call, k_cache, v_cache, kv_layout, head_dim)
+    add_caches(call, k_cache, v_cache, kv_layout, head_dim, kv_dtype)
+    add_scale_caches(call, k_scale_cache, v_scale_cache, kv_layout)
     (batch,) = call.add("seq_lens", seq_lens, ("batch",), ("int32",))
     call.add("block_table", block_table, (batch, "max_blocks"), ("int32",))
     call.add("cu_seqlens_q", cu_seqlens_q, (batch + 1,), ("int32",))
@@ -159,15 +177,22 @@ def merge_states(
 
 
 def add_caches(
-    call: Operands, k_cache: Array, v_cache: Array, kv_layout: str, head_dim: int | str
+    call: Operands,
+    k_cache: Array,
+    v_cache: Array,
+    kv_layout: str,
+    head_dim: int | str,
+    kv_dtype: str | None,
 ) -> None:
     """Check both caches; from here on they are views ``[block, token, head, channel]``."""
     if kv_layout not in ("NHD", "HND"):
         raise InvalidArgumentError(f"kv_layout: expected 'NHD' or 'HND', given {kv_layout!r}")
     nhd = kv_layout == "NHD"
     inner = ("block_size", "num_kv_heads") if nhd else ("num_kv_heads", "block_size")
-    shape = call.add("k_cache", k_cache, ("num_blocks", *inner, head_dim), FLOAT_DTYPES)
+    dtypes = (*CACHE_DTYPES, "uint8")  # the last is settled below
+    shape = call.add("k_cache", k_cache, ("num_blocks", *inner, head_dim), dtypes)
     call.add("v_cache", v_cache, (*shape[:3], "head_dim_v"), (call.dtypes["k_cache"],))
+    name_bytes(call, kv_dtype, "k_cache", "v_cache")
     block_size = shape[1] if nhd else shape[2]
     if not 1 <= block_size <= 256:
         raise InvalidArgumentError(
@@ -176,6 +201,40 @@ def add_caches(
         )
     if not nhd:
         call.swap_middle("k_cache", "v_cache")
+
+
+def name_bytes(call: Operands, kv_dtype: str | None, *names: str) -> None:
+    """Settle which float8 the caches are, where their own dtype does not say it."""
+    given = call.dtypes[names[0]]
+    if given != "uint8":
+        if kv_dtype not in (None, given):
+            raise InvalidArgumentError(
+                f"kv_dtype: expected {given!r} or None, since {names[0]} is {given}, given {kv_dtype!r}"
+            )
+        return
+    if kv_dtype not in FLOAT8_DTYPES:
+        raise InvalidArgumentError(
+            f"kv_dtype: expected {' or '.join(map(repr, FLOAT8_DTYPES))} for a uint8 cache, given {kv_dtype!r}"
+        )
+    for name in names:
+        call.dtypes[name] = kv_dtype
+
+
+def add_scale_caches(
+    call: Operands, k_scale_cache: Array | None, v_scale_cache: Array | None, kv_layout: str
+) -> None:
+    """Check both or none; they become views ``[block, token, head]``."""
+    if k_scale_cache is None and v_scale_cache is None:
+        return
+    if k_scale_cache is None or v_scale_cache is None:
+        missing = "k_scale_cache" if k_scale_cache is None else "v_scale_cache"
+        raise InvalidArgumentError(f"{missing}: expected scales for both K and V, or for none")
+    blocks, tokens, heads = call.views["k_cache"].shape[:3]  # swapped by now
+    shape = (blocks, tokens, heads) if kv_layout == "NHD" else (blocks, heads, tokens)
+    call.add("k_scale_cache", k_scale_cache, shape, ("float32",), any_strides=True)
+    call.add("v_scale_cache", v_scale_cache, shape, ("float32",), any_strides=True)
+    if kv_layout == "HND":
+        call.swap_middle("k_scale_cache", "v_scale_cache")
 
 
 def _check_rows(cu_seqlens_q: Any, seq_lens: Any, num_tokens: int) -> None:
@@ -252,7 +311,13 @@ def _attend(
                 raise InvalidArgumentError(f"out: expected memory of its own, given some of {name}")
         if not getattr(views["out"], "flags", _WRITABLE).writeable:
             raise InvalidArgumentError("out: expected a writable array, given a read-only one")
-    module = choose(op, call.device, backend)
+    module = choose(
+        op,
+        call.device,
+        backend,
+        cache_dtype=call.dtypes["k_cache"],
+        scaled="k_scale_cache" in views,
+    )
     if out is None:
         call.given["out"], views["out"] = call.allocate(shape, call.dtypes["q"])
     lse = lse_view = None
@@ -260,6 +325,11 @@ def _attend(
         lse, lse_view = call.allocate(shape[:2], "float32")
     numpy = takes_numpy(module)
     source = call.source(numpy)
+    for name in ("k_scale_cache", "v_scale_cache"):
+        if name in source:
+            options[name] = source[name]
+    if numpy:
+        options["cache_dtype"] = call.dtypes["k_cache"]
     getattr(module, op)(
         *[source[name] for name in arrays],
         source["out"],

@@ -31,7 +31,7 @@ class BoundCache:
 
     def __init__(self, k_cache: Array, v_cache: Array) -> None:
         call = Operands()
-        add_caches(call, k_cache, v_cache, "NHD", "head_dim")
+        add_caches(call, k_cache, v_cache, "NHD", "head_dim", None)
         self.k_cache, self.v_cache = k_cache, v_cache
         _, _, self._num_kv_heads, self._head_dim = k_cache.shape
         self._short = (
@@ -64,7 +64,8 @@ class BoundCache:
             and slot_mapping.shape == key.shape[:1]
         ):
             self._module.append_kv(
-                key.numpy(), value.numpy(), self._k, self._v, slot_mapping.numpy(), k_scale=1.0, v_scale=1.0
+                key.numpy(), value.numpy(), self._k, self._v, slot_mapping.numpy(),
+                k_scale=1.0, v_scale=1.0, cache_dtype="float32",
             )  # fmt: skip
         else:
             append_kv(key, value, self.k_cache, self.v_cache, slot_mapping)
@@ -95,7 +96,7 @@ class BoundCache:
         self._module.paged_decode(
             q.numpy(), self._k, self._v, block_table.numpy(), seq_lens.numpy(), out.numpy(), None,
             sm_scale=sm_scale, v_scale=1.0, window_left=window_left, logits_soft_cap=0.0, sinks=None,
-            split_size=None,
+            split_size=None, cache_dtype="float32",
         )  # fmt: skip
         return out
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, is_torch
-from kvxfer.kernels._copy_job import LayoutLike, Side, make_job, make_side, wire_side
+from kvxfer.kernels._copy_job import make_job, wire_side
 from kvxfer.kernels._dispatch import choose, takes_numpy
-from kvxfer.kernels.attention import add_caches
+from kvxfer.kernels._sides import LayoutLike, Side, make_side
+from kvxfer.kernels.attention import add_caches, add_scale_caches
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the block list of a packed buffer, which starts at first_token
 
@@ -32,9 +33,14 @@ def append_kv(
     kv_layout: str = "NHD",
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    k_scale_cache: Array | None = None,
+    v_scale_cache: Array | None = None,
+    kv_dtype: str | None = None,
     backend: str = "auto",
 ) -> None:
-    """Write new keys and values into their slots, converting to the cache's dtype (round to nearest even).
+    """Write new keys and values into their slots, converting to the cache's dtype: to the nearest, ties to even.
+
+    Numbers past the range of an 8-bit dtype become its largest (float8 e4m3: 448, e5m2: 57344; int8: -128, 127).
 
     Args:
         key: ``[num_tokens, num_kv_heads, head_dim]``, float32, float16 or bfloat16, channels adjacent.
@@ -43,6 +49,10 @@ def append_kv(
         slot_mapping: ``[num_tokens]`` int64, ``block_id * block_size + offset``; -1 skips the token.
             Two tokens with one slot: which of them stays is undefined.
         k_scale, v_scale: stored = value / scale, per tensor.
+        k_scale_cache, v_scale_cache: written for each new token and head, float32, axes of the cache less the
+            channels: its largest magnitude over the largest of the cache's dtype (1 where all are 0), by which it
+            is divided. Both or none; only with float8 and int8 caches, and k_scale and v_scale stay 1.
+        kv_dtype: of caches that are NumPy ``uint8``: ``"float8_e4m3"`` or ``"float8_e5m2"``; never guessed.
     Raises:
         InvalidArgumentError: a shape, dtype, stride or device disagrees, or on the host a slot is out of range;
             the message names it, the expected and the given value. The cache is untouched then.
@@ -53,7 +63,8 @@ def append_kv(
     num_tokens, num_kv_heads, head_dim = call.add(
         "key", key, ("num_tokens", "num_kv_heads", "head_dim"), FLOAT_DTYPES
     )
-    add_caches(call, k_cache, v_cache, kv_layout, head_dim)
+    add_caches(call, k_cache, v_cache, kv_layout, head_dim, kv_dtype)
+    add_scale_caches(call, k_scale_cache, v_scale_cache, kv_layout)
     heads_here, head_dim_v = call.views["k_cache"].shape[2], call.views["v_cache"].shape[3]
     if heads_here != num_kv_heads:
         raise InvalidArgumentError(
@@ -65,15 +76,28 @@ def append_kv(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not (scale > 0 and math.isfinite(scale)):
             raise InvalidArgumentError(f"{name}: expected a finite value > 0, given {scale}")
-    for name in ("k_cache", "v_cache"):
+    scaled = k_scale_cache is not None
+    cache_dtype = call.dtypes["k_cache"]
+    if scaled and (cache_dtype in FLOAT_DTYPES or (k_scale, v_scale) != (1.0, 1.0)):
+        raise InvalidArgumentError(
+            "k_scale_cache: expected an 8-bit cache and k_scale and v_scale of 1, "
+            f"given {cache_dtype}, {k_scale} and {v_scale}"
+        )
+    written = ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache")
+    for name in written[: 4 if scaled else 2]:
         view = call.views[name]
         if isinstance(view, np.ndarray) and not view.flags.writeable:
             raise InvalidArgumentError(f"{name}: expected a writable array, given a read-only one")
-    module = choose("append_kv", call.device, backend)
-    source = call.source(takes_numpy(module))
+    module = choose("append_kv", call.device, backend, cache_dtype=cache_dtype, scaled=scaled)
+    numpy = takes_numpy(module)
+    source = call.source(numpy)
     names = ("key", "value", "k_cache", "v_cache", "slot_mapping")
     arrays = [source[name] for name in names]
-    module.append_kv(*arrays, k_scale=float(k_scale), v_scale=float(v_scale))
+    options: dict[str, Any] = {"k_scale": float(k_scale), "v_scale": float(v_scale)}
+    options |= {name: source[name] for name in written[2:] if scaled}
+    if numpy:
+        options["cache_dtype"] = cache_dtype
+    module.append_kv(*arrays, **options)
 
 
 def copy_blocks(
@@ -100,6 +124,8 @@ def copy_blocks(
             its tokens.
         num_tokens, first_token: tokens ``[first_token, num_tokens)`` are copied; None: all that both hold.
         layers: global layer ids; None: those that both hold.
+        src_layout.scales, dst_layout.scales: where both are fixed (or none) and differ, written = read * its scale
+            over the other's; scales in memory move with the data, between equal dtypes only.
         max_ctas: on a GPU, the most thread blocks to use (0: no limit). Of no effect on the host.
     Raises:
         LayoutError: the layouts cannot be mapped; names the field.
@@ -193,7 +219,13 @@ def _run(
         dst_origin=first_token if dst_blocks is _ONE_BLOCK else 0,
         max_ctas=max_ctas,
     )
-    module = choose("copy_blocks", src.device, backend)
+    module = choose(
+        "copy_blocks",
+        src.device,
+        backend,
+        cache_dtype=next((d for p in job.parts for d in p.converts if d not in FLOAT_DTYPES), None),
+        scaled=any(part.factors is not None for part in job.parts),
+    )
     for piece in dst.pieces:
         if isinstance(piece, np.ndarray) and not piece.flags.writeable:
             raise InvalidArgumentError("dst: expected writable memory, given a read-only array")

@@ -13,18 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels._copy_job import ITEMSIZE, CopyJob, PartCopy
+from kvxfer.kernels._arrays import CACHE_DTYPES
+from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys, splitmix64
+from kvxfer.kernels._copy_job import CopyJob, PartCopy
+from kvxfer.kernels._sides import ITEMSIZE
+from kvxfer.kernels._float8 import LARGEST, float8_values, to_float8
 
 __all__ = [
+    "CACHE_DTYPES",
     "append_kv",
+    "checksum_blocks",
     "copy_blocks",
     "merge_states",
+    "mla_decode",
     "paged_decode",
     "paged_prefill",
     "unavailable",
 ]
 
 TAKES_NUMPY = True
+SCALES = True
 
 F32 = npt.NDArray[np.float32]
 NpArray = npt.NDArray[Any]
@@ -38,15 +46,23 @@ def describe() -> str:
     return "NumPy, float32"
 
 
-def to_float32(array: NpArray) -> F32:
-    """Widen exactly; ``uint16`` is bfloat16, the upper half of a float32."""
+def to_float32(array: NpArray, dtype: str = "") -> F32:
+    """Widen exactly; ``uint16`` is bfloat16, the upper half of a float32, ``uint8`` what ``dtype`` says."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
+    if array.dtype == np.uint8:
+        return float8_values(dtype)[array]
     return array.astype(np.float32)
 
 
-def from_float32(values: F32, dtype: np.dtype[Any]) -> NpArray:
-    """Narrow, rounding to nearest even; a NaN stays one."""
+def from_float32(values: F32, dtype: np.dtype[Any], name: str = "") -> NpArray:
+    """Narrow, rounding to nearest even; a NaN stays one, and 8-bit types saturate (int8: a NaN gives the lowest)."""
+    if dtype == np.uint8:
+        return to_float8(values, name)
+    if dtype == np.int8:
+        whole = np.rint(np.clip(np.where(np.isnan(values), -128, values), -128, 127))
+        codes: NpArray = whole.astype(np.int8)
+        return codes
     if dtype != np.uint16:
         with np.errstate(over="ignore"):  # float16 overflows to infinity, as in every other backend
             return values.astype(dtype)
@@ -66,6 +82,9 @@ def append_kv(
     *,
     k_scale: float,
     v_scale: float,
+    cache_dtype: str,
+    k_scale_cache: NpArray | None = None,
+    v_scale_cache: NpArray | None = None,
 ) -> None:
     num_blocks, block_size = k_cache.shape[:2]
     wrong = (slot_mapping < -1) | (slot_mapping >= num_blocks * block_size)
@@ -77,12 +96,22 @@ def append_kv(
         )
     tokens = np.flatnonzero(slot_mapping >= 0)
     blocks, slots = np.divmod(slot_mapping[tokens], block_size)
-    for rows, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
-        if scale == 1.0 and rows.dtype == cache.dtype:
+    for rows, cache, scale, scale_cache in (
+        (key, k_cache, k_scale, k_scale_cache),
+        (value, v_cache, v_scale, v_scale_cache),
+    ):
+        if scale_cache is None and scale == 1.0 and rows.dtype == cache.dtype:
             cache[blocks, slots] = rows[tokens]
-        else:
-            scaled = to_float32(rows[tokens]) / np.float32(scale)
-            cache[blocks, slots] = from_float32(scaled, cache.dtype)
+            continue
+        wide = to_float32(rows[tokens])
+        divisor: Any = np.float32(scale)
+        if scale_cache is not None:
+            top = np.fmax.reduce(np.abs(wide), axis=2, initial=np.float32(0))  # a NaN counts as 0
+            divisor = np.where(top > 0, top / np.float32(LARGEST[cache_dtype]), np.float32(1))
+            scale_cache[blocks, slots] = divisor
+            divisor = divisor[:, :, None]
+        with np.errstate(invalid="ignore"):  # a row with an infinity: its scale is infinite too
+            cache[blocks, slots] = from_float32(wide / divisor, cache.dtype, cache_dtype)
 
 
 def paged_decode(
@@ -136,6 +165,9 @@ def paged_prefill(
     window_left: int,
     logits_soft_cap: float,
     sinks: F32 | None,
+    cache_dtype: str,
+    k_scale_cache: F32 | None = None,
+    v_scale_cache: F32 | None = None,
 ) -> None:
     group = q.shape[1] // k_cache.shape[2]
     for sequence, length in enumerate(int(n) for n in seq_lens):
@@ -145,8 +177,8 @@ def paged_prefill(
         positions = np.arange(length - (end - first), length)
         low = 0 if window_left < 0 else max(0, int(positions[0]) - window_left)
         keys = np.arange(low, length)
-        k = _gather(k_cache, block_table, sequence, keys)
-        v = _gather(v_cache, block_table, sequence, keys)
+        k = _gather(k_cache, k_scale_cache, cache_dtype, block_table, sequence, keys)
+        v = _gather(v_cache, v_scale_cache, cache_dtype, block_table, sequence, keys)
         seen = np.ones((len(positions), len(keys)), bool)
         if causal:
             seen &= keys[None, :] <= positions[:, None]
@@ -165,6 +197,40 @@ def paged_prefill(
                 lse[first:end, head] = head_lse
 
 
+def mla_decode(
+    q_latent: NpArray,
+    q_rope: NpArray,
+    latent_cache: NpArray,
+    block_table: NpArray,
+    seq_lens: NpArray,
+    out: NpArray,
+    lse: F32 | None,
+    *,
+    sm_scale: float,
+    kv_scale: float,
+    split_size: int | None,
+    cache_dtype: str,
+) -> None:
+    """All heads over one KV head whose value is the front of its key."""
+    rows = latent_cache[:, :, None, :]
+    paged_decode(
+        np.concatenate([q_latent, q_rope], axis=2),
+        rows,
+        rows[..., : q_latent.shape[2]],
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        sm_scale=sm_scale * kv_scale,
+        v_scale=kv_scale,
+        window_left=-1,
+        logits_soft_cap=0.0,
+        sinks=None,
+        split_size=split_size,
+        cache_dtype=cache_dtype,
+    )
+
+
 def _softmax(logits: F32, sink: np.float32 | None) -> tuple[F32, F32]:
     """Weights and LSE per row. The sink takes weight; a row that sees nothing gives zeros, not NaN."""
     highest = logits.max(axis=1, initial=-np.inf)
@@ -181,7 +247,14 @@ def _softmax(logits: F32, sink: np.float32 | None) -> tuple[F32, F32]:
     return weights / safe[:, None], lse
 
 
-def _gather(cache: NpArray, block_table: NpArray, sequence: int, keys: NpArray) -> F32:
+def _gather(
+    cache: NpArray,
+    scales: F32 | None,
+    dtype: str,
+    block_table: NpArray,
+    sequence: int,
+    keys: NpArray,
+) -> F32:
     """Rows ``[key, head, channel]`` of a sequence; only blocks that hold a wanted key are looked up."""
     num_blocks, block_size = cache.shape[:2]
     columns = keys // block_size
@@ -198,7 +271,8 @@ def _gather(cache: NpArray, block_table: NpArray, sequence: int, keys: NpArray) 
             f"block_table[{sequence}, {int(columns[index])}]: expected a block id from 0 to "
             f"{num_blocks - 1}, given {int(blocks[index])}"
         )
-    return to_float32(cache[blocks, keys % block_size])
+    rows = to_float32(cache[blocks, keys % block_size], dtype)
+    return rows if scales is None else rows * scales[blocks, keys % block_size][:, :, None]
 
 
 def merge_states(
@@ -217,18 +291,65 @@ def merge_states(
         lse[...] = np.log(total) + finite
 
 
-_NUMPY_DTYPE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_NUMPY_DTYPE = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int8": np.int8,
+}
 
 
 def copy_blocks(job: CopyJob) -> None:
     src_block, src_slot, dst_block, dst_slot = _token_indices(job.segments)
     for part in job.parts:
-        for src_base, dst_base in zip(part.src_bases, part.dst_bases, strict=True):
+        for layer, (src_base, dst_base) in enumerate(
+            zip(part.src_bases, part.dst_bases, strict=True)
+        ):
             src = _rows(job, part, src_base, src=True)[src_block, src_slot]
             dst = _rows(job, part, dst_base, src=False)
-            if part.src_dtype != part.dst_dtype:
-                src = from_float32(to_float32(src), dst.dtype)
+            if part.converts:
+                wide = to_float32(src, part.src_dtype)
+                if part.factors is not None:
+                    wide = wide * part.factors[layer, :, :1] / part.factors[layer, :, 1:]
+                src = from_float32(wide, dst.dtype, part.dst_dtype)
             dst[dst_block, dst_slot] = src
+
+
+def checksum_blocks(job: ChecksumJob) -> npt.NDArray[np.uint64]:
+    """Per row NH over its 32-bit words, mixed with the row's place; summed per layer mod 2^64."""
+    tokens = np.arange(job.first_token, job.num_tokens)
+    blocks, slots = job.block_ids[tokens // job.block_size], tokens % job.block_size
+    heads = np.arange(job.first_head, job.first_head + job.num_heads, dtype=np.uint64)
+    sums = np.zeros(len(job.layers), np.uint64)
+    with np.errstate(over="ignore"):
+        for part in job.parts:
+            for index, (layer, base) in enumerate(zip(job.layers, part.bases, strict=True)):
+                rows: NpArray = np.ndarray(
+                    (job.num_blocks, job.block_size, job.num_heads, part.row_bytes),
+                    np.uint8,
+                    buffer=job.pieces[base[0]],
+                    offset=base[1],
+                    strides=(*part.strides, 1),
+                )
+                hashes = _nh(rows[blocks, slots])
+                place = (part.part_id << 60) | (layer << 48)
+                places = (
+                    np.uint64(place) | (heads << np.uint64(32)) | tokens[:, None].astype(np.uint64)
+                )
+                sums[index] += splitmix64(hashes ^ splitmix64(places)).sum(dtype=np.uint64)
+    return sums
+
+
+def _nh(rows: NpArray) -> npt.NDArray[np.uint64]:
+    """``[tokens, heads, bytes]`` to ``[tokens, heads]``; rows are filled up with zeros to pairs of words."""
+    missing = -rows.shape[2] % 8
+    padded = np.pad(rows, ((0, 0), (0, 0), (0, missing)))
+    words = np.ascontiguousarray(padded).view(np.uint32)
+    keyed = (words + hash_keys()[: words.shape[2]]).astype(np.uint64)
+    hashes: npt.NDArray[np.uint64] = (keyed[..., 0::2] * keyed[..., 1::2]).sum(
+        axis=2, dtype=np.uint64
+    )
+    return hashes
 
 
 def _token_indices(segments: NpArray) -> tuple[NpArray, NpArray, NpArray, NpArray]:

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvxfer.kernels._copy_job import ITEMSIZE, CopyJob, PartCopy
+from kvxfer.kernels._copy_job import CopyJob, PartCopy
+from kvxfer.kernels._sides import ITEMSIZE
 from kvxfer.kernels.triton._common import narrow, on_device_of
 
 __all__ = ["copy_blocks"]

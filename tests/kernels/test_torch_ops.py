@@ -1,0 +1,92 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.kvxfer: registered as PyTorch wants it, and the same numbers inside a compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import kvxfer.kernels.torch_ops  # noqa: F401
+from kvxfer import kernels
+from kvxfer.errors import InvalidArgumentError
+
+ops = torch.ops.kvxfer
+
+
+def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    generator = torch.Generator().manual_seed(7)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    table = torch.tensor([[3, 0, -1], [1, 2, 4]], dtype=torch.int32)
+    lens = torch.tensor([5, 11], dtype=torch.int32)
+    k, v = values(6, 4, 2, 16), values(6, 4, 2, 8)
+    if op == "append_kv":
+        slots = torch.tensor([4, -1, 9])
+        return (values(3, 2, 16), values(3, 2, 8), k, v, slots), {"k_scale": 2.0}
+    if op == "append_kv_scaled":
+        eight = [torch.zeros(6, 4, 2, 16, dtype=torch.int8) for _ in range(2)]
+        scales = {f"{name}_scale_cache": torch.zeros(6, 4, 2) for name in "kv"}
+        return (values(3, 2, 16), values(3, 2, 16), *eight, torch.tensor([4, -1, 9])), scales
+    if op == "paged_decode":
+        return (values(2, 4, 16), k, v, table, lens), {"window_left": 6, "sinks": values(4)}
+    if op == "paged_prefill":
+        starts = torch.tensor([0, 2, 9], dtype=torch.int32)
+        return (values(9, 4, 16), k, v, starts, table, lens), {"logits_soft_cap": 5.0}
+    if op == "mla_decode":
+        cache = values(6, 4, 24)
+        return (values(2, 4, 16), values(2, 4, 8), cache, table, lens), {"sm_scale": 0.3}
+    lse = [values(5, 3) for _ in range(2)]
+    return (values(5, 3, 8), lse[0], values(5, 3, 8), lse[1]), {}
+
+
+NAMES = ["append_kv", "append_kv_scaled", "paged_decode", "paged_prefill", "mla_decode", "merge_states"]  # fmt: skip
+
+
+def overload(name: str) -> Any:
+    return getattr(ops, name.removesuffix("_scaled")).default
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_passes(name: str) -> None:
+    args, options = arguments(name)
+    results = torch.library.opcheck(overload(name), args, options)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_graph_computes_the_same(name: str) -> None:
+    op = overload(name)
+
+    def step(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        doubled = (args[0] * 2, *args[1:])
+        result = op(*doubled, **options)
+        return result[0] + 1 if result is not None else args[2] + 0
+
+    compiled: Callable[..., Any] = torch.compile(step, fullgraph=True, backend="aot_eager")
+    plain_args, plain_options = arguments(name)
+    args, options = arguments(name)
+    torch.testing.assert_close(compiled(args, options), step(plain_args, plain_options), rtol=0, atol=0)  # fmt: skip
+    for ours, theirs in zip(args, plain_args, strict=True):
+        assert torch.equal(ours, theirs), "what an operator writes must be written in the graph too"
+    for key, value in options.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, plain_options[key])
+
+
+def test_an_operator_is_its_function() -> None:
+    args, options = arguments("paged_decode")
+    expected = kernels.paged_decode(*args, return_lse=True, **options)
+    for ours, theirs in zip(ops.paged_decode(*args, **options), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_mistakes_are_refused_through_the_operator_too() -> None:
+    args, _ = arguments("merge_states")
+    with pytest.raises(InvalidArgumentError, match="lse_a: expected shape"):
+        ops.merge_states(args[0], args[1][:, :2], *args[2:])
