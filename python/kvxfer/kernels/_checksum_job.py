@@ -133,11 +133,13 @@ def hash_keys() -> npt.NDArray[np.uint32]:
     with np.errstate(over="ignore"):
         steps = np.arange(1, MAX_ROW_BYTES // 4 + 1, dtype=np.uint64)
         mixed = splitmix64(steps * np.uint64(0x9E3779B97F4A7C15))
-    return (mixed >> np.uint64(32)).astype(np.uint32)
+    keys: npt.NDArray[np.uint32] = (mixed >> np.uint64(32)).astype(np.uint32)
+    return keys
 
 
 def splitmix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of splitmix64: a bijection that lets each bit in change half of the bits out."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return mixed

@@ -16,8 +16,8 @@ from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import CACHE_DTYPES
 from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys, splitmix64
 from kvxfer.kernels._copy_job import CopyJob, PartCopy
-from kvxfer.kernels._sides import ITEMSIZE
 from kvxfer.kernels._float8 import LARGEST, float8_values, to_float8
+from kvxfer.kernels._sides import ITEMSIZE
 
 __all__ = [
     "CACHE_DTYPES",

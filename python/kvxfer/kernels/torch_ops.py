@@ -39,7 +39,7 @@ _ATTENTION = (
 def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """One operator: its implementation on every device, and what the compiler may know of it."""
     name = f"kvxfer::{schema[: schema.index('(')]}"
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     torch.library.impl(name, "default", run, lib=_LIBRARY)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
 
@@ -91,7 +91,8 @@ def _merge_shapes(v_a: Tensor, lse_a: Tensor, v_b: Tensor, lse_b: Tensor) -> Any
     return torch.empty_like(v_a, memory_format=torch.contiguous_format), lse_a.new_empty(lse_a.shape)  # fmt: skip
 
 
-_LIBRARY = torch.library.Library("kvxfer", "DEF")  # unregisters when it is collected: a global
+# A global, since it unregisters when it is collected.
+_LIBRARY = torch.library.Library("kvxfer", "DEF")  # type: ignore[no-untyped-call]
 
 _register(
     "append_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, "
