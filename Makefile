@@ -15,11 +15,11 @@ BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE  := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP     := $(shell find csrc tests/cpp -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP     := $(shell find csrc tests/cpp tests/fuzz -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_DIRS := python tests bench tools examples
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve test test-all test-cpp sanitize lint format typecheck bench doctor clean
+.PHONY: help build serve test test-all test-cpp sanitize models fuzz lint format typecheck bench doctor clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,14 @@ test-cpp: | $(VENV)/.venv  ## The C++ tests (needs doctest: apt-get install doct
 
 sanitize: | $(VENV)/.venv  ## The C++ tests under ASan+UBSan and under TSan
 	@tools/cpp_tests.sh asan tsan
+
+models:  ## The models in formal/, checked exhaustively (needs spin)
+	@formal/check.sh
+
+FUZZ ?= all
+FUZZ_FOR ?= 60s
+fuzz: | $(VENV)/.venv  ## Fuzzes what reads bytes of strangers (needs clang). FUZZ=wire FUZZ_FOR=600s change it
+	@tools/fuzz.sh $(FUZZ) $(FUZZ_FOR)
 
 lint: $(VENV)/.linted-deps  ## ruff and clang-format, as CI runs them
 	$(BIN)/ruff check $(PY_DIRS)

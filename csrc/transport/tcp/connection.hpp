@@ -94,6 +94,7 @@ class TcpConnection final : public Connection {
     bool dropped = false;
   };
   struct Frame {
+    Frame() {}  // clang: an optional of a nested class with initialisers is not constructible else
     Bytes head;
     Piecewise body;
     uint64_t body_nbytes = 0;
