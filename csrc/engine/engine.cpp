@@ -42,11 +42,11 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
     fail(Code::kInvalidArgument, "num_lanes must be 1 to ", tcp::kMaxLanes, ", not ",
          options_.transport.num_lanes);
   if (options_.secret.empty()) fail(Code::kInvalidArgument, "the secret is empty");
-  const auto& names = transport_names();
+  const auto& names = all_transport_names();
   for (const std::string& name : options_.transports)
     if (std::ranges::find(names, name) == names.end()) {
       std::string known;
-      for (const auto& each : names) known += (known.empty() ? "" : ", ") + each;
+      for (const auto& each : transport_names()) known += (known.empty() ? "" : ", ") + each;
       fail(Code::kInvalidArgument, "unknown transport '", name, "'; known are ", known);
     }
   identity_.name = options_.name;
@@ -88,8 +88,8 @@ std::shared_ptr<Engine> Engine::create(EngineOptions options) {
 Engine::~Engine() { close(); }
 
 bool Engine::allows(std::string_view transport) const {
-  return options_.transports.empty() ||
-         std::ranges::find(options_.transports, transport) != options_.transports.end();
+  const auto& allowed = options_.transports.empty() ? transport_names() : options_.transports;
+  return std::ranges::find(allowed, transport) != allowed.end();
 }
 
 void Engine::check_open() const {

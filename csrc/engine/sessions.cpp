@@ -173,7 +173,7 @@ void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
       connection->peer = peer;
       // Best first, in the registry's order.
       auto rank = [](const std::shared_ptr<Connection>& c) {
-        const auto& names = transport_names();
+        const auto& names = all_transport_names();
         return std::ranges::find(names, c->transport()) - names.begin();
       };
       link->data.insert(std::ranges::upper_bound(link->data, rank(connection), {}, rank),

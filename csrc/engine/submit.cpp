@@ -289,10 +289,12 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
   if (t->cancelling.exchange(true, std::memory_order_acq_rel)) return;
   const Cancelled result = t->connection->cancel(t);
   if (result.agreement == Agreement::kEnding) return;
-  if (result.agreement == Agreement::kAlreadyAccepted)
+  if (result.agreement == Agreement::kAlreadyAccepted) {
+    t->nbytes_done.store(t->nbytes, std::memory_order_relaxed);
     end(t, State::kDone, {}, true, result.quiesced);
-  else
+  } else {
     end(t, why, failure, result.agreement == Agreement::kStopped, result.quiesced);
+  }
 }
 
 void Engine::posted(Request& request) noexcept {
@@ -306,17 +308,31 @@ void Engine::ended(Connection&, const RequestPtr& request, Completion completion
 }
 
 void Engine::completed(const TransferPtr& t, Completion completion) noexcept {
+  if (t->claimed.load(std::memory_order_acquire)) {  // told twice, or too late
+    late_events_.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   t->nbytes_done.store(completion.nbytes, std::memory_order_relaxed);
-  if (completion.ok && t->follow_up && !closed()) {
+  if (t->follow_up) {
     {
       std::lock_guard lock(t->mutex);
-      t->following = true;
+      if (t->following) {
+        late_events_.fetch_add(1, std::memory_order_relaxed);
+        return;
+      }
     }
-    t->follow_up->parent = t;
-    launch(t->follow_up);
-    if (const State why = t->cancel_wanted.load(std::memory_order_seq_cst); why != State::kQueued)
-      stop(t->follow_up, why);
-    return;
+    if (completion.ok && !closed()) {
+      t->follow_up->parent = t;
+      launch(t->follow_up);
+      {
+        // Only now: a cancel that stopped it before its launch would end it without us.
+        std::lock_guard lock(t->mutex);
+        t->following = true;
+      }
+      if (const State why = t->cancel_wanted.load(std::memory_order_seq_cst); why != State::kQueued)
+        stop(t->follow_up, why);
+      return;
+    }
   }
   // Our goodbye makes the peer hang up, and its end may be heard before our own close gets that
   // far.

@@ -5,7 +5,9 @@
 #include <functional>
 #include <utility>
 
+#include "transport/faulty/transport.hpp"
 #include "transport/shm/transport.hpp"
+#include "transport/tcp/attached.hpp"
 
 namespace kvxfer {
 namespace {
@@ -33,9 +35,20 @@ const std::vector<std::string>& transport_names() {
   return names;
 }
 
+const std::vector<std::string>& all_transport_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> out = transport_names();
+    out.insert(out.begin(), "faulty");
+    return out;
+  }();
+  return names;
+}
+
 std::unique_ptr<Transport> make_transport(const std::string& name, const TransportConfig& config) {
   for (const auto& [known, maker] : makers())
     if (known == name) return maker(config);
+  if (name == "faulty") return std::make_unique<faulty::FaultyTransport>(config);
+  if (name == "tcp") return std::make_unique<tcp::AttachedTcp>(config);
   return nullptr;
 }
 

@@ -19,8 +19,11 @@ struct Availability {
 };
 
 // Best first: the order in which a peer is offered requests. "tcp" comes last and is always there,
-// since it carries the session; it is made by the engine, not by make_transport().
+// since it carries the session, and then the engine makes it.
 const std::vector<std::string>& transport_names();
+// Those before which stand the ones that are used only when they are named: "faulty".
+const std::vector<std::string>& all_transport_names();
+// "tcp" from here attaches to a session like the others; only "faulty" asks for that.
 std::unique_ptr<Transport> make_transport(const std::string& name, const TransportConfig& config);
 std::vector<Availability> probe_transports();  // for `kvxfer doctor`
 

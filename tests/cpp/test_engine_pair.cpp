@@ -3,82 +3,13 @@
 // Two engines in one process: the paths where threads meet, for the sanitizers. Once per transport:
 // ctest sets KVXFER_TEST_TRANSPORT, and KVXFER_TEST_SHARE=never to have shm stage what it could
 // map.
-#include <doctest/doctest.h>
-
-#include <cstdlib>
 #include <cstring>
 #include <random>
-#include <string>
 #include <thread>
 
-#include "engine/engine.hpp"
+#include "engine_pair.hpp"
 
 using namespace kvxfer;
-
-namespace {
-
-std::string transport() {
-  const char* name = std::getenv("KVXFER_TEST_TRANSPORT");
-  return name != nullptr ? name : "tcp";
-}
-
-struct Pair {
-  std::shared_ptr<Engine> a, b;
-  RegionPtr ra, rb;
-  PeerPtr to_b;
-  RemoteRegionPtr remote;
-
-  explicit Pair(uint64_t nbytes = 1 << 22, const std::string& listen = "127.0.0.1:0") {
-    EngineOptions options;
-    options.secret = Bytes(32, std::byte{1});
-    options.transports = {transport()};
-    options.listen = listen;
-    options.name = "a";
-    a = Engine::create(options);
-    options.name = "b";
-    b = Engine::create(options);
-    ra = a->allocate(nbytes,
-                     {.name = "kv", .shareable = std::getenv("KVXFER_TEST_SHARE") == nullptr});
-    rb = b->allocate(nbytes, {.name = "kv"});
-    to_b = a->connect(b->address(), 10);
-    remote = a->regions_of(*to_b).at("kv");
-  }
-  ~Pair() {
-    a->close();
-    b->close();
-  }
-  std::byte* at_a(size_t offset) const { return ra->pieces[0].base + offset; }
-  std::byte* at_b(size_t offset) const { return rb->pieces[0].base + offset; }
-
-  TransferPtr move(Op op, int64_t local, int64_t into, int64_t nbytes, SubmitOptions options = {}) {
-    const Column l{&local, 1, true}, r{&into, 1, true}, n{&nbytes, 1, true};
-    if (options.deadline_ns == kNever) options.deadline_ns = deadline_after(30);
-    return a->submit(op, ra, remote, {l, r, n, {}, false}, std::move(options));
-  }
-  LeasePtr grant(int64_t offset, int64_t nbytes, uint64_t num_arrivals = 0, double ttl_s = 60) {
-    return b->grant(rb, {&offset, 1, true}, {&nbytes, 1, true}, ttl_s, {}, num_arrivals);
-  }
-};
-
-// By memcmp, which the sanitizers check as one range: a loop over bytes takes minutes there.
-bool all_equal(const std::byte* data, size_t nbytes, int value) {
-  return data[0] == std::byte(value) && std::memcmp(data, data + 1, nbytes - 1) == 0;
-}
-
-void finish(const TransferPtr& t, State expected = State::kDone) {
-  REQUIRE(t->wait(deadline_after(30)) == Woken::kNotified);
-  INFO(t->message);
-  CHECK(t->state.load() == expected);
-}
-
-SubmitOptions under(const LeasePtr& lease) {
-  SubmitOptions options;
-  options.has_lease = true;
-  options.lease = lease->token;
-  return options;
-}
-
-}  // namespace
 
 TEST_CASE("a write and a read move the bytes, over IPv4 and IPv6") {
   for (const char* listen : {"127.0.0.1:0", "[::1]:0"}) {

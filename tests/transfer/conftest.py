@@ -9,19 +9,29 @@ from collections.abc import Iterator
 import pytest
 from transfer_peers import SECRET, PeerProcess
 
-from kvxfer.transfer import TransferEngine, probe_transports
+from kvxfer.testing.faults import Way, ways
+from kvxfer.transfer import TransferEngine
 
-_TRANSPORTS = [
+_WAYS = [
     pytest.param(
-        name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if reason is not None else []
+        way,
+        id=way.name,
+        marks=[pytest.mark.skip(reason=f"{way.name}: {way.reason}")] if way.reason else [],
     )
-    for name, reason in probe_transports()
+    for way in ways()
 ]
 
 
-@pytest.fixture(scope="module", params=_TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=_WAYS)
+def way(request: pytest.FixtureRequest) -> Way:
+    """Every transport that works here, and each with things going wrong that nobody may notice."""
+    assert isinstance(request.param, Way)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def transport(way: Way) -> str:
+    return way.transport
 
 
 @pytest.fixture(params=["allocated", "registered"])
@@ -31,23 +41,23 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def engine(transport: str) -> Iterator[TransferEngine]:
-    with TransferEngine("driver", transports=(transport,), secret=SECRET) as engine:
+def engine(way: Way) -> Iterator[TransferEngine]:
+    with way.engine("driver", SECRET) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def shared_peer(transport: str) -> Iterator[PeerProcess]:
+def shared_peer(way: Way) -> Iterator[PeerProcess]:
     """One process for the tests that leave it as it was; regions are dropped by each test."""
-    peer = PeerProcess("peer", (transport,), SECRET)
+    peer = PeerProcess("peer", way)
     yield peer
     peer.close()
 
 
 @pytest.fixture
-def own_peer(transport: str) -> Iterator[PeerProcess]:
+def own_peer(way: Way) -> Iterator[PeerProcess]:
     """A process of the test's own, to be stopped or killed."""
-    peer = PeerProcess("victim", (transport,), SECRET)
+    peer = PeerProcess("victim", way)
     yield peer
     peer.close()
 

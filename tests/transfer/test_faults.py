@@ -20,6 +20,7 @@ from kvxfer.errors import (
     TransferCancelledError,
     TransferTimeoutError,
 )
+from kvxfer.testing.faults import Way
 from kvxfer.transfer import Peer, Region, TransferEngine
 
 NBYTES = 8 << 20
@@ -123,14 +124,14 @@ def test_expired_lease_of_a_stopped_writer_is_quiet(
         lease.wait_arrived(0, TIMEOUT_S)
 
 
-def test_restarted_peer_is_a_new_incarnation(engine: TransferEngine, transport: str) -> None:
-    first = PeerProcess("decode", (transport,), SECRET)
+def test_restarted_peer_is_a_new_incarnation(engine: TransferEngine, way: Way) -> None:
+    first = PeerProcess("decode", way)
     peer, local = connect(engine, first)
     old = peer.regions["kv"]
     _, token = first.call("grant", "kv", 0, 100, ttl_s=60)
     first.kill()
     wait_for(engine, lost(engine))
-    second = PeerProcess("decode", (transport,), SECRET)
+    second = PeerProcess("decode", way)
     second.call("add_region", "kv", NBYTES, "allocated")
     again = engine.connect(second.address)
     assert again.incarnation != peer.incarnation
@@ -143,8 +144,8 @@ def test_restarted_peer_is_a_new_incarnation(engine: TransferEngine, transport: 
     second.close()
 
 
-def test_peer_that_leaves_in_order_is_reported_so(engine: TransferEngine, transport: str) -> None:
-    peer = PeerProcess("polite", (transport,), SECRET)
+def test_peer_that_leaves_in_order_is_reported_so(engine: TransferEngine, way: Way) -> None:
+    peer = PeerProcess("polite", way)
     engine.connect(peer.address)
     peer.close()
     event = wait_for(engine, lambda: [e for e in engine.peer_events() if e.kind == "lost"])[0]
@@ -179,10 +180,8 @@ def test_close_cancels_what_is_open(engine: TransferEngine, own_peer: PeerProces
     own_peer.resume()
 
 
-def test_dropping_an_engine_with_open_transfers_returns(
-    own_peer: PeerProcess, transport: str
-) -> None:
-    engine = TransferEngine("dropped", transports=(transport,), secret=SECRET)
+def test_dropping_an_engine_with_open_transfers_returns(own_peer: PeerProcess, way: Way) -> None:
+    engine = way.engine("dropped", SECRET)
     peer, local = connect(engine, own_peer)
     own_peer.stop()
     xfer = engine.write(local, peer.regions["kv"], 0, 0, NBYTES)
@@ -199,11 +198,11 @@ def _mappings() -> int:
     return Path("/proc/self/maps").read_text().count("kvxfer:")
 
 
-def test_no_descriptor_thread_or_mapping_leaks(shared_peer: PeerProcess, transport: str) -> None:
+def test_no_descriptor_thread_or_mapping_leaks(shared_peer: PeerProcess, way: Way) -> None:
     shared_peer.call("add_region", "leaks", 4096, "allocated")
 
     def round_trip() -> None:
-        with TransferEngine("leaky", transports=(transport,), secret=SECRET) as engine:
+        with way.engine("leaky", SECRET) as engine:
             local = engine.allocate(1 << 16, "kv")
             peer = engine.connect(shared_peer.address)
             engine.write(local, peer.regions["leaks"], 0, 0, 4096, notify=b"x").wait(TIMEOUT_S)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvxfer.errors import KvxferError
+from kvxfer.testing.faults import Way
 from kvxfer.transfer import TransferEngine
 
 SECRET = b"a secret for tests"
@@ -51,11 +52,12 @@ def take_notifications(
 class Agent:
     """What the child does when told; every argument and result is picklable."""
 
-    def __init__(self, name: str, transports: tuple[str, ...], secret: bytes) -> None:
-        self.engine = TransferEngine(name, transports=transports, secret=secret)
+    def __init__(self, name: str, way: Way, secret: bytes) -> None:
+        self.engine = way.engine(name, secret)
         self.regions: dict[str, Any] = {}
         self.leases: list[Any] = []
         self.peers: list[Any] = []
+        self.numbers: list[int] = []
 
     def address(self) -> tuple[str, str]:
         return self.engine.address, self.engine.incarnation
@@ -101,6 +103,11 @@ class Agent:
     def notifications(self, n: int) -> list[tuple[str, bytes]]:
         return take_notifications(self.engine, n)
 
+    def drain(self) -> list[int]:
+        """All notifications so far, as the numbers that they spell."""
+        self.numbers += [int(each.payload) for each in self.engine.notifications()]
+        return self.numbers
+
     def arrivals(self, tag: int, n: int) -> int:
         peer = self._peer()
         self.engine.wait_arrivals(tag, peer, n, TIMEOUT_S)
@@ -144,8 +151,8 @@ class Agent:
         return self.engine.stats()
 
 
-def _main(pipe: Any, name: str, transports: tuple[str, ...], secret: bytes) -> None:
-    agent = Agent(name, transports, secret)
+def _main(pipe: Any, agent_type: type[Agent], name: str, way: Way, secret: bytes) -> None:
+    agent = agent_type(name, way, secret)
     pipe.send(agent.address())
     while True:
         try:
@@ -165,10 +172,18 @@ def _main(pipe: Any, name: str, transports: tuple[str, ...], secret: bytes) -> N
 class PeerProcess:
     """``peer.call("method", ...)`` runs ``Agent.method`` over there."""
 
-    def __init__(self, name: str, transports: tuple[str, ...], secret: bytes) -> None:
+    def __init__(
+        self,
+        name: str,
+        way: Way | tuple[str, ...],
+        secret: bytes = SECRET,
+        agent_type: type[Agent] = Agent,
+    ) -> None:
+        if not isinstance(way, Way):
+            way = Way(way[0], way[0])
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
-        self.process = context.Process(target=_main, args=(child, name, transports, secret))
+        self.process = context.Process(target=_main, args=(child, agent_type, name, way, secret))
         self.process.start()
         child.close()
         self._stopped = False
