@@ -198,6 +198,58 @@ def test_arrivals_under_a_lease_are_a_set(world: World) -> None:
     world.process.call("wait_arrived", lease, np.array([199, 3], np.int64))
 
 
+def test_arrivals_are_visible_only_after_their_data(world: World) -> None:
+    """While many others are on their way, and on the faulty ways in another order."""
+    n, size = 24, NBYTES // 24
+    lease, token = world.process.call("grant", world.name, 0, NBYTES, ttl_s=60, num_arrivals=n)
+    xfers = [
+        world.engine.write(
+            world.local, world.remote, i * size, i * size, size, lease=token, arrival=i
+        )
+        for i in range(n)
+    ]
+    for i in reversed(range(n)):
+        seen = world.process.call("bytes_once_arrived", lease, i, world.name, i * size, size)
+        assert seen == world.local.array[i * size : (i + 1) * size].tobytes()
+    for xfer in xfers:
+        xfer.wait(TIMEOUT_S)
+    tag = 1000 + next(_names)
+    for round_ in range(1, 9):
+        world.local.array[:] = round_
+        xfer = world.engine.write(world.local, world.remote, 0, 0, NBYTES, arrival=tag)
+        seen = world.process.call("bytes_once_counted", tag, round_, world.name, 0, NBYTES)
+        assert seen == bytes([round_]) * NBYTES
+        xfer.wait(TIMEOUT_S)
+        assert world.process.call("arrivals", tag, round_) == round_, "told twice, counted once"
+
+
+def test_retry_under_a_new_lease_owes_nothing_to_its_dead_predecessor(world: World) -> None:
+    for round_ in range(10):
+        old, old_token = world.process.call(
+            "grant", world.name, 0, NBYTES, ttl_s=60, num_arrivals=1
+        )
+        world.local.array[:] = 100 + round_
+        first = world.engine.write(
+            world.local, world.remote, 0, 0, NBYTES, lease=old_token, arrival=0
+        )
+        first.cancel()
+        world.process.call("revoke", old)
+        new, new_token = world.process.call(
+            "grant", world.name, 0, NBYTES, ttl_s=60, num_arrivals=1
+        )
+        wait_for(world.engine, lambda first=first: first.quiesced)
+        assert world.process.call("lease_state", new)[0] == []
+        world.local.array[:] = 200 + round_
+        world.engine.write(
+            world.local, world.remote, 0, 0, NBYTES, lease=new_token, arrival=0
+        ).wait(TIMEOUT_S)
+        assert world.process.call("lease_state", new)[0] == [0]
+        assert (world.theirs == 200 + round_).all()
+        arrived = world.process.call("lease_state", old)[0]
+        if first.agreed:
+            assert arrived == ([0] if first.state == "done" else [])
+
+
 def test_both_sides_can_write_over_one_connection(world: World) -> None:
     world.process.call("fill", world.name, 7)
     assert world.process.call("write_back", world.name, "kv", 10, 1000, notify=b"back") == "done"

@@ -144,6 +144,43 @@ def test_restarted_peer_is_a_new_incarnation(engine: TransferEngine, way: Way) -
     second.close()
 
 
+def test_one_engine_serves_twenty_peers_and_loses_them_one_by_one(
+    engine: TransferEngine, way: Way
+) -> None:
+    local = engine.allocate(20 * 4096, "kv")
+    local.array[:] = np.random.default_rng(3).integers(0, 256, 20 * 4096, np.uint8)
+    others = [way.engine(f"peer{i}", SECRET) for i in range(20)]
+    targets = [other.allocate(4096, "kv") for other in others]
+    peers = [engine.connect(other.address, TIMEOUT_S) for other in others]
+    for _ in range(3):
+        xfers = [
+            engine.write(local, peer.regions["kv"], i * 4096, 0, 4096, notify=b"x")
+            for i, peer in enumerate(peers)
+        ]
+        for xfer in xfers:
+            xfer.wait(TIMEOUT_S)
+    for i, target in enumerate(targets):
+        np.testing.assert_array_equal(target.array, local.array[i * 4096 : (i + 1) * 4096])
+    lost: set[str] = set()
+    for i, other in enumerate(others):
+        other.close()
+
+        def look(i: int = i) -> bool:
+            lost.update(e.peer.name for e in engine.peer_events() if e.kind == "lost")
+            return f"peer{i}" in lost
+
+        wait_for(engine, look)
+        if i < 19:  # the others do not notice
+            engine.write(local, peers[19].regions["kv"], 0, 0, 10).wait(TIMEOUT_S)
+    assert len(lost) == 20
+    # A new one of the same name is another incarnation.
+    with way.engine("peer0", SECRET) as again:
+        again.allocate(4096, "kv")
+        peer = engine.connect(again.address, TIMEOUT_S)
+        assert peer.incarnation != peers[0].incarnation
+        engine.write(local, peer.regions["kv"], 0, 0, 4096).wait(TIMEOUT_S)
+
+
 def test_peer_that_leaves_in_order_is_reported_so(engine: TransferEngine, way: Way) -> None:
     peer = PeerProcess("polite", way)
     engine.connect(peer.address)

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,16 @@ class Agent:
 
     def wait_arrived(self, lease: int, indices: Any) -> None:
         self.leases[lease].wait_arrived(indices, TIMEOUT_S)
+
+    def bytes_once_arrived(self, lease: int, index: int, name: str, at: int, nbytes: int) -> bytes:
+        """What is there the moment that the index is seen to have arrived."""
+        self.leases[lease].wait_arrived(index, TIMEOUT_S)
+        return bytes(self.regions[name].array[at : at + nbytes].tobytes())
+
+    def bytes_once_counted(self, tag: int, n: int, name: str, at: int, nbytes: int) -> bytes:
+        """What is there the moment that the count is seen."""
+        self.engine.wait_arrivals(tag, self._peer(), n, TIMEOUT_S)
+        return bytes(self.regions[name].array[at : at + nbytes].tobytes())
 
     def revoke(self, lease: int) -> bool:
         self.leases[lease].revoke(TIMEOUT_S)
@@ -181,7 +192,9 @@ class PeerProcess:
     ) -> None:
         if not isinstance(way, Way):
             way = Way(way[0], way[0])
-        context = multiprocessing.get_context("spawn")
+        # Forked from a server that has imported everything and has no thread: a tenth of a spawn.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, agent_type.__module__])
         self._pipe, child = context.Pipe()
         self.process = context.Process(target=_main, args=(child, agent_type, name, way, secret))
         self.process.start()
@@ -210,9 +223,15 @@ class PeerProcess:
 
     def stop(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
-        # Stopped is a state that the kernel reports, so it is waited for and not slept for.
-        _, status = os.waitpid(self.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status)
+        # Stopped is a state that the kernel reports of each thread, so it is waited for and not
+        # slept for.
+        deadline = time.monotonic() + TIMEOUT_S
+        while any(
+            stat.read_text().rpartition(")")[2].split()[0] != "T"
+            for stat in Path(f"/proc/{self.pid}/task").glob("*/stat")
+        ):
+            assert time.monotonic() < deadline, "it does not stop"
+            os.sched_yield()
         self._stopped = True
 
     def resume(self) -> None:
