@@ -15,6 +15,7 @@
 #include <ctime>
 
 #include "common/clock.hpp"
+#include "common/spin.hpp"
 
 namespace kvxfer {
 
@@ -28,8 +29,9 @@ class WaitWord {
   // (whose kernel-side compare comes later) sees the new number. Releases what the notifier wrote.
   void notify_all() noexcept {
     seq_.fetch_add(1, std::memory_order_seq_cst);
-    if (waiters_.load(std::memory_order_seq_cst) != 0)
-      syscall(SYS_futex, &seq_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    if (waiters_.load(std::memory_order_seq_cst) == 0) return;
+    syscall(SYS_futex, &seq_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    woke_somebody = true;
   }
 
   // Sleeps until the word differs from `seen`. Take `seen` before looking at the condition.

@@ -36,7 +36,8 @@ void check_name(const char* what, const std::string& name) {
 
 }  // namespace
 
-Engine::Engine(EngineOptions options) : options_(std::move(options)) {
+Engine::Engine(EngineOptions options)
+    : options_(std::move(options)), reactor_(options_.transport.spin_ns) {
   check_name("engine", options_.name);
   if (options_.transport.num_lanes < 1 || options_.transport.num_lanes > tcp::kMaxLanes)
     fail(Code::kInvalidArgument, "num_lanes must be 1 to ", tcp::kMaxLanes, ", not ",
@@ -68,6 +69,10 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)) {
     transports_.emplace_back(name, std::move(transport));
   }
   if (!transports_.empty()) words_ = std::make_shared<ExportedWords>();
+  // tcp's copies are the kernel's.
+  if (const int n = CopyPool::threads_for(options_.transport.copy_threads);
+      n > 0 && !transports_.empty())
+    copy_pool_ = std::make_shared<CopyPool>(n);
   tcp_ = std::make_unique<tcp::TcpTransport>(*this, options_.secret, options_.transport);
   bool loopback = true;
   identity_.address = tcp_->listen(options_.listen, &loopback);

@@ -119,6 +119,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
 
   // SessionHost
   Reactor& reactor() noexcept override { return reactor_; }
+  const std::shared_ptr<CopyPool>& copy_pool() const noexcept override { return copy_pool_; }
   const PeerIdentity& self() const noexcept override { return identity_; }
   void posted(Request& request) noexcept override;
   void ended(Connection& from, const RequestPtr& request, Completion completion) noexcept override;
@@ -164,6 +165,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   const EngineOptions options_;
   PeerIdentity identity_;
   Reactor reactor_;
+  std::shared_ptr<CopyPool> copy_pool_;  // null: the progress thread copies
   std::unique_ptr<tcp::TcpTransport> tcp_;
   std::vector<std::pair<std::string, std::unique_ptr<Transport>>>
       transports_;                        // attach, best first

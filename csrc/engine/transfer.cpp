@@ -6,6 +6,8 @@
 
 #include <cerrno>
 
+#include "engine/engine.hpp"
+
 namespace kvxfer {
 
 Watch::Watch() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
@@ -27,6 +29,11 @@ std::vector<uint64_t> Watch::take() {
 }
 
 Woken Transfer::wait(int64_t deadline_ns) noexcept {
+  // First a short look on this very thread, which spares the wake-ups of two.
+  if (!terminal() && stage.load(std::memory_order_acquire) == Stage::kOn)
+    if (const auto owner = engine.lock())
+      if (const auto what = connection->pollable())
+        owner->reactor().spin_for(what, deadline_ns, [this] { return terminal(); });
   for (;;) {
     const uint32_t seen = changed.read();
     if (terminal()) return Woken::kNotified;

@@ -7,21 +7,31 @@
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <utility>
 
+#include "common/cpus.hpp"
 #include "common/error.hpp"
 
 namespace kvxfer {
 namespace {
 constexpr Reactor::Token kEventToken = 1, kTimerToken = 2;
-}
+// Looks at shared memory between two looks at epoll or at the clock: about a microsecond.
+constexpr int kLooks = 16;
+// A progress thread that merely spins gives way sooner than this; one that works does not.
+constexpr int64_t kGiveWayNs = 3'000;
+// A caller that finds work after work in the progress thread's stead hands it over at last.
+constexpr int64_t kMaxTurnNs = 5'000'000;
+}  // namespace
 
-Reactor::Reactor()
+Reactor::Reactor(int64_t spin_ns)
     : epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      timer_(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)) {
+      timer_(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)),
+      spin_ns_(num_usable_cpus() > 1 ? spin_ns : 0),
+      num_cpus_(num_usable_cpus()) {
   if (!epoll_ || !event_ || !timer_)
     fail_errno(Code::kUnavailable, errno, "cannot create epoll, eventfd and timerfd");
   for (auto [fd, token] : {std::pair{event_.get(), kEventToken}, {timer_.get(), kTimerToken}}) {
@@ -152,11 +162,99 @@ void Reactor::run_timers() {
   for (auto& task : due) task();
 }
 
+void Reactor::attend(const std::shared_ptr<Pollable>& what) {
+  if (!on_thread()) return post([this, what] { attend(what); });
+  if (std::exchange(what->attended_, true)) return;
+  what->awake();
+  attended_.push_back(what);
+}
+
+// True: look at epoll without sleeping and come again.
+bool Reactor::poll_attended() {
+  bool some = false;
+  const auto pass = [&] {
+    for (size_t i = 0; i < attended_.size(); ++i) some |= attended_[i]->poll();
+    return some;
+  };
+  if (attended_.empty() || pass()) {
+    idle_since_ns_ = 0;
+    spin_.give();
+    return some;
+  }
+  if (spin_ns_ > 0 && callers_.load(std::memory_order_relaxed) == 0 && spin_.take()) {
+    step_aside(num_cpus_);
+    const int64_t now = now_ns();
+    if (idle_since_ns_ == 0) idle_since_ns_ = now;
+    if (now - idle_since_ns_ < spin_ns_) {
+      for (int look = 0; look < kLooks && !pass(); ++look) cpu_pause();
+      return true;
+    }
+  }
+  idle_since_ns_ = 0;
+  spin_.give();
+  std::erase_if(attended_, [](const std::shared_ptr<Pollable>& each) {
+    return each->doze() && std::exchange(each->attended_, false);
+  });
+  return !attended_.empty();
+}
+
+void Reactor::hold() noexcept {
+  holder_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+}
+
+void Reactor::give() noexcept {
+  holder_.store({}, std::memory_order_relaxed);
+  progress_.unlock();
+}
+
+Reactor::Turn::Turn(Reactor& reactor, const std::shared_ptr<Pollable>& what, int64_t deadline_ns)
+    : reactor_(reactor),
+      what_(what),
+      begin_ns_(now_ns()),
+      last_ns_(std::min(deadline_ns, begin_ns_ + kMaxTurnNs)),
+      until_ns_(std::min(deadline_ns, begin_ns_ + reactor.spin_ns_)) {
+  step_aside(reactor.num_cpus_);
+  reactor_.callers_.fetch_add(1, std::memory_order_relaxed);
+}
+
+bool Reactor::Turn::look() {
+  for (int look = 0; look < kLooks; ++look) {
+    if (!mine_) {
+      // Two who want to spin: the one with the progress token does.
+      mine_ = reactor_.progress_.try_lock();
+      if (mine_) {
+        reactor_.hold();
+        what_->awake();
+      }
+    }
+    if (mine_ && spin_.take() && what_->poll()) {
+      until_ns_ = std::min(last_ns_, now_ns() + reactor_.spin_ns_);
+      return true;
+    }
+    cpu_pause();
+  }
+  const int64_t now = now_ns();
+  if (now >= until_ns_ || reactor_.wanted_.load(std::memory_order_relaxed)) return false;
+  return (mine_ && spin_.take()) || now - begin_ns_ < kGiveWayNs;
+}
+
+Reactor::Turn::~Turn() {
+  reactor_.callers_.fetch_sub(1, std::memory_order_relaxed);
+  if (!mine_) return;
+  if (!what_->doze()) reactor_.post([&r = reactor_, what = what_] { r.attend(what); });
+  reactor_.give();
+}
+
 void Reactor::run() {
   epoll_event events[64];
+  bool sleepy = true;
   while (!stopping_.load(std::memory_order_acquire)) {
-    const int n = ::epoll_wait(epoll_.get(), events, 64, -1);
-    num_wakeups_.fetch_add(1, std::memory_order_relaxed);
+    const int n = ::epoll_wait(epoll_.get(), events, 64, sleepy ? -1 : 0);
+    if (sleepy) num_wakeups_.fetch_add(1, std::memory_order_relaxed);
+    wanted_.store(true, std::memory_order_relaxed);
+    progress_.lock();
+    wanted_.store(false, std::memory_order_relaxed);
+    hold();
     bool timer = false;
     for (int i = 0; i < n; ++i) {
       const Token token = events[i].data.u64;
@@ -176,7 +274,11 @@ void Reactor::run() {
     }
     if (timer) run_timers();
     run_tasks();
+    sleepy = !poll_attended();
+    give();
   }
+  progress_.lock();
+  hold();
   // What close() posted must still end its requests; tasks may post further ones.
   for (;;) {
     {
@@ -185,8 +287,10 @@ void Reactor::run() {
     }
     run_tasks();
   }
+  const auto attended = std::move(attended_);
   std::unordered_map<Token, std::shared_ptr<FdHandler>> handlers;
   std::map<TimerId, std::function<void()>> timers;
+  give();
   std::lock_guard lock(mutex_);
   handlers.swap(handlers_);
   timers.swap(timers_);

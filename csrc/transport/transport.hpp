@@ -26,6 +26,7 @@
 #include "common/error.hpp"
 #include "common/status.hpp"
 #include "common/wire.hpp"
+#include "transport/copy_pool.hpp"
 #include "transport/reactor.hpp"
 #include "transport/region.hpp"
 
@@ -195,6 +196,7 @@ class Host {
  public:
   virtual ~Host() = default;
   virtual Reactor& reactor() noexcept = 0;
+  virtual const std::shared_ptr<CopyPool>& copy_pool() const noexcept = 0;  // null: copy yourself
   virtual const PeerIdentity& self() const noexcept = 0;
 
   // Initiator's side; any thread, no lock of the connection held.
@@ -250,6 +252,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   virtual void close(const Failure& cause) noexcept = 0;
   // Engine close: returns when no thread of ours is inside a copy or a system call of this one.
   virtual void join() noexcept = 0;
+  // What a thread that waits for one of its requests may poll, where polling is worth it.
+  virtual std::shared_ptr<Pollable> pollable() noexcept { return nullptr; }
   // One line for explain(): lanes, addresses, what is mapped.
   virtual std::string describe() const = 0;
 

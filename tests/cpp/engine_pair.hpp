@@ -32,6 +32,8 @@ struct Pair {
     options.secret = Bytes(32, std::byte{1});
     options.transports = {transport()};
     options.listen = listen;
+    if (const char* copiers = std::getenv("KVXFER_TEST_COPY_THREADS"))
+      options.transport.copy_threads = std::atoi(copiers);
     if (const char* threads = std::getenv("KVXFER_TEST_COPY_THREADS"))
       options.transport.copy_threads = std::atoi(threads);
     options.name = "a";

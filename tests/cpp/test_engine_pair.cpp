@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Two engines in one process: the paths where threads meet, for the sanitizers. Once per transport:
-// ctest sets KVXFER_TEST_TRANSPORT, and KVXFER_TEST_SHARE=never to have shm stage what it could
-// map.
+// ctest sets KVXFER_TEST_TRANSPORT, KVXFER_TEST_SHARE=never to have shm stage what it could map,
+// and KVXFER_TEST_COPY_THREADS.
 #include <cstring>
 #include <random>
 #include <thread>

@@ -260,7 +260,12 @@ TEST_CASE("staging slots come back in order and wake the side that waits for one
   REQUIRE(b.peek_bulk(type, body) == Pop::kRecord);
   CHECK(b.peer_stage(0)[0] == std::byte{0});
   CHECK(b.peer_stage(31)[0] == std::byte{31});
-  b.release_bulk(true);
+  const auto first = b.take_stage(), second = b.take_stage();
+  REQUIRE(second);
+  b.release_bulk();
+  b.return_stage(*second);  // out of order: waits for the first
+  CHECK(a.stage() == nullptr);
+  b.return_stage(*first);
   uint64_t count = 0;
   CHECK(::read(a.bell(), &count, sizeof count) == sizeof count);  // rung
   CHECK(a.stage() != nullptr);

@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <bit>
 #include <utility>
 
 namespace kvxfer::shm {
@@ -20,7 +21,7 @@ Channel::Channel(std::shared_ptr<Mapping> control, int me, Segment staging,
   out_bulk_.attach(&mine().bulk, mine().bulk_data, kBulkRingBytes);
   in_messages_.attach(&theirs().messages, theirs().message_data, kMessageRingBytes);
   in_bulk_.attach(&theirs().bulk, theirs().bulk_data, kBulkRingBytes);
-  prepare_sleep();  // so that the peer's first record rings
+  prepare_sleep(false);  // so that the peer's first record rings
 }
 
 void Channel::hear_bell() noexcept {
@@ -33,6 +34,7 @@ void Channel::ring() noexcept {
   const uint64_t one = 1;
   // Fails only when the counter is full, and then the peer is going to wake anyway.
   [[maybe_unused]] const ssize_t n = ::write(peer_bell_.get(), &one, sizeof(one));
+  woke_somebody = true;
 }
 
 bool Channel::try_message(Type type, std::initializer_list<ByteView> parts) noexcept {
@@ -59,6 +61,15 @@ void Channel::message(Type type, std::initializer_list<ByteView> parts) {
     queued_.push_back({type, std::move(body)});
   }
   flush();  // the room may have come between the two
+}
+
+void Channel::ring_early() noexcept {
+  bool wake;
+  {
+    std::lock_guard lock(mutex_);
+    wake = out_messages_.must_ring();
+  }
+  if (wake) ring();
 }
 
 bool Channel::flush() {
@@ -89,7 +100,7 @@ std::byte* Channel::stage() noexcept {
     return staged_ - mine().stage_head.load(std::memory_order_seq_cst) < kNumStageSlots;
   };
   if (!free()) {
-    // The peer gives the slot back before it releases the bulk record, and then looks at this flag.
+    // The peer gives slots back, and then looks at this flag.
     mine().bulk.starving.store(1, std::memory_order_seq_cst);
     if (!free()) return nullptr;
   }
@@ -101,16 +112,30 @@ void Channel::release_message() noexcept {
   if (in_messages_.release()) ring();
 }
 
-void Channel::release_bulk(bool with_stage) noexcept {
-  tsan_publish();
-  if (with_stage) theirs().stage_head.fetch_add(1, std::memory_order_seq_cst);
+void Channel::release_bulk() noexcept {
   if (in_bulk_.release()) ring();
 }
 
-bool Channel::prepare_sleep() noexcept {
-  const bool messages = in_messages_.prepare_sleep();
-  const bool bulk = in_bulk_.prepare_sleep();
-  return messages && bulk;
+std::optional<uint64_t> Channel::take_stage() noexcept {
+  if (stages_taken_ - stages_returned_ == kNumStageSlots) return {};
+  return stages_taken_++;
+}
+
+void Channel::return_stage(uint64_t taken) noexcept {
+  stages_done_ |= uint32_t{1} << (taken - stages_returned_);
+  const int ready = std::countr_one(stages_done_);
+  if (ready == 0) return;
+  stages_done_ = ready == 32 ? 0 : stages_done_ >> ready;
+  stages_returned_ += static_cast<uint64_t>(ready);
+  tsan_publish();
+  theirs().stage_head.fetch_add(static_cast<uint64_t>(ready), std::memory_order_seq_cst);
+  if (in_bulk_.must_ring()) ring();
+}
+
+bool Channel::prepare_sleep(bool bulk_held) noexcept {
+  if (in_messages_.prepare_sleep() && (bulk_held || in_bulk_.prepare_sleep())) return true;
+  awake();
+  return false;
 }
 
 }  // namespace kvxfer::shm

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "common/fd.hpp"
 #include "transport/shm/control.hpp"
@@ -33,6 +34,8 @@ class Channel {
   bool try_message(Type type, std::initializer_list<ByteView> parts) noexcept;
   void message(Type type, std::initializer_list<ByteView> parts);
   bool flush();  // queued ones; true when some went out
+  // A message is about to come: a peer that sleeps wakes up meanwhile, and spins until it is there.
+  void ring_early() noexcept;
 
   // Everything below: progress thread only.
   bool bulk(Type type, std::initializer_list<ByteView> parts) noexcept;
@@ -44,11 +47,17 @@ class Channel {
   Pop peek_message(uint32_t& type, Bytes& body) { return in_messages_.peek(type, body); }
   void release_message() noexcept;
   Pop peek_bulk(uint32_t& type, Bytes& body) { return in_bulk_.peek(type, body); }
-  void release_bulk(bool with_stage) noexcept;
+  void release_bulk() noexcept;
+  // A staging slot that a bulk record gave us. They go back in the order in which they came, when
+  // the bytes have been copied out; empty: the peer gives more than there are.
+  std::optional<uint64_t> take_stage() noexcept;
+  void return_stage(uint64_t taken) noexcept;
   const std::byte* peer_stage(uint32_t slot) const noexcept {
     return peer_staging_->data() + size_t{slot} * kStageSlotBytes;
   }
-  bool prepare_sleep() noexcept;
+  // `bulk_held`: the record at the bulk ring's head waits for a copier, who will wake us.
+  bool prepare_sleep(bool bulk_held) noexcept;
+  void awake() noexcept { in_messages_.awake(), in_bulk_.awake(); }
   bool broken() const noexcept {
     return out_bulk_.broken() || broken_.load(std::memory_order_relaxed);
   }
@@ -76,6 +85,9 @@ class Channel {
   RingProducer out_bulk_;
   uint64_t staged_ = 0;  // slots ever used; the peer's stage_head says how many came back
   RingConsumer in_messages_, in_bulk_;
+  uint64_t stages_taken_ = 0, stages_returned_ = 0;
+  uint32_t stages_done_ = 0;  // a bit each for those from stages_returned_ on
+  static_assert(kNumStageSlots <= 32);
 };
 
 }  // namespace kvxfer::shm

@@ -12,7 +12,7 @@ namespace kvxfer::shm {
 
 namespace {
 // Rounds of work (a message, a chunk, a staging slot) before other connections get their turn.
-constexpr int kMaxRounds = 64;
+constexpr int kMaxRounds = 16;
 
 enum class SocketType : uint32_t { kRegion = 1, kWithdrawn = 2, kBye = 3, kWords = 4 };
 struct SocketMessage {
@@ -35,7 +35,7 @@ struct ShmConnection::BellHandler final : FdHandler {
   explicit BellHandler(std::shared_ptr<ShmConnection> c) : connection(std::move(c)) {}
   void on_events(uint32_t) override {
     connection->channel_.hear_bell();
-    connection->progress();
+    connection->host_.reactor().attend(connection);
   }
   std::shared_ptr<ShmConnection> connection;
 };
@@ -60,7 +60,7 @@ ShmConnection::ShmConnection(Host& host, Parts parts)
           },
           this),
       incoming_(
-          channel_, *this, host,
+          channel_, *this, host, make_copiers(host, this),
           [](void* self, uint64_t region) {
             return static_cast<ShmConnection*>(self)->source(region);
           },
@@ -71,9 +71,8 @@ ShmConnection::ShmConnection(Host& host, Parts parts)
           this) {}
 
 void ShmConnection::start() {
-  auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
   // On the progress thread, so that no event can find the tokens unset.
-  host_.reactor().post([self] {
+  host_.reactor().post([self = self()] {
     {
       std::lock_guard lock(self->mutex_);
       if (self->dead_) return;
@@ -82,7 +81,7 @@ void ShmConnection::start() {
                                                   std::make_shared<BellHandler>(self));
     self->socket_token_ = self->host_.reactor().add(self->socket_.get(), EPOLLIN | EPOLLRDHUP,
                                                     std::make_shared<SocketHandler>(self));
-    self->progress();
+    self->host_.reactor().attend(self);
   });
 }
 
@@ -92,10 +91,7 @@ Status ShmConnection::post(const RequestPtr& request) noexcept {
   if (!status.ok()) return status;
   counters.requests.fetch_add(1, std::memory_order_relaxed);
   host_.posted(*request);
-  if (needs_pump) {
-    auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
-    host_.reactor().post([self] { self->progress(); });
-  }
+  if (needs_pump) host_.reactor().attend(self());
   return status;
 }
 
@@ -250,22 +246,25 @@ bool ShmConnection::take_bulk() {
       if (dead_) return false;
     }
   }
-  bool sane = false, finished = true, staged = false;
+  bool sane = false, finished = true;
   switch (static_cast<Type>(held_type_)) {
     case Type::kSpans:
       sane = incoming_.on_spans(held_, finished);
       break;
     case Type::kStaged:
-      staged = true;
-      sane = incoming_.on_staged(held_);
+      sane = incoming_.on_staged(held_, finished);
+      break;
+    case Type::kCheck:
+      sane = incoming_.on_check(held_);
       break;
     case Type::kReadData: {
-      staged = true;
       Reader reader(held_);
       const auto head = reader.get<StageHead>();
-      sane = reader.finished() && head.stage_slot < kNumStageSlots &&
-             head.nbytes <= kStageSlotBytes &&
-             outgoing_.on_read_data(head, channel_.peer_stage(head.stage_slot));
+      sane =
+          reader.finished() && head.stage_slot < kNumStageSlots && head.nbytes <= kStageSlotBytes;
+      const auto stage = sane ? channel_.take_stage() : std::nullopt;
+      sane = stage && outgoing_.on_read_data(head, channel_.peer_stage(head.stage_slot));
+      if (stage) channel_.return_stage(*stage);
       break;
     }
     default:
@@ -276,13 +275,14 @@ bool ShmConnection::take_bulk() {
     return false;
   }
   bulk_held_ = !finished;
-  if (finished) channel_.release_bulk(staged);
+  if (finished) channel_.release_bulk();
   return finished;
 }
 
 bool ShmConnection::step() {
   bool some = channel_.flush();
   some |= take_message();
+  some |= incoming_.collect();
   some |= incoming_.copy_one();
   some |= take_bulk();
   some |= incoming_.serve_one();
@@ -292,21 +292,27 @@ bool ShmConnection::step() {
   return some;
 }
 
-void ShmConnection::progress() {
-  for (int round = 0; round < kMaxRounds; ++round) {
-    {
-      std::lock_guard lock(mutex_);
-      if (dead_) return;
-    }
-    if (step()) continue;
-    if (channel_.broken()) return broken("a ring position out of its bounds");
-    if (channel_.prepare_sleep()) return;
-  }
-  if (std::exchange(again_posted_, true)) return;
-  auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
-  host_.reactor().defer([self] {
-    self->again_posted_ = false;
-    self->progress();
+bool ShmConnection::is_dead() const noexcept {
+  std::lock_guard lock(mutex_);
+  return dead_;
+}
+
+bool ShmConnection::poll() {
+  bool some = false;
+  for (int round = 0; round < kMaxRounds && !is_dead() && step(); ++round) some = true;
+  if (channel_.broken()) broken("a ring position out of its bounds");
+  return some;
+}
+
+bool ShmConnection::doze() { return is_dead() || channel_.prepare_sleep(bulk_held_); }
+
+std::shared_ptr<CopyClient> ShmConnection::make_copiers(Host& host, ShmConnection* connection) {
+  if (!host.copy_pool()) return nullptr;
+  // Copiers call it only while the connection is alive: clear() waits for them.
+  return std::make_shared<CopyClient>(host.copy_pool(), [&reactor = host.reactor(), connection] {
+    reactor.post([weak = connection->weak_from_this(), &reactor] {
+      if (auto alive = std::static_pointer_cast<ShmConnection>(weak.lock())) reactor.attend(alive);
+    });
   });
 }
 
@@ -335,12 +341,11 @@ void ShmConnection::die(const Failure& cause) {
 
 void ShmConnection::close(const Failure& cause) noexcept {
   if (host_.reactor().on_thread()) return die(cause);
-  auto self = std::static_pointer_cast<ShmConnection>(shared_from_this());
-  host_.reactor().post([self, cause] { self->die(cause); });
+  host_.reactor().post([self = self(), cause] { self->die(cause); });
 }
 
-// Only the progress thread is ever inside a copy or a system call of ours, and the engine joins
-// that one.
+// Only the progress thread, and the copiers that it waits for in die(), are ever inside a copy or a
+// system call of ours; and the engine joins that one.
 void ShmConnection::join() noexcept {}
 
 std::string ShmConnection::describe() const {

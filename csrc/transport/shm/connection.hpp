@@ -16,7 +16,7 @@
 
 namespace kvxfer::shm {
 
-class ShmConnection final : public Connection {
+class ShmConnection final : public Connection, public Pollable {
  public:
   struct Parts {
     std::shared_ptr<Mapping> control;
@@ -33,6 +33,10 @@ class ShmConnection final : public Connection {
   Cancelled cancel(const RequestPtr& request) noexcept override;
   void close(const Failure& cause) noexcept override;
   void join() noexcept override;
+  std::shared_ptr<Pollable> pollable() noexcept override { return self(); }
+  bool poll() override;
+  bool doze() override;
+  void awake() override { channel_.awake(); }
   std::string describe() const override;
 
   void withdraw(uint64_t region) noexcept;  // the peer may let go of it; any thread
@@ -41,7 +45,11 @@ class ShmConnection final : public Connection {
   struct BellHandler;
   struct SocketHandler;
 
-  void progress();
+  std::shared_ptr<ShmConnection> self() {
+    return std::static_pointer_cast<ShmConnection>(shared_from_this());
+  }
+  static std::shared_ptr<CopyClient> make_copiers(Host& host, ShmConnection* connection);
+  bool is_dead() const noexcept;
   bool step();
   bool take_message();
   bool take_bulk();
@@ -73,7 +81,6 @@ class ShmConnection final : public Connection {
   uint32_t held_type_ = 0;
   Bytes held_;
   Reactor::Token bell_token_ = 0, socket_token_ = 0;
-  bool again_posted_ = false;
 };
 
 }  // namespace kvxfer::shm

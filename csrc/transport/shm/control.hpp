@@ -24,7 +24,7 @@ inline constexpr uint32_t kNumSlots = 1024;  // requests in flight, per directio
 inline constexpr uint32_t kStageSlotBytes = 64 * 1024;
 inline constexpr uint32_t kNumStageSlots = 32;  // 2 MiB: stays in a core's cache
 inline constexpr uint64_t kStageBytes = uint64_t{kStageSlotBytes} * kNumStageSlots;
-inline constexpr uint32_t kMaxSpansPerRecord = 512;
+inline constexpr uint32_t kMaxSpansPerRecord = 1024;  // 24 KiB
 
 // What the two sides agree on about a request. Both write it, by CAS from kPosted, so that exactly
 // one of "accepted" and "cancelled" happened, also when either side stops or dies in between:
@@ -57,11 +57,12 @@ enum class Type : uint32_t {
   kOutcome = 2,   // message of the owner: how a request ended
   kReadPart = 3,  // message: the next spans of a read
   kAbort = 4,     // message: nothing more comes for this cancelled request
-  kSpans = 5,     // bulk: spans of a mapped write that has too many for its head
-  kStaged = 6,    // bulk: a staging slot with the bytes for these targets
+  kSpans = 5,     // bulk: the next spans of a write that has too many for its head
+  kStaged = 6,    // bulk: a staging slot with the bytes for the next spans
   kReadData = 7,  // bulk of the owner: a staging slot with the next bytes of a read
   kGranted = 8,   // message of the owner: so many spans of a read may be pulled by the reader
   kReadDone = 9,  // message: all of a granted read was pulled, and nothing had been revoked
+  kCheck = 10,    // bulk: spans that will come in kSpans; the owner judges all before it copies any
 };
 
 }  // namespace kvxfer::shm

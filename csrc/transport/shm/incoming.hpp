@@ -2,16 +2,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The peer's requests: judged, then copied by us, who own the memory; chunk by chunk, in turn.
 //
-// One thread copies, and looks at a request's slot word and gates before each chunk. So no copier
-// is ever inside a cancelled request when a later one begins, and revoking waits for one chunk at
-// most.
+// The progress thread cuts chunks and takes them back; a copier (itself, or a thread of the copy
+// pool) looks at the request's slot word and gates before each. So revoking waits for one chunk a
+// copier at most. No request begins while a copier is inside a cancelled one of this connection.
 #pragma once
 
 #include <deque>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
+#include "transport/copy_pool.hpp"
 #include "transport/shm/channel.hpp"
 #include "transport/shm/peer_memory.hpp"
 #include "transport/transport.hpp"
@@ -25,11 +27,13 @@ class Incoming {
   // `show` lets the peer pull from a region of ours, and see the words that end this; false when
   // it cannot.
   using Show = bool (*)(void* context, const Region& region);
-  Incoming(Channel& channel, Connection& connection, Host& host, Source source, Show show,
-           void* context)
+  // `copiers` empty: the progress thread copies.
+  Incoming(Channel& channel, Connection& connection, Host& host,
+           std::shared_ptr<CopyClient> copiers, Source source, Show show, void* context)
       : channel_(channel),
         connection_(connection),
         host_(host),
+        copiers_(std::move(copiers)),
         source_(source),
         show_(show),
         context_(context) {}
@@ -39,12 +43,14 @@ class Incoming {
   bool on_read_part(ByteView body);
   bool on_abort(ByteView body);
   bool on_read_done(ByteView body);
-  // Records of the bulk ring. `finished` false: spans must wait until those before them are copied.
+  // Records of the bulk ring. `finished` false: not now, it waits for those before it.
+  bool on_check(ByteView body);
   bool on_spans(ByteView body, bool& finished);
-  bool on_staged(ByteView body);
+  bool on_staged(ByteView body, bool& finished);
   bool copy_one();   // one chunk of one mapped write; true when it did something
   bool serve_one();  // one staging slot for one read
-  void clear() { jobs_.clear(), copying_.clear(), serving_.clear(); }
+  bool collect();    // what the pool has copied
+  void clear();      // returns when no copier is inside
 
  private:
   struct Job {
@@ -52,20 +58,51 @@ class Incoming {
     Op op = Op::kWrite;
     Landing landing;
     Arrival arrival;
-    std::shared_ptr<PeerMemory> source;
-    bool granted = false;          // a read that the peer pulls by itself
-    uint64_t num_spans = 0;        // seen so far
-    std::deque<SpanRecord> spans;  // not yet copied or served; checked
+    std::shared_ptr<PeerMemory> source;  // of a mapped write
+    bool granted = false;                // a read that the peer pulls by itself
+    uint64_t num_spans = 0;              // of a read, seen so far
+    uint64_t nbytes = 0;
+    uint64_t checked = 0;    // bytes of all spans judged before the first is copied
+    uint64_t announced = 0;  // bytes of all spans that came to be copied or served
+    uint64_t done = 0;       // bytes copied or served
+    // A write: those that came last, and the first byte that no copier has got yet.
+    std::vector<SpanRecord> window;
+    size_t next = 0;
+    uint64_t next_offset = 0;
+    bool begun = false;
+    uint32_t num_inside = 0;  // chunks that copiers have
+    bool stopping = false;    // ends, with `failure` or else as cancelled, when the last is back
+    std::optional<Failure> failure;
+    std::deque<SpanRecord> spans;  // a read: not yet served; checked
     uint64_t offset = 0;           // within the first of them
-    uint64_t nbytes = 0, done = 0;
-    uint64_t announced = 0;  // bytes of all spans seen so far
   };
   using JobPtr = std::shared_ptr<Job>;
+  // What a copier does at a time; the progress thread writes it before, and reads it after.
+  struct Chunk final : CopyTask {
+    enum class Result : uint8_t { kCopied, kFailed, kCancelled };
+    void run() noexcept override;
+    JobPtr job;
+    const std::atomic<uint64_t>* slot = nullptr;
+    std::vector<Pull> pulls;
+    const std::byte* staged = nullptr;  // where they count from; null: they are of job->source
+    std::optional<uint64_t> stage;      // to be returned
+    Result result = Result::kCopied;
+    std::optional<Failure> failure;
+  };
+  using ChunkPtr = std::unique_ptr<Chunk>;
 
-  JobPtr find(Ticket ticket) const;
-  bool wanted(const JobPtr& job);  // still posted; a cancelled one is dropped
-  bool check(Job& job, const std::vector<SpanRecord>& spans, bool& sane);
-  bool copy_chunk(const JobPtr& job);
+  JobPtr find(Ticket ticket) const;  // not when it is stopping
+  bool full() const noexcept { return copiers_ && copiers_->full(); }
+  bool posted(const Job& job) noexcept;
+  bool wanted(const JobPtr& job);  // still posted; a cancelled one is stopped
+  bool held_back() noexcept;
+  std::optional<Failure> judge(const Job& job, std::span<const SpanRecord> spans);
+  ChunkPtr new_chunk(const JobPtr& job);
+  void cut(Job& job, Chunk& chunk, ChunkLimit limit);
+  void start(ChunkPtr chunk);
+  void land(ChunkPtr chunk);
+  void stop(const JobPtr& job, std::optional<Failure> failure);
+  void settle(const JobPtr& job);
   bool can_grant(const Landing& landing);
   void grant(const Job& job);
   void finish(const JobPtr& job);
@@ -76,13 +113,16 @@ class Incoming {
   Channel& channel_;
   Connection& connection_;
   Host& host_;
+  std::shared_ptr<CopyClient> copiers_;
   Source source_;
   Show show_;
   void* context_;
 
   std::unordered_map<uint32_t, JobPtr> jobs_;  // by slot
   std::deque<JobPtr> copying_, serving_;
-  std::vector<Pull> pulls_;  // of one chunk
+  std::vector<const Chunk*> inside_;  // given to the pool and not collected
+  std::vector<ChunkPtr> idle_;        // to be used again
+  std::vector<Target> targets_;       // scratch of judge()
 };
 
 }  // namespace kvxfer::shm

@@ -5,15 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/hooks.hpp"
-
 namespace kvxfer::shm {
-
-namespace {
-// A read asks for more spans when less than this is still to come: keeps the owner busy, bounds
-// what it must remember.
-constexpr uint64_t kReadAhead = kStageBytes / 2;
-}  // namespace
 
 Outgoing::Outgoing(Channel& channel, Connection& connection, Host& host, Show show, void* context)
     : channel_(channel),
@@ -41,15 +33,9 @@ void Outgoing::release(uint32_t slot) noexcept {
   free_.push_back(slot);
 }
 
-std::vector<SpanRecord> Outgoing::spans_from(const Request& request, size_t first) const {
-  std::vector<SpanRecord> records;
-  const size_t last = std::min(request.spans.size(), first + kMaxSpansPerRecord);
-  records.reserve(last - first);
-  for (size_t i = first; i < last; ++i) {
-    const Span& span = request.spans[i];
-    records.push_back({span.local, span.remote, span.nbytes, static_cast<uint32_t>(i)});
-  }
-  return records;
+std::span<const Span> Outgoing::spans_from(const Request& request, size_t first) {
+  const std::span<const Span> all(request.spans);
+  return all.subspan(first, std::min<size_t>(all.size() - first, kMaxSpansPerRecord));
 }
 
 Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
@@ -65,19 +51,21 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
 
   const bool mapped =
       request->op == Op::kWrite && request->nbytes > 0 && show_(context_, *request->local);
-  std::vector<SpanRecord> spans;
   if (mapped) {
     head.flags |= kMapped;
     head.source = request->local->id;
   }
   if (request->op == Op::kRead) head.flags |= kMapped;  // where the owner can let us pull
-  // A read starts with its first spans and asks for the rest as it goes.
-  if (request->op == Op::kRead || (mapped && request->spans.size() <= kMaxSpansPerRecord)) {
-    spans = spans_from(*request, 0);
-    if (spans.size() == request->spans.size()) head.flags |= kInline;
-  }
+  // A read starts with its first spans and asks for the rest as it goes. Those of a write go with
+  // its head or, when they are many, first to be judged and then once more to be copied.
+  std::span<const Span> spans = spans_from(*request, 0);
+  const bool inlined = spans.size() == request->spans.size();
+  if (inlined)
+    head.flags |= kInline;
+  else if (request->op == Op::kWrite)
+    spans = {};
   head.num_spans = static_cast<uint32_t>(spans.size());
-  needs_pump = request->op == Op::kWrite && request->nbytes > 0 && (head.flags & kInline) == 0;
+  needs_pump = request->op == Op::kWrite && request->nbytes > 0 && !(mapped && inlined);
 
   std::lock_guard lock(mutex_);
   if (dead_) return {Code::kPeerDisconnected};
@@ -98,8 +86,9 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   free_.pop_back();
   flight.request = request;
   flight.mapped = mapped;
+  flight.judged = flight.window_end = spans.size();
   flight.asked_spans = spans.size();
-  for (const SpanRecord& span : spans) flight.asked += span.nbytes;
+  for (const Span& span : spans) flight.asked += span.nbytes;
   by_id_.emplace(request->id, slot);
   if (needs_pump) pumping_.push_back(head.ticket);
   return {};
@@ -163,7 +152,7 @@ bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
       Failure& failure = completion.failure;
       failure.code = outcome.code <= kMaxCode ? static_cast<Code>(outcome.code) : Code::kInternal;
       failure.err = outcome.err;
-      if (outcome.span < request.spans.size()) failure.span = request.spans[outcome.span].index;
+      failure.span = outcome.span;
       failure.expected = outcome.expected;
       failure.given = outcome.given;
       failure.text = std::move(text);
@@ -192,178 +181,57 @@ void Outgoing::leave(Ticket ticket, Request& request) noexcept {
   if (report) host_.quiesced(request);
 }
 
-void Outgoing::ask(Ticket ticket, const Request& request, Flight& flight) {
-  // Of a granted read the next part is under way while this one is pulled; of a staged one, what
-  // fills the ring.
-  const auto wants_more = [&flight] {
-    return flight.memory ? flight.asked_spans == flight.granted
-                         : flight.asked - flight.landed < kReadAhead;
-  };
-  while (flight.asked_spans < request.spans.size() && wants_more()) {
-    const std::vector<SpanRecord> spans = spans_from(request, flight.asked_spans);
-    flight.asked_spans += spans.size();
-    for (const SpanRecord& span : spans) flight.asked += span.nbytes;
-    channel_.message(Type::kReadPart, {view_of(PartHead{ticket, spans.size()}), view_of(spans)});
-  }
-}
-
-bool Outgoing::on_read_data(const StageHead& head, const std::byte* bytes) {
-  const RequestPtr request = enter(head.ticket);
-  if (!request) {
-    connection_.counters.bytes_sunk.fetch_add(head.nbytes, std::memory_order_relaxed);
-    return true;
-  }
-  hooks::reached(hooks::Point::kInsideRead);
-  Flight& flight = flights_[head.ticket.slot];
-  const bool sane = request->op == Op::kRead && head.nbytes <= flight.asked - flight.landed;
-  uint64_t left = sane ? head.nbytes : 0;
-  while (left > 0) {
-    const Span& span = request->spans[flight.span];
-    const uint64_t n = std::min<uint64_t>(left, span.nbytes - flight.offset);
-    request->local->resolve(span.local + flight.offset, n, [&bytes](std::byte* to, size_t size) {
-      std::memcpy(to, bytes, size);
-      bytes += size;
-    });
-    left -= n;
-    flight.offset += n;
-    if (flight.offset == span.nbytes) ++flight.span, flight.offset = 0;
-  }
-  if (sane) flight.landed += head.nbytes;
-  const bool complete = flight.accepted && flight.landed == request->nbytes;
-  leave(head.ticket, *request);
-  if (complete)
-    end(head.ticket, {true, request->nbytes, {}});
-  else if (sane)
-    ask(head.ticket, *request, flight);
-  return sane;
-}
-
-bool Outgoing::on_granted(const GrantHead& head, std::shared_ptr<PeerMemory> memory) {
-  RequestPtr request;
-  {
-    std::lock_guard lock(mutex_);
-    Flight* flight = find(head.ticket);
-    if (flight == nullptr) return head.ticket.slot < kNumSlots;
-    if (flight->cancelled) return true;
-    request = flight->request;
-  }
-  Flight& flight = flights_[head.ticket.slot];
-  if (request->op != Op::kRead || head.num_spans <= flight.granted ||
-      head.num_spans > flight.asked_spans)
-    return false;
-  if (!memory) memory = flight.memory;
-  if (!memory) {  // shown before it was granted, so it was withdrawn since
-    end_pulled(head.ticket, Failure{.code = Code::kRemoteAccess,
-                                    .text = "the region was deregistered before the read"});
-    return true;
-  }
-  for (size_t i = flight.granted; i < head.num_spans; ++i) {
-    const Span& span = request->spans[i];
-    if (span.remote > memory->nbytes() || span.nbytes > memory->nbytes() - span.remote)
-      return false;  // the owner has granted what it did not show
-  }
-  flight.memory = std::move(memory);
-  flight.watch = {head.region_word, head.lease_word};
-  flight.granted = head.num_spans;
-  if (!std::exchange(flight.pulling, true)) pulling_.push_back(head.ticket);
-  ask(head.ticket, *request, flight);
+// The next record of spans, from `sent` on.
+bool Outgoing::pump_spans(Type type, Ticket ticket, const Request& request, size_t& sent) {
+  const std::span<const Span> spans = spans_from(request, sent);
+  if (!channel_.bulk(type, {view_of(PartHead{ticket, spans.size()}), view_of(spans)})) return false;
+  sent += spans.size();
   return true;
 }
 
-bool Outgoing::pull_one() {
-  if (pulling_.empty()) return false;
-  const Ticket ticket = pulling_.front();
-  pulling_.pop_front();
-  const RequestPtr request = enter(ticket);
-  if (!request) return true;  // ended or cancelled: forgotten
-  hooks::reached(hooks::Point::kInsideRead);
-  Flight& flight = flights_[ticket.slot];
-  const ChunkLimit limit = flight.memory->limit();
-  uint64_t left = limit.nbytes;
-  pulls_.clear();
-  while (left > 0 && pulls_.size() < limit.num_pulls && flight.span < flight.granted) {
-    const Span& span = request->spans[flight.span];
-    uint64_t from = span.remote + flight.offset;
-    const uint64_t begin = from, n = std::min<uint64_t>(left, span.nbytes - flight.offset);
-    request->local->resolve(span.local + flight.offset, n, [&](std::byte* to, size_t size) {
-      if (pulls_.size() == limit.num_pulls) return;
-      pulls_.push_back({to, from, size, static_cast<uint32_t>(flight.span)});
-      from += size;
-    });
-    left -= from - begin;
-    flight.offset += from - begin;
-    if (flight.offset == span.nbytes) ++flight.span, flight.offset = 0;
-  }
-  std::optional<Failure> failure = flight.memory->pull(pulls_, flight.watch);
-  if (!failure) flight.landed += limit.nbytes - left;
-  if (failure && failure->span < request->spans.size())
-    failure->span = request->spans[failure->span].index;
-  const bool finished = failure || flight.landed == request->nbytes;
-  flight.pulling = !finished && flight.span < flight.granted;
-  if (flight.pulling) pulling_.push_back(ticket);
-  leave(ticket, *request);
-  if (finished) end_pulled(ticket, std::move(failure));
-  return true;
-}
-
-// The one end of a granted read that nobody else brings: under the lock a cancel comes before it,
-// and then the owner hears of that alone, or after it, and finds nothing.
-void Outgoing::end_pulled(Ticket ticket, std::optional<Failure> failure) {
-  RequestPtr request;
-  Completion completion;
-  {
-    std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
-    if (flight == nullptr || flight->cancelled) return;
-    request = flight->request;
-    completion.nbytes = flight->landed;
-    channel_.message(failure ? Type::kAbort : Type::kReadDone, {view_of(PartHead{ticket, 0})});
-    release(ticket.slot);
-  }
-  completion.ok = !failure;
-  if (failure)
-    completion.failure = std::move(*failure);
-  else
-    connection_.counters.bytes_read.fetch_add(request->nbytes, std::memory_order_relaxed);
-  host_.ended(connection_, request, std::move(completion));
-}
-
-bool Outgoing::pump_spans(Ticket ticket, const Request& request, Flight& flight, bool& finished) {
-  const std::vector<SpanRecord> spans = spans_from(request, flight.span);
-  if (!channel_.bulk(Type::kSpans, {view_of(PartHead{ticket, spans.size()}), view_of(spans)}))
-    return false;
-  flight.span += spans.size();
-  finished = flight.span == request.spans.size();
-  return true;
-}
-
-bool Outgoing::pump_staged(Ticket ticket, const Request& request, Flight& flight, bool& finished) {
+bool Outgoing::pump_staged(Ticket ticket, const Request& request, Flight& flight) {
   std::byte* stage = channel_.stage();
   if (stage == nullptr) return false;
-  std::vector<SpanRecord> targets;
+  pieces_.clear();
   size_t span = flight.span;
   uint64_t offset = flight.offset;
   uint32_t filled = 0;
-  while (filled < kStageSlotBytes && span < request.spans.size() &&
-         targets.size() < kMaxSpansPerRecord) {
+  while (filled < kStageSlotBytes && span < flight.window_end) {
     const Span& from = request.spans[span];
-    const auto n =
-        static_cast<uint32_t>(std::min<uint64_t>(from.nbytes - offset, kStageSlotBytes - filled));
-    targets.push_back({0, from.remote + offset, n, static_cast<uint32_t>(span)});
+    const uint64_t n = std::min<uint64_t>(from.nbytes - offset, kStageSlotBytes - filled);
     request.local->resolve(from.local + offset, n, [&](const std::byte* bytes, size_t size) {
-      std::memcpy(stage + filled, bytes, size);
+      pieces_.push_back({stage + filled, bytes, size});
       filled += static_cast<uint32_t>(size);
     });
     offset += n;
     if (offset == from.nbytes) ++span, offset = 0;
   }
-  const StageHead head{ticket, channel_.stage_slot(), filled, targets.size()};
-  if (!channel_.bulk(Type::kStaged, {view_of(head), view_of(targets)})) return false;
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    if (i + 1 < pieces_.size())
+      prefetch_block(pieces_[i + 1].to, pieces_[i + 1].from, pieces_[i + 1].nbytes);
+    std::memcpy(pieces_[i].to, pieces_[i].from, pieces_[i].nbytes);
+  }
+  if (!channel_.bulk(Type::kStaged, {view_of(StageHead{ticket, channel_.stage_slot(), filled})}))
+    return false;
   channel_.stage_used();
   flight.span = span;
   flight.offset = offset;
-  finished = span == request.spans.size();
   return true;
+}
+
+// One record or one staging slot.
+bool Outgoing::pump_one(Ticket ticket, const Request& request, Flight& flight, bool& finished) {
+  const size_t num_spans = request.spans.size();
+  bool progressed = false;
+  if (flight.judged < num_spans)
+    progressed = pump_spans(Type::kCheck, ticket, request, flight.judged);
+  else if (flight.window_end < num_spans && (flight.mapped || flight.span == flight.window_end))
+    progressed = pump_spans(Type::kSpans, ticket, request, flight.window_end);
+  else
+    progressed = pump_staged(ticket, request, flight);
+  finished = flight.judged == num_spans && flight.window_end == num_spans &&
+             (flight.mapped || flight.span == num_spans);
+  return progressed;
 }
 
 bool Outgoing::pump() {
@@ -378,8 +246,7 @@ bool Outgoing::pump() {
   if (!request) return true;  // ended or cancelled: forgotten
   Flight& flight = flights_[ticket.slot];
   bool finished = false;
-  const bool progressed = flight.mapped ? pump_spans(ticket, *request, flight, finished)
-                                        : pump_staged(ticket, *request, flight, finished);
+  const bool progressed = pump_one(ticket, *request, flight, finished);
   if (!finished) {  // round robin; when there was no room, it keeps its turn
     std::lock_guard lock(mutex_);
     progressed ? pumping_.push_back(ticket) : pumping_.push_front(ticket);

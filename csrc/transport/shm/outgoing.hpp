@@ -46,8 +46,10 @@ class Outgoing {
     bool inside = false;     // the progress thread copies from or to its memory right now
     bool cancelled = false;  // the engine ended it; the slot waits for the owner's word
     // Progress thread only from here on.
-    size_t span = 0;      // next byte to send, or to store: this span,
-    uint64_t offset = 0;  // at this offset
+    size_t judged = 0;      // spans sent to be judged; of a write
+    size_t window_end = 0;  // spans sent to be copied; of a write
+    size_t span = 0;        // next byte to stage, or to store: this span,
+    uint64_t offset = 0;    // at this offset
     size_t asked_spans = 0;
     uint64_t asked = 0, landed = 0;  // bytes of a read
     bool accepted = false;
@@ -61,9 +63,10 @@ class Outgoing {
   void release(uint32_t slot) noexcept;  // mutex_ held
   RequestPtr enter(Ticket ticket) noexcept;
   void leave(Ticket ticket, Request& request) noexcept;
-  std::vector<SpanRecord> spans_from(const Request& request, size_t first) const;
-  bool pump_spans(Ticket ticket, const Request& request, Flight& flight, bool& finished);
-  bool pump_staged(Ticket ticket, const Request& request, Flight& flight, bool& finished);
+  static std::span<const Span> spans_from(const Request& request, size_t first);  // of one record
+  bool pump_one(Ticket ticket, const Request& request, Flight& flight, bool& finished);
+  bool pump_spans(Type type, Ticket ticket, const Request& request, size_t& sent);
+  bool pump_staged(Ticket ticket, const Request& request, Flight& flight);
   void ask(Ticket ticket, const Request& request, Flight& flight);
   void end(Ticket ticket, Completion completion);
   void end_pulled(Ticket ticket, std::optional<Failure> failure);
@@ -81,6 +84,12 @@ class Outgoing {
   std::deque<Ticket> pumping_;
   std::deque<Ticket> pulling_;  // progress thread only, like the next
   std::vector<Pull> pulls_;
+  struct Piece {
+    std::byte* to;
+    const std::byte* from;
+    size_t nbytes;
+  };
+  std::vector<Piece> pieces_;  // of one staging slot
   bool room_wanted_ = false;
   bool dead_ = false;
 };

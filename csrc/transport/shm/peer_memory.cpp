@@ -27,6 +27,22 @@ void copy_from_peer(std::byte* to, const std::byte* from, size_t nbytes) noexcep
 }
 #endif
 
+void prefetch_block(const std::byte* to, const std::byte* from, size_t nbytes) noexcept {
+  constexpr size_t kLine = 64, kAhead = 8 * kLine;
+  for (size_t at = 0; at < std::min(kAhead, nbytes); at += kLine) {
+    __builtin_prefetch(from + at, 0);
+    __builtin_prefetch(to + at, 1);
+  }
+}
+
+void copy_pulls(const std::byte* base, std::span<const Pull> pulls) noexcept {
+  for (size_t i = 0; i < pulls.size(); ++i) {
+    if (i + 1 < pulls.size())
+      prefetch_block(pulls[i + 1].to, base + pulls[i + 1].from, pulls[i + 1].nbytes);
+    copy_from_peer(pulls[i].to, base + pulls[i].from, pulls[i].nbytes);
+  }
+}
+
 Failure PeerMemory::ended(bool lease) {
   if (lease)
     return {.code = Code::kLease, .text = "the lease was revoked or has expired during the read"};
@@ -80,8 +96,7 @@ class MappedMemory final : public PeerMemory {
       : PeerMemory(nbytes), pages_(std::move(mapping)), words_(std::move(words)) {}
 
   std::optional<Failure> pull(std::span<const Pull> pulls, const Watch& watch) noexcept override {
-    const std::byte* base = pages_.mapping().data();
-    for (const Pull& each : pulls) copy_from_peer(each.to, base + each.from, each.nbytes);
+    copy_pulls(pages_.mapping().data(), pulls);
     if (words_->closed(watch.lease)) return ended(true);
     if (words_->closed(watch.region)) return ended(false);
     return {};

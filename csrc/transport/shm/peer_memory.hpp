@@ -78,4 +78,10 @@ std::unique_ptr<Reach> make_mapped_reach();
 // word. TSan is right that this is a race, so in its build the copy is one that it does not see.
 void copy_from_peer(std::byte* to, const std::byte* from, size_t nbytes) noexcept;
 
+// The first lines of a block that is copied next: the hardware's own prefetching stops at the end
+// of a page and knows nothing of the next block.
+void prefetch_block(const std::byte* to, const std::byte* from, size_t nbytes) noexcept;
+// From `base` on, each with the next one's first lines on their way.
+void copy_pulls(const std::byte* base, std::span<const Pull> pulls) noexcept;
+
 }  // namespace kvxfer::shm

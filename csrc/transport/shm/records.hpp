@@ -4,7 +4,10 @@
 // at.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
 #include <vector>
 
 #include "common/wire.hpp"
@@ -33,22 +36,28 @@ struct RequestHead {
   uint64_t source = 0;  // id of the initiator's region, kMapped write
 };
 
+// A Span as it stands in the request, so that spans go into the ring as they are.
 struct SpanRecord {
   uint64_t source = 0, target = 0;
   uint32_t nbytes = 0;
-  uint32_t ordinal = 0;  // of the span within the request, for error messages
+  uint32_t index = 0;  // in the caller's arrays, for error messages
 };
+static_assert(sizeof(SpanRecord) == sizeof(Span) &&
+              offsetof(SpanRecord, source) == offsetof(Span, local) &&
+              offsetof(SpanRecord, target) == offsetof(Span, remote) &&
+              offsetof(SpanRecord, nbytes) == offsetof(Span, nbytes) &&
+              offsetof(SpanRecord, index) == offsetof(Span, index));
 
 struct OutcomeHead {
   Ticket ticket;
   uint32_t code = 0;
   int32_t err = 0;
   uint64_t nbytes = 0;
-  uint64_t span = kNoSpan;  // ordinal
+  uint64_t span = kNoSpan;  // SpanRecord::index
   uint64_t expected = 0, given = 0;
 };
 
-struct PartHead {  // kReadPart, kSpans, kAbort, kReadDone
+struct PartHead {  // kReadPart, kCheck, kSpans, kAbort, kReadDone
   Ticket ticket;
   uint64_t num_spans = 0;
 };
@@ -64,7 +73,6 @@ struct StageHead {  // kStaged, kReadData
   Ticket ticket;
   uint32_t stage_slot = 0;
   uint32_t nbytes = 0;
-  uint64_t num_spans = 0;  // kStaged
 };
 
 template <typename T>
@@ -72,15 +80,22 @@ ByteView view_of(const T& value) {
   return {reinterpret_cast<const std::byte*>(&value), sizeof(T)};
 }
 template <typename T>
-ByteView view_of(const std::vector<T>& values) {
-  return {reinterpret_cast<const std::byte*>(values.data()), values.size() * sizeof(T)};
+ByteView view_of(std::span<const T> values) {
+  return std::as_bytes(values);
+}
+
+inline uint64_t total_bytes(std::span<const SpanRecord> spans) {
+  uint64_t sum = 0;  // at most 1024 x 2^32: no overflow
+  for (const SpanRecord& span : spans) sum += span.nbytes;
+  return sum;
 }
 
 // The spans at the end of a record; false when the count and the bytes left disagree.
 inline bool read_spans(Reader& reader, uint64_t count, std::vector<SpanRecord>& out) {
   if (count > kMaxSpansPerRecord || reader.remaining() != count * sizeof(SpanRecord)) return false;
   out.resize(count);
-  for (SpanRecord& span : out) span = reader.get<SpanRecord>();
+  const ByteView bytes = reader.take(count * sizeof(SpanRecord));
+  if (count > 0) std::memcpy(out.data(), bytes.data(), bytes.size());
   return reader.finished();
 }
 

@@ -155,14 +155,20 @@ class RingConsumer {
     head_ = next_;
     tsan_publish();
     shared_->head.store(head_, std::memory_order_seq_cst);
+    return must_ring();
+  }
+  // After something the producer may wait for was given back: true when it does.
+  bool must_ring() noexcept {
     return shared_->starving.load(std::memory_order_seq_cst) != 0 &&
            shared_->starving.exchange(0, std::memory_order_seq_cst) != 0;
   }
+  // Awake again: the producer need not ring. Relaxed: a bell too many does no harm.
+  void awake() noexcept { shared_->sleeping.store(0, std::memory_order_relaxed); }
   // Before sleeping. False: something came meanwhile, do not sleep.
   bool prepare_sleep() noexcept {
     shared_->sleeping.store(1, std::memory_order_seq_cst);
     if (shared_->tail.load(std::memory_order_seq_cst) == head_) return true;
-    shared_->sleeping.store(0, std::memory_order_relaxed);
+    awake();
     return false;
   }
 
