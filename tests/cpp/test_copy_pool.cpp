@@ -69,7 +69,7 @@ int collect(CopyClient& from, Bench& bench, int wanted) {
   int got = 0;
   bench.wait([&] {
     while (from.collect()) ++got;
-    return got == wanted;
+    return got >= wanted;
   });
   return got;
 }
@@ -83,9 +83,9 @@ TEST_CASE("all that is submitted is run once and comes back") {
   int sent = 0, back = 0;
   while (back < 500) {
     while (sent < 500 && !a->full()) a->submit(std::make_unique<Step>(bench, 0, kChunk)), ++sent;
-    const int one = collect(*a, bench, 1);
-    REQUIRE(one == 1);
-    ++back;
+    const int some = collect(*a, bench, 1);
+    REQUIRE(some >= 1);
+    back += some;
   }
   CHECK(bench.order.size() == 500);
   CHECK_FALSE(a->full());

@@ -92,8 +92,7 @@ def test_revoke_is_quiet_while_the_writer_is_stopped(
             own_peer.call("fill", "source", 0x55)
             engine.connect(own_peer.address)
         lease = engine.grant(target, 0, NBYTES, ttl_s=60, peer=own_peer.incarnation, num_arrivals=1)
-        # The region's announcement and the writes go the same way, in order.
-        wait_for_region(engine, own_peer, name)
+        wait_for_region(own_peer, name)
         own_peer.call("start_endless_writes", "source", name, lease.token)
         lease.wait_arrived(0, TIMEOUT_S)  # they land, one after the other
         own_peer.stop()
@@ -106,9 +105,8 @@ def test_revoke_is_quiet_while_the_writer_is_stopped(
         assert (target.array == 0xEE).all()
 
 
-def wait_for_region(engine: TransferEngine, process: PeerProcess, name: str) -> None:
-    engine.notify(engine.connect(process.address), b"announced").wait(TIMEOUT_S)
-    process.call("notifications", 1)
+def wait_for_region(process: PeerProcess, name: str) -> None:
+    process.call("await_region", name)
 
 
 def test_expired_lease_of_a_stopped_writer_is_quiet(

@@ -134,6 +134,13 @@ class Agent:
 
         return wait_for(self.engine, look)[-1]
 
+    def await_region(self, remote: str) -> None:
+        """Regions are announced over tcp: a notification over another transport can be faster."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while remote not in self._peer().regions:
+            assert time.monotonic() < deadline, f"{remote} was not announced"
+            self.engine.notify(self._peer(), b"a round trip").wait(TIMEOUT_S)
+
     def write_back(self, name: str, remote: str, offset: int, nbytes: int, **how: Any) -> str:
         xfer = self.engine.write(
             self.regions[name], self._peer().regions[remote], offset, offset, nbytes, **how
