@@ -32,6 +32,9 @@ class FaultyTransport final : public Transport, private Host {
 
  private:
   Reactor& reactor() noexcept override { return host_->reactor(); }
+  const std::shared_ptr<CopyPool>& copy_pool() const noexcept override {
+    return host_->copy_pool();
+  }
   const PeerIdentity& self() const noexcept override { return host_->self(); }
   void posted(Request& request) noexcept override;
   void ended(Connection& from, const RequestPtr& request, Completion completion) noexcept override;

@@ -36,6 +36,9 @@ class AttachedTcp final : public Transport, public SessionHost {
   void lost(Connection& from, const Failure& cause) noexcept override;
   // Host: passed on.
   Reactor& reactor() noexcept override { return host_->reactor(); }
+  const std::shared_ptr<CopyPool>& copy_pool() const noexcept override {
+    return host_->copy_pool();
+  }
   const PeerIdentity& self() const noexcept override { return host_->self(); }
   void posted(Request& request) noexcept override { host_->posted(request); }
   void ended(Connection& from, const RequestPtr& request, Completion completion) noexcept override {
