@@ -277,8 +277,8 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
       return;
     }
   }
-  const Failure failure{.code = why == State::kTimedOut ? Code::kTimeout : Code::kCancelled,
-                        .text = why == State::kTimedOut ? "the deadline passed" : "cancelled"};
+  Failure failure{.code = why == State::kTimedOut ? Code::kTimeout : Code::kCancelled,
+                  .text = why == State::kTimedOut ? "the deadline passed" : "cancelled"};
   auto stage = Transfer::Stage::kHeld;
   if (t->stage.compare_exchange_strong(stage, Transfer::Stage::kGone, std::memory_order_seq_cst)) {
     end(t, why, failure, true, true);  // still ours: it was never sent
@@ -292,9 +292,12 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
   if (result.agreement == Agreement::kAlreadyAccepted) {
     t->nbytes_done.store(t->nbytes, std::memory_order_relaxed);
     end(t, State::kDone, {}, true, result.quiesced);
-  } else {
-    end(t, why, failure, result.agreement == Agreement::kStopped, result.quiesced);
+    return;
   }
+  if (why == State::kTimedOut)
+    if (const std::string condition = t->connection->condition(); !condition.empty())
+      failure.text += cat(": ", condition);
+  end(t, why, std::move(failure), result.agreement == Agreement::kStopped, result.quiesced);
 }
 
 void Engine::posted(Request& request) noexcept {

@@ -256,6 +256,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   virtual std::shared_ptr<Pollable> pollable() noexcept { return nullptr; }
   // One line for explain(): lanes, addresses, what is mapped.
   virtual std::string describe() const = 0;
+  // What is known of a peer that does not answer, for the message of a passed deadline; or empty.
+  virtual std::string condition() const { return {}; }
 
   Counters counters;
   // Set by the engine before the connection is used, cleared never; opaque to the transport.

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvxfer import __version__, kernels
 from kvxfer.errors import KvxferError
-from kvxfer.transfer import TransferEngine, probe_transports
+from kvxfer.transfer import TransferEngine, probe_transports, tls_unavailable
 
 __all__ = ["Check", "add_arguments", "examine", "run"]
 
@@ -59,10 +59,14 @@ def _platform() -> list[Check]:
 
 
 def _transports() -> list[Check]:
-    return [
+    checks = [
         Check("transports", name, reason is None, reason or "works here")
         for name, reason in probe_transports()
     ]
+    reason = tls_unavailable()
+    # An extra: nothing but EngineConfig(tls=...) needs it.
+    checks.append(Check("transports", "tcp under TLS", reason is None or None, reason or "1.3"))
+    return checks
 
 
 def _loopback() -> list[Check]:

@@ -148,8 +148,10 @@ TEST_CASE("the proofs depend on secret, role, nonces and every byte of the trans
   changed.add(encode_hello(client));
   CHECK(proof != client_proof(keys, changed));
   CHECK(keys.client != keys.server);
-  CHECK(lane_proof(keys.session, keys.session_id, 1) !=
-        lane_proof(keys.session, keys.session_id, 2));
+  const Bytes tls(32, std::byte{7});
+  const Digest lane = lane_proof(keys.session, keys.session_id, 1, {});
+  CHECK(lane != lane_proof(keys.session, keys.session_id, 2, {}));
+  CHECK(lane != lane_proof(keys.session, keys.session_id, 1, tls));  // another socket's
 }
 
 TEST_CASE("control messages, offers and tokens survive the round trip") {

@@ -3,6 +3,7 @@
 // The extension module kvxfer._transfer: the engine's classes, arguments checked. No logic of its
 // own; the Python face is kvxfer/transfer/.
 #include "bindings/transfer/handles.hpp"
+#include "transport/tcp/tls.hpp"
 
 namespace py = pybind11;
 
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_transfer, m) {
           py::make_tuple(each.name, each.reason ? py::object(py::str(*each.reason)) : py::none()));
     return out;
   });
+  m.def("tls_unavailable", &tcp::tls_unavailable);
 
   register_regions(m);
   register_peers(m);

@@ -2,21 +2,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // One tcp connection: lane 0 for control and small bodies, further lanes for bulk in stripes.
 // Sending is done by whoever holds a lane's sending token (a caller of post() or the progress
-// thread); receiving by the progress thread alone.
+// thread; under TLS the progress thread alone); receiving by the progress thread.
 #pragma once
 
-#include <sys/uio.h>
-
-#include <array>
+#include <atomic>
 #include <deque>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
-#include "transport/tcp/wire.hpp"
+#include "transport/tcp/lane.hpp"
 
 namespace kvxfer::tcp {
 
@@ -38,8 +35,8 @@ class SessionHost : public Host {
 
 class TcpConnection final : public Connection {
  public:
-  // lanes[0] is the control lane, one or more bulk lanes follow; all connected and non-blocking.
-  TcpConnection(SessionHost& host, Session session, std::vector<Fd> lanes);
+  // lanes[0] is the control lane, one or more bulk lanes follow.
+  TcpConnection(SessionHost& host, Session session, std::vector<StreamPtr> lanes);
   ~TcpConnection() override;
   void start();  // from here on the reactor drives it
 
@@ -53,114 +50,14 @@ class TcpConnection final : public Connection {
   void close(const Failure& cause) noexcept override;
   void join() noexcept override;
   std::string describe() const override;
+  std::string condition() const override;
 
  private:
-  struct Piecewise {  // where a body continues: a list of pieces and a position in it
-    std::vector<iovec> pieces;
-    size_t next = 0, offset = 0;
-    uint64_t left = 0;
-    void clear() noexcept { pieces.clear(), next = offset = 0, left = 0; }
-    void add(void* base, size_t nbytes) { pieces.push_back({base, nbytes}), left += nbytes; }
-    void advance(uint64_t nbytes) noexcept;
-    size_t gather(iovec* out, size_t max, uint64_t max_nbytes) const noexcept;
-  };
-  // A request of ours that was posted and has not ended.
-  struct Flight {
-    RequestPtr request;
-    bool begun = false;  // a frame of it has been cut
-    uint32_t busy = 0;   // threads inside a system call on its local memory
-    size_t span = 0;     // cutting continues here
-    uint64_t span_done = 0;
-    bool cut_all = false;
-    uint32_t next_stripe = 0;  // READ
-    struct ReadStripe {
-      size_t span;
-      uint64_t offset;
-      uint64_t nbytes;
-    };
-    std::unordered_map<uint32_t, ReadStripe> reads;
-    uint64_t landed = 0;
-    enum class Ending : uint8_t { kNone, kEnd, kQuiesce } ending = Ending::kNone;
-    Completion completion;
-  };
-  using FlightPtr = std::shared_ptr<Flight>;
-  // A stripe that the peer asked to read.
-  struct Serve {
-    uint64_t request = 0;
-    uint32_t stripe = 0;
-    Landing landing;
-    std::vector<Target> targets;
-    uint32_t nbytes = 0;
-    bool dropped = false;
-  };
-  struct Frame {
-    Frame() {}  // clang: an optional of a nested class with initialisers is not constructible else
-    Bytes head;
-    Piecewise body;
-    uint64_t body_nbytes = 0;
-    uint64_t sent = 0;
-    bool has_trailer = false;
-    std::array<std::byte, kTrailerBytes> trailer{};
-    Code poison = Code::kOk;  // else: the rest of the body is padding, and the trailer says so
-    FlightPtr flight;         // ours
-    Landing landing;          // the peer's read, looked at before each system call
-    uint64_t served = 0;
-    uint64_t size() const noexcept {
-      return head.size() + body_nbytes + (has_trailer ? kTrailerBytes : 0);
-    }
-    void spoil(Code why) noexcept;
-    void prepare() noexcept;
-    size_t gather(iovec* out) const noexcept;
-    void advance(uint64_t nbytes) noexcept;
-  };
-  // A request of the peer's; progress thread only.
-  struct Inbound {
-    Landing landing;
-    uint64_t total = 0, landed = 0;
-    Arrival arrival;
-    Op op = Op::kWrite;
-    bool seen = false;     // a stripe came
-    bool verdict = false;  // refused: told to the peer, the rest drains
-    bool aborted = false;
-    size_t num_aborts = 0;
-  };
-  using InboundPtr = std::shared_ptr<Inbound>;
-  enum class Phase : uint8_t { kHead, kControl, kBody, kTrailer };
-  struct Lane {
-    uint32_t index = 0;
-    Fd fd;
-    Reactor::Token token = 0;
-    // Sending; under mutex_, except what the token's holder does with `current` in a system call.
-    std::deque<Frame> queue;
-    std::optional<Frame> current;
-    bool sending = false, again = false, serve_turn = false;
-    // Receiving; progress thread only.
-    Phase phase = Phase::kHead;
-    Bytes buffer;
-    size_t begin = 0, end = 0;
-    Head head;
-    StripeHead stripe;
-    Piecewise body;
-    InboundPtr inbound;
-    FlightPtr reading;
-    Flight::ReadStripe read_stripe{};
-    uint32_t aborts_seen = 0;
-    bool paused = false;  // holds a stripe that another lane's ABORTs must come before
-    size_t buffered() const noexcept { return end - begin; }
-  };
   struct LaneHandler;
   struct Deliveries;
   enum class Step : uint8_t { kAgain, kBlocked, kFailed };
 
-  // connection.cpp: sending
-  void enqueue(Bytes frame);
-  void queue_locked(uint32_t lane, Bytes frame);
-  void pump(Lane& lane, size_t budget) noexcept;
-  void pump_soon(Lane& lane);
-  bool next_frame(Lane& lane);
-  bool cut_write(Lane& lane, const FlightPtr& flight);
-  void cut_reads();
-  bool cut_serve(Lane& lane, Serve& serve);
+  // connection.cpp: life and ends
   void finish(const FlightPtr& flight, Flight::Ending ending, Completion completion,
               Deliveries& out);
   void abort_locked(const FlightPtr& flight);
@@ -168,24 +65,52 @@ class TcpConnection final : public Connection {
   void deliver(Deliveries& deliveries) noexcept;
   void buried() noexcept;
 
+  // sending.cpp
+  void enqueue(Bytes frame);
+  void queue_locked(uint32_t lane, Bytes frame);
+  void pump(Lane& lane, size_t budget) noexcept;
+  void pump_soon(Lane& lane);
+  void pump_all_soon();
+  FramePtr new_frame();
+  void recycle(FramePtr frame);
+  void fill_out(Lane& lane);
+  FramePtr next_frame(Lane& lane);
+  FramePtr cut_write(const FlightPtr& flight);
+  FramePtr cut_serve(Serve& serve);
+  void cut_reads();
+  size_t enter_out(Lane& lane, iovec* iov, std::span<Frame*> frames, size_t& num_frames);
+  void leave_out(Lane& lane, std::span<Frame* const> frames, uint64_t nbytes, Deliveries& out);
+
   // receive.cpp: progress thread
   void receive(Lane& lane) noexcept;
+  void receive_soon(Lane& lane);
   Step step(Lane& lane);
   Step fill(Lane& lane, size_t need);
   Step receive_body(Lane& lane);
+  ssize_t store_body(Lane& lane, bool store, int& err);
   Step protocol_error(std::string text);
   Step stream_ended(Lane& lane, int err);
   Step on_head(Lane& lane);
   Step on_control(Lane& lane, ByteView control);
+
+  // owner.cpp: what the peer asks of us
   Step on_stripe(Lane& lane, ByteView control);
   Step on_stripe_end(Lane& lane, Code trailer);
-  Step on_read(Lane& lane, ByteView control);
-  Step on_read_data(Lane& lane, ByteView control);
-  Step on_read_data_end(Lane& lane, Code trailer);
-  Step on_verdicts(Lane& lane, ByteView control);
   Step on_abort(Lane& lane);
+  Step on_read(Lane& lane, ByteView control);
   void refuse(uint64_t request, Inbound& inbound, const Failure& failure);
   void flush_acks();
+
+  // initiator.cpp: what the peer says to our requests
+  Step on_read_data(Lane& lane, ByteView control);
+  Step on_read_data_end(Lane& lane, Code trailer);
+  Step on_acks(ByteView control);
+  Step on_refuse(Lane& lane, ByteView control);
+
+  // liveness.cpp
+  void watch_peer();
+  void look_after() noexcept;
+  std::optional<Failure> unreachable(int64_t now) const;
 
   SessionHost& host_;
   const Session session_;
@@ -197,15 +122,22 @@ class TcpConnection final : public Connection {
   std::unordered_map<uint64_t, RequestPtr> zombies_;
   std::deque<FlightPtr> small_jobs_, bulk_jobs_, read_jobs_;
   std::deque<Serve> serves_;
+  uint32_t serves_pending_ = 0;
+  std::vector<FramePtr> spare_frames_;
+  StripeHead cutting_;  // reused, so that a stripe is cut without an allocation
   uint32_t reads_outstanding_ = 0;
   uint32_t cancel_count_ = 0;
   bool dead_ = false, want_room_ = false, started_ = false;
+  bool watched_ = false;  // look_after() is due
   Failure cause_;
+
+  // Written by the progress thread; condition() reads pinged_ns_ from any. Alone, so relaxed.
+  int64_t heard_ns_ = 0;
+  std::atomic<int64_t> pinged_ns_{0};  // the first PING without an answer; 0: none
 
   // Progress thread only.
   std::unordered_map<uint64_t, InboundPtr> inbound_;
   std::vector<uint64_t> acks_;
-  uint32_t serves_pending_ = 0;  // under mutex_
 };
 
 }  // namespace kvxfer::tcp

@@ -57,9 +57,10 @@ Digest server_proof(const Keys& keys, const Transcript& transcript) {
   return hmac_sha256(keys.server, {as_bytes_view("kvxfer server"), transcript.digest()});
 }
 
-Digest lane_proof(const Digest& session_key, const Key& session_id, uint32_t lane) {
+Digest lane_proof(const Digest& session_key, const Key& session_id, uint32_t lane,
+                  ByteView binding) {
   const auto number = std::as_bytes(std::span(&lane, 1));
-  return hmac_sha256(session_key, {as_bytes_view("kvxfer tcp lane"), session_id, number});
+  return hmac_sha256(session_key, {as_bytes_view("kvxfer tcp lane"), session_id, number, binding});
 }
 
 Bytes encode_join(const Join& join) {

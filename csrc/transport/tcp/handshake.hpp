@@ -48,8 +48,10 @@ struct Keys {
 Keys derive_keys(ByteView secret, const Hello& client, const Hello& server);
 Digest client_proof(const Keys& keys, const Transcript& transcript);
 Digest server_proof(const Keys& keys, const Transcript& transcript);
-// What a further socket shows to belong to a session; each (session, lane) is taken once.
-Digest lane_proof(const Digest& session_key, const Key& session_id, uint32_t lane);
+// What a further socket shows to belong to a session; each (session, lane) is taken once. `binding`
+// is Stream::binding() of that socket.
+Digest lane_proof(const Digest& session_key, const Key& session_id, uint32_t lane,
+                  ByteView binding);
 
 struct Join {
   Key session{};

@@ -11,12 +11,13 @@
 #include "common/random.hpp"
 
 namespace kvxfer::tcp {
+namespace {
+constexpr double kLingerS = 1.0;  // of a client that was turned away, to hear why
+}
 
 Incoming::Incoming(TcpTransport& transport, Fd fd, uint64_t serial)
-    : transport_(transport),
-      fd_(std::move(fd)),
-      serial_(serial),
-      address_(peer_address(fd_.get())) {
+    : transport_(transport), serial_(serial), address_(peer_address(fd.get())) {
+  stream_ = std::make_unique<Stream>(std::move(fd));
   buffer_.resize(kHeadBytes);
 }
 
@@ -25,40 +26,99 @@ void Incoming::start() {
   timer_ = reactor.at(deadline_after(kHandshakeTimeoutS), [weak = weak_from_this()] {
     if (auto self = weak.lock()) self->end("the handshake was not finished in time", true);
   });
-  token_ = reactor.add(fd_.get(), EPOLLIN | EPOLLRDHUP, shared_from_this());
+  token_ = reactor.add(stream_->fd(), EPOLLIN | EPOLLRDHUP, shared_from_this());
 }
 
 void Incoming::leave_reactor() {
-  if (token_ != 0) transport_.host_.reactor().remove(std::exchange(token_, 0), fd_.get());
+  if (token_ != 0) transport_.host_.reactor().remove(std::exchange(token_, 0), stream_->fd());
   transport_.host_.reactor().cancel(timer_);
 }
 
 void Incoming::end(const std::string& reason, bool tell) {
-  if (std::exchange(ended_, true)) return;
   auto self = shared_from_this();
-  // Counted before the client can know: whoever saw the refusal finds it in stats().
-  if (!reason.empty()) transport_.host_.turned_away(address_, reason);
-  if (tell) send(encode_failure(Type::kError, 0, {.code = Code::kTransport, .text = reason}));
+  if (!std::exchange(ended_, true)) {
+    // Counted before the client can know: whoever saw the refusal finds it in stats().
+    if (!reason.empty()) transport_.host_.turned_away(address_, reason);
+    lanes_.clear();
+    if (tell) {
+      if (want_ != Want::kTls)  // there the alert has said it
+        send(encode_failure(Type::kError, 0, {.code = Code::kTransport, .text = reason}));
+      return linger();
+    }
+  }
   leave_reactor();
-  fd_.reset();
-  lanes_.clear();
   transport_.forget(this);
+}
+
+// To close a socket with unread bytes resets it, and the client may lose what it was told. So it is
+// read until the client hangs up, or for kLingerS.
+void Incoming::linger() {
+  want_ = Want::kNothing;
+  ::shutdown(stream_->fd(), SHUT_WR);
+  Reactor& reactor = transport_.host_.reactor();
+  reactor.cancel(timer_);
+  timer_ = reactor.at(deadline_after(kLingerS), [weak = weak_from_this()] {
+    if (auto self = weak.lock()) self->end({}, false);
+  });
 }
 
 bool Incoming::send(ByteView bytes) {
   // A few hundred bytes into an empty socket buffer: all or nothing.
-  const ssize_t n = ::send(fd_.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-  return n == static_cast<ssize_t>(bytes.size());
+  const iovec piece{const_cast<std::byte*>(bytes.data()), bytes.size()};
+  return stream_->send({&piece, 1}) == static_cast<ssize_t>(bytes.size()) && stream_->flush();
 }
 
 void Incoming::on_events(uint32_t) {
   auto self = shared_from_this();
-  while (!ended_ && token_ != 0 && want_ != Want::kLanes && read_frame()) on_frame();
+  if (want_ == Want::kNothing) {
+    const ssize_t n =
+        ::recv(stream_->fd(), nullptr, kMaxHandshakeBytes * 16, MSG_DONTWAIT | MSG_TRUNC);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) end({}, false);
+    return;
+  }
+  if (want_ == Want::kGreeting) on_greeting();
+  if (want_ == Want::kTls) on_tls();
+  while (!ended_ && token_ != 0 && (want_ == Want::kFirst || want_ == Want::kAuth) && read_frame())
+    on_frame();
   // While lanes are joining nothing is due on this one; only its end matters.
   if (!ended_ && token_ != 0 && want_ == Want::kLanes) {
     std::byte peek;
-    if (::recv(fd_.get(), &peek, 1, MSG_PEEK | MSG_DONTWAIT) == 0)
+    if (::recv(stream_->fd(), &peek, 1, MSG_PEEK | MSG_DONTWAIT) == 0)
       end({}, false);  // authenticated, and found that it knows us already
+  }
+}
+
+// The first byte tells whether the client speaks TLS; both sides must, or neither.
+void Incoming::on_greeting() {
+  std::byte first{};
+  const ssize_t n = ::recv(stream_->fd(), &first, 1, MSG_PEEK | MSG_DONTWAIT);
+  if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+  if (n <= 0) return end("the client went away during the handshake", false);
+  const bool asks_for_tls = first == kTlsRecord;
+  if (asks_for_tls != (transport_.tls_ != nullptr))
+    return end(asks_for_tls ? "the client speaks TLS and this engine does not; give tls= to both, "
+                              "or to neither"
+                            : "this engine speaks TLS only and the client does not; give tls= to "
+                              "both, or to neither",
+               true);
+  want_ = Want::kFirst;
+  if (!asks_for_tls) return;
+  auto wrapped = transport_.tls_->wrap(stream_->release(), true);
+  tls_ = wrapped.get();
+  stream_ = std::move(wrapped);
+  want_ = Want::kTls;
+}
+
+void Incoming::on_tls() {
+  switch (tls_->handshake()) {
+    case TlsStream::Progress::kWaiting:
+      return;
+    case TlsStream::Progress::kDone:
+      want_ = Want::kFirst;
+      transcript_.add(stream_->binding());
+      return;
+    case TlsStream::Progress::kFailed:
+      end(cat("the TLS handshake failed: ", tls_->explain(EPROTO)), true);
   }
 }
 
@@ -78,8 +138,8 @@ bool Incoming::read_frame() {
       }
       buffer_.resize(kHeadBytes + head_.control_nbytes);
     }
-    const ssize_t n =
-        ::recv(fd_.get(), buffer_.data() + have_, buffer_.size() - have_, MSG_DONTWAIT);
+    const iovec into{buffer_.data() + have_, buffer_.size() - have_};
+    const ssize_t n = stream_->receive({&into, 1});
     if (n > 0) {
       have_ += static_cast<size_t>(n);
     } else if (n < 0 && errno == EINTR) {
@@ -145,14 +205,15 @@ void Incoming::on_join() {
   if (!join) return end("malformed JOIN", true);
   for (auto& [key, other] : transport_.incoming_) {
     if (other->want_ != Want::kLanes || other->keys_.session_id != join->session) continue;
-    const Digest expected = lane_proof(other->keys_.session, join->session, join->lane);
+    const Digest expected =
+        lane_proof(other->keys_.session, join->session, join->lane, stream_->binding());
     if (!equal_constant_time(join->proof, expected) || join->lane == 0 ||
         join->lane > other->num_lanes_ || other->lanes_[join->lane])
       break;
     auto session = other;
     leave_reactor();
     ended_ = true;
-    Fd lane = std::move(fd_);
+    StreamPtr lane = std::move(stream_);
     transport_.forget(this);
     session->take_lane(join->lane, std::move(lane));
     return;
@@ -160,10 +221,11 @@ void Incoming::on_join() {
   end(std::string(kAuthenticationFailed), true);
 }
 
-void Incoming::take_lane(uint32_t index, Fd fd) {
-  set_options(fd.get(), true);
-  lanes_[index] = std::move(fd);
-  if (std::all_of(lanes_.begin() + 1, lanes_.end(), [](const Fd& lane) { return bool(lane); }))
+void Incoming::take_lane(uint32_t index, StreamPtr stream) {
+  set_options(stream->fd(), true);
+  lanes_[index] = std::move(stream);
+  if (std::all_of(lanes_.begin() + 1, lanes_.end(),
+                  [](const StreamPtr& lane) { return lane != nullptr; }))
     complete();
 }
 
@@ -173,7 +235,7 @@ void Incoming::complete() {
   if (!send(offers)) return end("the client does not read", false);
   leave_reactor();
   ended_ = true;
-  lanes_[0] = std::move(fd_);
+  lanes_[0] = std::move(stream_);
   Session session{
       .id = keys_.session_id, .key = keys_.session, .peer = peer_.self, .initiator = false};
   auto connection =

@@ -7,12 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "transport/tcp/tls.hpp"
 #include "transport/tcp/transport.hpp"
 
 namespace kvxfer::tcp {
 
-// Progress thread only. It costs one buffer of kMaxHandshakeBytes, ends after kHandshakeTimeoutS,
-// and a mistake of the stranger's ends it alone.
+// Progress thread only. It costs one buffer of kMaxHandshakeBytes (under TLS, OpenSSL's state too),
+// ends after kHandshakeTimeoutS, and a mistake of the stranger's ends it alone.
 class Incoming final : public FdHandler, public std::enable_shared_from_this<Incoming> {
  public:
   Incoming(TcpTransport& transport, Fd fd, uint64_t serial);
@@ -22,24 +23,28 @@ class Incoming final : public FdHandler, public std::enable_shared_from_this<Inc
   void end(const std::string& reason, bool tell);
 
  private:
-  enum class Want : uint8_t { kFirst, kAuth, kLanes };
+  enum class Want : uint8_t { kGreeting, kTls, kFirst, kAuth, kLanes, kNothing };
+  void on_greeting();
+  void on_tls();
+  void linger();
   bool read_frame();  // true: head_ and control_ hold a whole frame
   void on_frame();
   void on_hello();
   void on_auth();
   void on_join();
-  void take_lane(uint32_t index, Fd fd);
+  void take_lane(uint32_t index, StreamPtr stream);
   void complete();
   void leave_reactor();
   bool send(ByteView bytes);
 
   TcpTransport& transport_;
-  Fd fd_;
+  StreamPtr stream_;
+  TlsStream* tls_ = nullptr;  // stream_, where it is one
   const uint64_t serial_;
   std::string address_;
   Reactor::Token token_ = 0;
   Reactor::TimerId timer_ = Reactor::kNoTimer;
-  Want want_ = Want::kFirst;
+  Want want_ = Want::kGreeting;
   Bytes buffer_;  // reads exactly one frame: what follows AUTH may belong to the connection
   size_t have_ = 0;
   Head head_;
@@ -47,7 +52,7 @@ class Incoming final : public FdHandler, public std::enable_shared_from_this<Inc
   Hello peer_;
   Keys keys_;
   uint32_t num_lanes_ = 0;
-  std::vector<Fd> lanes_;
+  std::vector<StreamPtr> lanes_;
   bool ended_ = false;
 };
 

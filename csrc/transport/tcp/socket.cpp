@@ -56,7 +56,8 @@ bool is_loopback(const sockaddr_storage& storage) {
   return (ntohl(in.sin_addr.s_addr) >> 24) == 127;
 }
 
-// True when ready, false at the deadline.
+}  // namespace
+
 bool wait_for(int fd, short events, int64_t deadline_ns) {
   for (;;) {
     const int64_t left = deadline_ns == kNever ? kNever : deadline_ns - now_ns();
@@ -68,8 +69,6 @@ bool wait_for(int fd, short events, int64_t deadline_ns) {
     if (rc < 0 && errno != EINTR) fail_errno(Code::kInternal, errno, "poll failed");
   }
 }
-
-}  // namespace
 
 HostPort parse_address(const std::string& address) {
   const size_t colon = address.rfind(':');
@@ -167,32 +166,40 @@ std::string peer_address(int fd) {
   return format(storage);
 }
 
-void read_exact(int fd, std::span<std::byte> out, int64_t deadline_ns) {
+void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns) {
   while (!out.empty()) {
-    const ssize_t n = ::recv(fd, out.data(), out.size(), 0);
+    const iovec into{out.data(), out.size()};
+    const ssize_t n = stream.receive({&into, 1});
     if (n > 0) {
       out = out.subspan(static_cast<size_t>(n));
     } else if (n == 0) {
       fail(Code::kPeerDisconnected, "the other side closed the connection during the handshake");
     } else if (errno == EAGAIN) {
-      if (!wait_for(fd, POLLIN, deadline_ns))
+      if (!wait_for(stream.fd(), POLLIN, deadline_ns))
         fail(Code::kTimeout, "the other side did not answer in the handshake in time");
     } else if (errno != EINTR) {
-      fail_errno(Code::kPeerDisconnected, errno, "the connection broke during the handshake");
+      const int err = errno;
+      throw Error(Code::kPeerDisconnected,
+                  cat("the connection broke during the handshake: ", stream.explain(err)), err);
     }
   }
 }
 
-void write_all(int fd, ByteView data, int64_t deadline_ns) {
-  while (!data.empty()) {
-    const ssize_t n = ::send(fd, data.data(), data.size(), MSG_NOSIGNAL);
+void write_all(Stream& stream, ByteView data, int64_t deadline_ns) {
+  bool flushed = false;
+  while (!data.empty() || !flushed) {
+    const iovec from{const_cast<std::byte*>(data.data()), data.size()};
+    const ssize_t n = data.empty() ? (stream.flush() ? 0 : -1) : stream.send({&from, 1});
     if (n >= 0) {
+      flushed = data.empty();
       data = data.subspan(static_cast<size_t>(n));
     } else if (errno == EAGAIN) {
-      if (!wait_for(fd, POLLOUT, deadline_ns))
+      if (!wait_for(stream.fd(), POLLOUT, deadline_ns))
         fail(Code::kTimeout, "the other side did not read the handshake in time");
     } else if (errno != EINTR) {
-      fail_errno(Code::kPeerDisconnected, errno, "the connection broke during the handshake");
+      const int err = errno;
+      throw Error(Code::kPeerDisconnected,
+                  cat("the connection broke during the handshake: ", stream.explain(err)), err);
     }
   }
 }

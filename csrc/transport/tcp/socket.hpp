@@ -8,6 +8,7 @@
 
 #include "common/fd.hpp"
 #include "common/wire.hpp"
+#include "transport/tcp/stream.hpp"
 
 namespace kvxfer::tcp {
 
@@ -29,9 +30,9 @@ Fd connect(const std::string& address, int64_t deadline_ns, bool bulk);
 void set_options(int fd, bool bulk) noexcept;
 std::string peer_address(int fd);
 
-// For the connecting side of the handshake, on a non-blocking socket. Throw kTimeout or
-// kPeerDisconnected.
-void read_exact(int fd, std::span<std::byte> out, int64_t deadline_ns);
-void write_all(int fd, ByteView data, int64_t deadline_ns);
+// For the connecting side of the handshake. Throw kTimeout or kPeerDisconnected.
+bool wait_for(int fd, short events, int64_t deadline_ns);  // false at the deadline
+void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns);
+void write_all(Stream& stream, ByteView data, int64_t deadline_ns);
 
 }  // namespace kvxfer::tcp

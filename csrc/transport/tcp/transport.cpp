@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transport/tcp/transport.hpp"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -20,7 +21,7 @@ struct TcpTransport::Acceptor final : FdHandler {
 };
 
 TcpTransport::TcpTransport(SessionHost& host, Bytes secret, const TransportConfig& config)
-    : host_(host), secret_(std::move(secret)), config_(config) {}
+    : host_(host), secret_(std::move(secret)), config_(config), tls_(TlsContext::make(config)) {}
 
 TcpTransport::~TcpTransport() = default;
 
@@ -82,22 +83,38 @@ void TcpTransport::accept_all() noexcept {
 
 void TcpTransport::forget(Incoming* incoming) noexcept { incoming_.erase(incoming); }
 
+// Through the TLS handshake, where there is one.
+StreamPtr TcpTransport::secure(Fd fd, int64_t deadline_ns) const {
+  if (!tls_) return std::make_unique<Stream>(std::move(fd));
+  auto stream = tls_->wrap(std::move(fd), false);
+  for (;;) {
+    switch (stream->handshake()) {
+      case TlsStream::Progress::kDone:
+        return stream;
+      case TlsStream::Progress::kFailed:
+        fail(Code::kTransport, stream->explain(EPROTO));
+      case TlsStream::Progress::kWaiting:
+        if (!wait_for(stream->fd(), POLLIN, deadline_ns))
+          fail(Code::kTimeout, "the other side did not answer in the TLS handshake in time");
+    }
+  }
+}
+
 TcpTransport::Established TcpTransport::connect(
     const std::string& address, int64_t deadline_ns,
     const std::function<bool(const PeerIdentity&)>& wanted) {
-  std::vector<Fd> lanes;
-  lanes.push_back(tcp::connect(address, deadline_ns, false));
-  const int fd = lanes[0].get();
+  Fd first = tcp::connect(address, deadline_ns, false);
+  std::vector<StreamPtr> lanes;
   Bytes frame;
   auto read_frame = [&](Type expected) {
     frame.resize(kHeadBytes);
-    read_exact(fd, frame, deadline_ns);
+    read_exact(*lanes[0], frame, deadline_ns);
     const auto head = decode_head(frame, kMaxHandshakeBytes);
     if (!head || head->body_nbytes != 0)
       fail(Code::kTransport,
            "what listens there is not a kvxfer engine, or one of another version");
     frame.resize(kHeadBytes + head->control_nbytes);
-    read_exact(fd, std::span(frame).subspan(kHeadBytes), deadline_ns);
+    read_exact(*lanes[0], std::span(frame).subspan(kHeadBytes), deadline_ns);
     const ByteView control = ByteView(frame).subspan(kHeadBytes);
     if (head->type == Type::kError) {
       const auto failure = decode_failure(control);
@@ -107,11 +124,13 @@ TcpTransport::Established TcpTransport::connect(
     return control;
   };
   try {
+    lanes.push_back(secure(std::move(first), deadline_ns));
     const Hello ours = hello();
     Transcript transcript;
-    const Bytes first = encode_hello(ours);
-    transcript.add(first);
-    write_all(fd, first, deadline_ns);
+    transcript.add(lanes[0]->binding());
+    const Bytes opening = encode_hello(ours);
+    transcript.add(opening);
+    write_all(*lanes[0], opening, deadline_ns);
     const auto theirs = decode_hello(read_frame(Type::kHello));
     if (!theirs || theirs->min_version != kVersion || theirs->max_version != kVersion ||
         theirs->num_lanes > config_.num_lanes)
@@ -120,7 +139,7 @@ TcpTransport::Established TcpTransport::connect(
     const Keys keys = derive_keys(secret_, ours, *theirs);
     const Bytes auth = encode_plain(Type::kAuth, client_proof(keys, transcript));
     transcript.add(auth);
-    write_all(fd, auth, deadline_ns);
+    write_all(*lanes[0], auth, deadline_ns);
     const Digest expected = server_proof(keys, transcript);
     if (!equal_constant_time(read_frame(Type::kAuth), expected))
       fail(Code::kTransport, kAuthenticationFailed);
@@ -128,10 +147,10 @@ TcpTransport::Established TcpTransport::connect(
     Session session{
         .id = keys.session_id, .key = keys.session, .peer = theirs->self, .initiator = true};
     for (uint32_t lane = 1; lane <= theirs->num_lanes; ++lane) {
-      lanes.push_back(tcp::connect(address, deadline_ns, true));
-      write_all(lanes.back().get(),
-                encode_join({session.id, lane, lane_proof(session.key, session.id, lane)}),
-                deadline_ns);
+      Stream& stream =
+          *lanes.emplace_back(secure(tcp::connect(address, deadline_ns, true), deadline_ns));
+      const Digest proof = lane_proof(session.key, session.id, lane, stream.binding());
+      write_all(stream, encode_join({session.id, lane, proof}), deadline_ns);
     }
     const ByteView offers = read_frame(Type::kOffer);
     Established out;

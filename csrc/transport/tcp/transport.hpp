@@ -20,6 +20,7 @@ inline constexpr double kHandshakeTimeoutS = 2.0;
 inline constexpr size_t kMaxHalfOpen = 64;
 
 class Incoming;
+class TlsContext;
 
 class TcpTransport {
  public:
@@ -47,10 +48,12 @@ class TcpTransport {
   void accept_all() noexcept;
   void forget(Incoming* incoming) noexcept;
   Hello hello() const;
+  StreamPtr secure(Fd fd, int64_t deadline_ns) const;
 
   SessionHost& host_;
   const Bytes secret_;
   const TransportConfig config_;
+  const std::shared_ptr<TlsContext> tls_;  // null: plain
   Listener listener_;
   Reactor::Token token_ = 0;
   uint64_t next_serial_ = 0;

@@ -38,12 +38,12 @@ std::optional<Head> decode_head(ByteView bytes, uint32_t max_control) {
   return head;
 }
 
-Bytes encode_stripe(Head head, const StripeHead& stripe, ByteView notify) {
+void encode_stripe(Head head, const StripeHead& stripe, ByteView notify, Bytes& out) {
   const auto& targets = stripe.targets;
   const bool uniform = targets.size() > 1 && std::ranges::all_of(targets, [&](const Target& t) {
                          return t.nbytes == targets.front().nbytes;
                        });
-  return encode_frame(head, [&](Writer& w) {
+  encode_frame(head, out, [&](Writer& w) {
     w.u64(stripe.access.region.id), w.put(stripe.access.region.key);
     w.u64(stripe.access.lease.id), w.put(stripe.access.lease.key);
     w.u64(stripe.total_nbytes), w.u64(stripe.first_target), w.u64(stripe.arrival);
@@ -59,6 +59,12 @@ Bytes encode_stripe(Head head, const StripeHead& stripe, ByteView notify) {
     }
     w.raw(notify);
   });
+}
+
+Bytes encode_stripe(Head head, const StripeHead& stripe, ByteView notify) {
+  Bytes out;
+  encode_stripe(head, stripe, notify, out);
+  return out;
 }
 
 bool decode_stripe(const Head& head, ByteView control, StripeHead& out) {

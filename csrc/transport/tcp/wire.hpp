@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/wire.hpp"
@@ -15,6 +16,7 @@
 namespace kvxfer::tcp {
 
 inline constexpr uint32_t kMagic = 0x3158'564b;  // "KVX1" in memory
+inline constexpr std::byte kPlainHead{0x4b};     // its first byte
 inline constexpr uint8_t kVersion = 1;
 inline constexpr size_t kHeadBytes = 32;
 inline constexpr size_t kTrailerBytes = 8;
@@ -42,6 +44,8 @@ enum class Type : uint8_t {
   kControl = 12,
   kBye = 13,
   kError = 14,
+  kPing = 15,
+  kPong = 16,
 };
 inline constexpr uint16_t kMaySkip = 1;  // flag: who does not know the type skips the frame
 
@@ -55,6 +59,8 @@ struct Head {
 // Empty when magic, version or a length is out of bounds; `max_control` depends on who speaks.
 std::optional<Head> decode_head(ByteView bytes, uint32_t max_control);
 // Head and control in one buffer; `fill` appends the control bytes.
+template <typename Fill>
+void encode_frame(Head head, Bytes& out, Fill&& fill);
 template <typename Fill>
 Bytes encode_frame(Head head, Fill&& fill);
 void write_head(const Head& head, std::byte* out) noexcept;
@@ -70,6 +76,8 @@ struct StripeHead {
   std::vector<Target> targets;
   ByteView notify;  // points into the control bytes
 };
+// Into `out`, which keeps its memory from frame to frame.
+void encode_stripe(Head head, const StripeHead& stripe, ByteView notify, Bytes& out);
 Bytes encode_stripe(Head head, const StripeHead& stripe, ByteView notify);
 // False: malformed. Checks the sum of the descriptors against head.body_nbytes for a STRIPE, and
 // against kStripeBytes for a READ. `out.targets` is reused, so a lane allocates once.
@@ -87,12 +95,18 @@ void write_trailer(Code code, std::byte* out) noexcept;
 std::optional<Code> decode_trailer(ByteView bytes);
 
 template <typename Fill>
-Bytes encode_frame(Head head, Fill&& fill) {
-  Bytes out(kHeadBytes);
+void encode_frame(Head head, Bytes& out, Fill&& fill) {
+  out.resize(kHeadBytes);
   Writer writer(out);
   fill(writer);
   head.control_nbytes = static_cast<uint32_t>(out.size() - kHeadBytes);
   write_head(head, out.data());
+}
+
+template <typename Fill>
+Bytes encode_frame(Head head, Fill&& fill) {
+  Bytes out;
+  encode_frame(head, out, std::forward<Fill>(fill));
   return out;
 }
 

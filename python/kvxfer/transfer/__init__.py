@@ -10,6 +10,7 @@ from kvxfer._transfer import (
     RemoteRegion,
     Transfer,
     probe_transports,
+    tls_unavailable,
 )
 from kvxfer.transfer.config import EngineConfig, TlsFiles
 from kvxfer.transfer.engine import Notification, PeerEvent, TransferEngine
@@ -28,4 +29,5 @@ __all__ = [
     "Transfer",
     "TransferEngine",
     "probe_transports",
+    "tls_unavailable",
 ]

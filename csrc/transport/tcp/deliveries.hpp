@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// What connection.cpp and receive.cpp share: ends collected under the lock, told after it.
+// Ends of requests, collected under the lock, told after it.
 #pragma once
 
 #include "transport/tcp/connection.hpp"
