@@ -19,6 +19,7 @@ PYBIND11_MODULE(_transfer, m) {
     return out;
   });
 
+  register_requests(m);
   register_regions(m);
   register_peers(m);
   register_transfers(m);

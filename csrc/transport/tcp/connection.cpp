@@ -58,6 +58,8 @@ void TcpConnection::start() {
                                       std::make_shared<LaneHandler>(self, *lane));
 }
 
+bool TcpConnection::same_host() const noexcept { return tcp::same_host(lanes_[0]->fd.get()); }
+
 std::string TcpConnection::describe() const {
   return cat("tcp: ", peer_address(lanes_[0]->fd.get()), ", 1 control lane + ", lanes_.size() - 1,
              " bulk lane(s)");

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from kvxfer._transfer import (
     MAX_NOTIFICATION_NBYTES,
+    BlockView,
     Peer,
     RemoteRegion,
+    Signal,
     Transfer,
     probe_transports,
 )
@@ -17,6 +19,7 @@ from kvxfer.transfer.region import Lease, Region
 
 __all__ = [
     "MAX_NOTIFICATION_NBYTES",
+    "BlockView",
     "EngineConfig",
     "Lease",
     "Notification",
@@ -24,6 +27,7 @@ __all__ = [
     "PeerEvent",
     "Region",
     "RemoteRegion",
+    "Signal",
     "TlsFiles",
     "Transfer",
     "TransferEngine",
