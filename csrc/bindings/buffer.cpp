@@ -2,8 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/buffer.hpp"
 
-#include <mutex>
+#include <atomic>
 #include <string>
+#include <utility>
 
 #include "bindings/dlpack.hpp"
 #include "bindings/errors.hpp"
@@ -13,18 +14,24 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 namespace {
 
-std::mutex graveyard_mutex;
-std::vector<PyObject*>& graveyard() {
-  static auto* list = new std::vector<PyObject*>;  // outlives every static destructor
-  return *list;
-}
+// A stack without a lock: a fork cannot leave it held, and to see it empty
+// costs one load.
+struct Buried {
+  PyObject* object;
+  Buried* next;
+};
+// Pushed by any thread (release: the node), taken whole by who holds the GIL
+// (acquire).
+std::atomic<Buried*> graveyard{nullptr};
 
 // The object, as something that any thread may drop.
 std::shared_ptr<void> bury_later(py::object object) {
-  return {object.release().ptr(), [](void* p) {
-            std::lock_guard lock(graveyard_mutex);
-            graveyard().push_back(static_cast<PyObject*>(p));
-          }};
+  return {
+      object.release().ptr(), [](void* p) {
+        auto* grave = new Buried{static_cast<PyObject*>(p), graveyard.load()};
+        while (!graveyard.compare_exchange_weak(grave->next, grave, std::memory_order_release)) {
+        }
+      }};
 }
 
 std::string type_name(const py::object& object) { return Py_TYPE(object.ptr())->tp_name; }
@@ -135,12 +142,11 @@ Buffers take_buffers(const py::object& source) {
 }
 
 void empty_graveyard() {
-  std::vector<PyObject*> dead;
-  {
-    std::lock_guard lock(graveyard_mutex);
-    dead.swap(graveyard());
+  if (graveyard.load(std::memory_order_relaxed) == nullptr) return;
+  for (Buried* grave = graveyard.exchange(nullptr, std::memory_order_acquire); grave != nullptr;) {
+    Py_DECREF(grave->object);
+    delete std::exchange(grave, grave->next);
   }
-  for (PyObject* object : dead) Py_DECREF(object);
 }
 
 Offsets::Offsets(const char* name, const py::object& value) { take(name, value, 1); }
@@ -154,6 +160,47 @@ Offsets::~Offsets() {
 Column Offsets::column() const noexcept {
   return {scalar_ ? &value_ : data_, scalar_ ? size_t{1} : size_, scalar_};
 }
+
+namespace {
+
+bool is_int64(const Py_buffer& view) {
+  const std::string_view format = view.format ? view.format : "B";
+  return view.itemsize == 8 &&
+         (format == "l" || format == "q" || format == "=q" || format == "<q" || format == "<l");
+}
+
+bool is_int32(const Py_buffer& view) {
+  const std::string_view format = view.format ? view.format : "B";
+  return view.itemsize == 4 && (format == "i" || format == "=i" || format == "<i");
+}
+
+std::string describe(const Py_buffer& view) {
+  std::string text = cat("dtype format '", view.format ? view.format : "B", "', shape [");
+  for (int i = 0; i < view.ndim; ++i) text += cat(i ? ", " : "", view.shape[i]);
+  return text + "]";
+}
+
+constexpr const char* kStrided = "a strided view; use numpy.ascontiguousarray";
+
+}  // namespace
+
+BlockIdArray::BlockIdArray(const char* name, const py::object& value) {
+  auto bad = [&](const std::string& given) {
+    PyBuffer_Release(&view_);  // harmless before there is one
+    raise(Code::kInvalidArgument, std::string(name) +
+                                      " must be a one-dimensional C-contiguous int32 or int64 "
+                                      "array, not " +
+                                      given);
+  };
+  if (!PyObject_CheckBuffer(value.ptr())) bad(type_name(value));
+  if (PyObject_GetBuffer(value.ptr(), &view_, PyBUF_FULL_RO) != 0) throw py::error_already_set();
+  const bool wide = is_int64(view_);
+  if ((!wide && !is_int32(view_)) || view_.ndim != 1) bad(describe(view_));
+  if (!PyBuffer_IsContiguous(&view_, 'C')) bad(kStrided);
+  ids_ = {view_.buf, static_cast<size_t>(view_.len / view_.itemsize), wide};
+}
+
+BlockIdArray::~BlockIdArray() { PyBuffer_Release(&view_); }
 
 void Offsets::take(const char* name, const py::object& value, int columns) {
   const std::string expected = columns == 1 ? "an int or a one-dimensional C-contiguous int64 array"
@@ -174,22 +221,15 @@ void Offsets::take(const char* name, const py::object& value, int columns) {
   if (!PyObject_CheckBuffer(value.ptr())) bad(type_name(value));
   if (PyObject_GetBuffer(value.ptr(), &view_, PyBUF_FULL_RO) != 0) throw py::error_already_set();
   has_view_ = true;
-  const std::string_view format = view_.format ? view_.format : "B";
-  auto given = [&] {
-    std::string text = cat("dtype format '", format, "', shape [");
-    for (int i = 0; i < view_.ndim; ++i) text += cat(i ? ", " : "", view_.shape[i]);
-    return text + "]";
-  };
-  const bool int64 = view_.itemsize == 8 && (format == "l" || format == "q" || format == "=q" ||
-                                             format == "<q" || format == "<l");
+  const bool int64 = is_int64(view_);
   if (columns == 1 && int64 && view_.ndim == 0) {  // a NumPy scalar
     value_ = *static_cast<const int64_t*>(view_.buf);
     scalar_ = true;
     return;
   }
   const bool shape = columns == 1 ? view_.ndim == 1 : view_.ndim == 2 && view_.shape[1] == columns;
-  if (!int64 || !shape) bad(given());
-  if (!PyBuffer_IsContiguous(&view_, 'C')) bad("a strided view; use numpy.ascontiguousarray");
+  if (!int64 || !shape) bad(describe(view_));
+  if (!PyBuffer_IsContiguous(&view_, 'C')) bad(kStrided);
   data_ = static_cast<const int64_t*>(view_.buf);
   size_ = static_cast<size_t>(view_.len) / 8;
 }

@@ -49,4 +49,18 @@ class Offsets {
   size_t size_ = 0;
 };
 
+// A one-dimensional C-contiguous int32 or int64 array, borrowed likewise.
+class BlockIdArray {
+ public:
+  BlockIdArray(const char* name, const pybind11::object& value);
+  ~BlockIdArray();
+  BlockIdArray(const BlockIdArray&) = delete;
+  BlockIdArray& operator=(const BlockIdArray&) = delete;
+  BlockIds ids() const noexcept { return ids_; }
+
+ private:
+  Py_buffer view_{};
+  BlockIds ids_;
+};
+
 }  // namespace kvxfer::bindings

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// The engine's life, its regions, and what it tells the application.
+// The engine's life, and what the application takes from it.
 #include "engine/engine.hpp"
 
 #include <sys/eventfd.h>
@@ -12,7 +12,6 @@
 #include <fstream>
 
 #include "common/random.hpp"
-#include "engine/memory.hpp"
 
 namespace kvxfer {
 namespace {
@@ -28,16 +27,11 @@ HostIdentity host_identity() {
   return host;
 }
 
-void check_name(const char* what, const std::string& name) {
-  if (name.empty() || name.size() > kMaxNameBytes)
-    fail(Code::kInvalidArgument, what, " name must have 1 to ", kMaxNameBytes, " bytes, not ",
-         name.size());
-}
-
 }  // namespace
 
 Engine::Engine(EngineOptions options)
     : options_(std::move(options)), reactor_(options_.transport.spin_ns) {
+  watch_forks();
   check_name("engine", options_.name);
   if (options_.transport.num_lanes < 1 || options_.transport.num_lanes > tcp::kMaxLanes)
     fail(Code::kInvalidArgument, "num_lanes must be 1 to ", tcp::kMaxLanes, ", not ",
@@ -79,7 +73,8 @@ Engine::Engine(EngineOptions options)
   if (!loopback && !options_.secret_is_explicit)
     fail(Code::kInvalidArgument, "listening on ", identity_.address,
          ", which is not loopback, needs an explicit ",
-         "secret=: anyone who can reach it could otherwise read and write the regions");
+         "secret=: anyone who can reach it could otherwise read and write the "
+         "regions");
 }
 
 std::shared_ptr<Engine> Engine::create(EngineOptions options) {
@@ -97,11 +92,21 @@ bool Engine::allows(std::string_view transport) const {
   return std::ranges::find(allowed, transport) != allowed.end();
 }
 
+void Engine::check_here() const {
+  if (!here())
+    fail(Code::kInvalidArgument, "the engine '", options_.name,
+         "' lives in the process that this one was forked from; make an engine "
+         "here, or start "
+         "processes by spawn");
+}
+
 void Engine::check_open() const {
+  check_here();
   if (closed()) fail(Code::kInvalidArgument, "the engine '", options_.name, "' is closed");
 }
 
 void Engine::close() noexcept {
+  if (!here()) return;                 // its threads and descriptors are the parent's
   std::lock_guard once(close_mutex_);  // a second caller returns when the first has finished
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
   const Failure cause{.code = Code::kCancelled, .text = "the engine was closed"};
@@ -160,84 +165,6 @@ void Engine::close() noexcept {
   signal();
 }
 
-// ---------------------------------------------------------------- regions
-
-RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
-  check_open();
-  check_name("region", options.name);
-  if (nbytes == 0) fail(Code::kInvalidArgument, "a region needs at least one byte");
-  Segment segment = allocate_segment(nbytes, options.name);
-  auto region = std::make_shared<Region>();
-  region->name = options.name;
-  region->nbytes = nbytes;
-  region->require_lease = options.require_lease;
-  region->shareable = options.shareable;
-  region->pieces = {{segment.base, 0, nbytes}};
-  region->memfd = std::move(segment.memfd);
-  region->keep = std::move(segment.mapping);
-  return add_region(std::move(region));
-}
-
-RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
-                                  std::shared_ptr<void> keep, RegionOptions options) {
-  check_open();
-  check_name("region", options.name);
-  auto region = std::make_shared<Region>();
-  region->name = options.name;
-  region->writable = writable;
-  region->require_lease = options.require_lease;
-  region->shareable = options.shareable;
-  region->keep = std::move(keep);
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    if (pieces[i].nbytes == 0) fail(Code::kInvalidArgument, "buffer ", i, " is empty");
-    pieces[i].offset = region->nbytes;
-    region->nbytes += pieces[i].nbytes;
-  }
-  if (pieces.empty()) fail(Code::kInvalidArgument, "a region needs at least one buffer");
-  region->pieces = std::move(pieces);
-  return add_region(std::move(region));
-}
-
-RegionPtr Engine::add_region(RegionPtr region) {
-  region->key = random_bytes<16>();
-  if (words_) region->gate.export_word(words_->take());
-  std::lock_guard lock(mutex_);
-  check_open();
-  if (regions_.size() >= kMaxRegions)
-    fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
-  for (auto& [id, other] : regions_)
-    if (other->name == region->name)
-      fail(Code::kInvalidArgument, "a region named '", region->name,
-           "' exists; pass another name=");
-  region->id = next_id_++;
-  regions_.emplace(region->id, region);
-  for (auto& [name, transport] : transports_) transport->expose(region);
-  broadcast(RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name});
-  return region;
-}
-
-void Engine::deregister(const RegionPtr& region) {
-  std::vector<LeasePtr> leases;
-  {
-    std::lock_guard lock(mutex_);
-    auto it = regions_.find(region->id);
-    if (it == regions_.end() || it->second != region) {
-      if (region->gate.closed()) return;  // again: harmless
-      fail(Code::kInvalidArgument, "region '", region->name, "' belongs to another engine");
-    }
-    if (const uint64_t uses = region->uses.load(); uses != 0)
-      fail(Code::kInvalidArgument, "region '", region->name, "' is in use by ", uses,
-           " transfer(s) that have not quiesced; wait for them or cancel them first");
-    regions_.erase(it);
-    for (auto& [id, lease] : leases_)
-      if (lease->region == region) leases.push_back(lease);
-    broadcast(RegionRemoved{region->id});
-  }
-  region->gate.close();
-  for (auto& lease : leases) begin_revoke(lease);
-  for (auto& [name, transport] : transports_) transport->withdraw(*region);
-}
-
 // ---------------------------------------------------------------- the application's side
 
 void Engine::signal() noexcept {
@@ -292,70 +219,6 @@ uint64_t Engine::arrivals(uint64_t tag, const Peer& peer) const {
 std::map<std::string, RemoteRegionPtr> Engine::regions_of(const Peer& peer) const {
   std::lock_guard lock(peer.mutex);
   return peer.regions;
-}
-
-std::string Engine::explain(const Peer& peer) const {
-  std::lock_guard lock(peer.mutex);
-  std::string out = cat("peer '", peer.identity.name, "' at ", peer.identity.address,
-                        ", incarnation ", hex(peer.identity.incarnation),
-                        peer.alive ? "" : ", lost: ", peer.alive ? "" : peer.lost_because, "\n");
-  for (auto& link : peer.links) {
-    bool first = true;
-    for (auto& connection : link->data) {
-      out += cat("  ", first ? "uses " : "falls back to ", connection->describe(), "\n");
-      first = false;
-    }
-    if (!allows("tcp")) out += "  tcp carries control only: transports= leaves it out\n";
-    for (auto& refusal : link->refusals) out += cat("  not ", refusal, "\n");
-  }
-  for (auto& reason : not_here_) out += cat("  not ", reason, "\n");
-  return out;
-}
-
-void Totals::add(const Counters& c) noexcept {
-  bytes_written += c.bytes_written, bytes_read += c.bytes_read, bytes_received += c.bytes_received;
-  bytes_served += c.bytes_served, bytes_sunk += c.bytes_sunk, requests += c.requests;
-  requests_served += c.requests_served, refused += c.refused;
-  notifications_sent += c.notifications_sent, notifications_received += c.notifications_received;
-}
-
-void Totals::add(const Totals& t) noexcept {
-  bytes_written += t.bytes_written, bytes_read += t.bytes_read, bytes_received += t.bytes_received;
-  bytes_served += t.bytes_served, bytes_sunk += t.bytes_sunk, requests += t.requests;
-  requests_served += t.requests_served, refused += t.refused;
-  notifications_sent += t.notifications_sent, notifications_received += t.notifications_received;
-}
-
-EngineStats Engine::stats() const {
-  EngineStats out;
-  std::lock_guard lock(mutex_);
-  out.totals = forgotten_;
-  for (auto& [incarnation, peer] : peers_) {
-    PeerStats entry{hex(incarnation), peer->identity.name, peer->identity.address, peer->alive, {}};
-    {
-      std::lock_guard inner(peer->mutex);
-      entry.transports = peer->past;
-      for (auto& link : peer->links) {
-        bool has_control = false;
-        for (auto& connection : link->data) {
-          entry.transports[std::string(connection->transport())].add(connection->counters);
-          has_control |= connection == link->control;
-        }
-        if (!has_control) entry.transports["tcp"].add(link->control->counters);
-      }
-    }
-    for (auto& [name, totals] : entry.transports) out.totals[name].add(totals);
-    out.peers.push_back(std::move(entry));
-  }
-  out.done = ends_[0], out.failed = ends_[1], out.timed_out = ends_[2], out.cancelled = ends_[3];
-  out.in_flight = started_ - out.done - out.failed - out.timed_out - out.cancelled;
-  out.late_events = late_events_, out.late_writes_refused = late_writes_,
-  out.unquiesced = unquiesced_;
-  out.leases_open = leases_.size(), out.leases_expired = expired_,
-  out.wakeups = reactor_.num_wakeups();
-  out.handshakes_refused = handshakes_refused_;
-  out.last_handshake_refusal = last_handshake_refusal_;
-  return out;
 }
 
 }  // namespace kvxfer

@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <variant>
 #include <vector>
 
 #include "engine/control.hpp"
@@ -32,6 +33,9 @@ struct EngineOptions {
   bool secret_is_explicit = false;
   TransportConfig transport;
 };
+
+// Of an engine or a region: throws when peers could not be told it.
+void check_name(const char* what, const std::string& name);
 
 struct RegionOptions {
   std::string name;
@@ -57,12 +61,15 @@ struct PeerEvent {
   std::string cause;
 };
 
+using Arguments = std::variant<SpanArguments, BlockArguments>;
+
 struct SubmitOptions {
   bool has_notify = false, has_arrival = false, has_lease = false;
   Bytes notify;
   uint64_t arrival = 0;
   Bytes lease;
   int64_t deadline_ns = kNever;
+  LatchPtr after;  // null: at once
 };
 
 struct PeerStats {
@@ -74,7 +81,12 @@ struct EngineStats {
   std::vector<PeerStats> peers;
   std::map<std::string, Totals> totals;  // of all peers, also those forgotten
   uint64_t done = 0, failed = 0, timed_out = 0, cancelled = 0, in_flight = 0;
-  uint64_t late_events = 0, late_writes_refused = 0, unquiesced = 0;
+  uint64_t late_events = 0, late_writes_refused = 0;
+  uint64_t unquiesced = 0;          // transfers
+  uint64_t quarantined_nbytes = 0;  // of transfers and leases that are not quiet
+  double quarantined_age_s = 0;     // of the oldest
+  uint64_t spans_given = 0, spans_posted = 0;
+  std::map<std::string, uint64_t> refused;  // requests of peers, by reason
   uint64_t leases_open = 0, leases_expired = 0, wakeups = 0;
   uint64_t handshakes_refused = 0;
   std::string last_handshake_refusal;
@@ -86,7 +98,11 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   explicit Engine(EngineOptions options);  // use create()
   ~Engine() override;
   void close() noexcept;
-  bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
+  bool closed() const noexcept { return closed_.load(std::memory_order_acquire) || !here(); }
+  // False in a child that was forked from the process that made it: there it is
+  // dead.
+  bool here() const noexcept { return birth_.here(); }
+  void check_here() const;
 
   const std::string& address() const noexcept { return identity_.address; }
   RegionPtr allocate(uint64_t nbytes, RegionOptions options);
@@ -99,9 +115,10 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   std::map<std::string, RemoteRegionPtr> regions_of(const Peer& peer) const;
 
   TransferPtr submit(Op op, const RegionPtr& local, const RemoteRegionPtr& remote,
-                     const SpanArguments& spans, SubmitOptions options);
+                     const Arguments& arguments, SubmitOptions options);
   TransferPtr notify(const PeerPtr& peer, SubmitOptions options);
   void cancel(const TransferPtr& transfer) noexcept { stop(transfer, State::kCancelled); }
+  void let_go(const TransferPtr& transfer) noexcept;  // its `after` has settled
 
   std::vector<Notification> notifications();
   std::vector<PeerEvent> peer_events();
@@ -141,15 +158,20 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
 
  private:
   friend struct QuietHook;
+  std::optional<Failure> judge(Connection& from, const Access& access, Landing& out) noexcept;
   void check_open() const;
   RegionPtr add_region(RegionPtr region);
   bool allows(std::string_view transport) const;
   PeerPtr peer_for(const PeerIdentity& identity);  // mutex_ held
   LinkPtr open_link(const std::shared_ptr<tcp::TcpConnection>& connection, bool initiator);
+  struct ProcessHandler;
+  void watch_process(const LinkPtr& link) noexcept;
+  void unwatch_process(Link& link) noexcept;
   void announce(Link& link);               // mutex_ held
   void broadcast(const Control& message);  // mutex_ held
   void forget_old_peers();                 // mutex_ held
 
+  class Use;
   TransferPtr make_transfer(Op op, const PeerPtr& peer, SubmitOptions& options);
   void launch(const TransferPtr& transfer);
   void kick(const PeerPtr& peer) noexcept;
@@ -161,8 +183,14 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   bool return_credit(Peer& peer, Transfer& transfer) noexcept;
   void completed(const TransferPtr& transfer, Completion completion) noexcept;
   void signal() noexcept;
+  void enter_quarantine(const Transfer& transfer);
+  void enter_quarantine(const LeasePtr& lease);
+  void leave_quarantine(const void* who) noexcept;
+  void check_quarantine(const Region& region, const std::vector<Extent>& extents) const;
+  void fill_quarantine(EngineStats& out) const;
 
   const EngineOptions options_;
+  const Birth birth_;
   PeerIdentity identity_;
   Reactor reactor_;
   std::shared_ptr<CopyPool> copy_pool_;  // null: the progress thread copies
@@ -176,7 +204,8 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   Fd event_;
   std::atomic<bool> signalled_{false};
 
-  mutable std::mutex mutex_;  // over all below; a peer's mutex may be taken inside, never outside
+  mutable std::mutex mutex_;  // over all below; a peer's mutex may be taken
+                              // inside, never outside
   std::unordered_map<uint64_t, RegionPtr> regions_;
   std::unordered_map<uint64_t, LeasePtr> leases_;
   std::map<Incarnation, PeerPtr> peers_;
@@ -186,13 +215,26 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   uint64_t handshakes_refused_ = 0;
   std::string last_handshake_refusal_;
 
+  // Memory that may still be touched though its transfer or lease has ended.
+  mutable std::mutex quarantine_mutex_;  // innermost
+  struct Quarantined {
+    std::shared_ptr<Region> region;
+    std::vector<Extent> extents;
+    uint64_t nbytes = 0;
+    int64_t since_ns = 0;
+    bool is_lease = false;
+  };
+  std::map<const void*, Quarantined> quarantine_;  // by transfer or lease
+
   std::mutex inbox_mutex_;  // innermost
   std::vector<Notification> inbox_;
   std::vector<PeerEvent> events_;
 
   std::atomic<uint64_t> next_request_{1};
   std::atomic<uint64_t> ends_[4]{};  // done, failed, timed out, cancelled
-  std::atomic<uint64_t> started_{0}, late_events_{0}, late_writes_{0}, unquiesced_{0}, expired_{0};
+  std::atomic<uint64_t> started_{0}, late_events_{0}, late_writes_{0}, expired_{0};
+  std::atomic<uint64_t> spans_given_{0}, spans_posted_{0};
+  std::atomic<uint64_t> refused_[kMaxCode + 1]{};  // of peers, by code
 };
 
 }  // namespace kvxfer

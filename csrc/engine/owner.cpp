@@ -13,11 +13,21 @@ namespace kvxfer {
 struct QuietHook {
   static void run(void* context) {
     auto* lease = static_cast<EngineLease*>(context);
-    if (auto engine = lease->engine.lock()) engine->signal();
+    if (auto engine = lease->engine.lock()) {
+      engine->leave_quarantine(lease);
+      engine->signal();
+    }
   }
 };
 
 std::optional<Failure> Engine::admit(Connection& from, const Access& access,
+                                     Landing& out) noexcept {
+  auto failure = judge(from, access, out);
+  if (failure) refused_[static_cast<size_t>(failure->code)].fetch_add(1, std::memory_order_relaxed);
+  return failure;
+}
+
+std::optional<Failure> Engine::judge(Connection& from, const Access& access,
                                      Landing& out) noexcept {
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
   if (!peer || closed())
@@ -27,9 +37,10 @@ std::optional<Failure> Engine::admit(Connection& from, const Access& access,
     auto it = leases_.find(access.lease.id);
     if (it == leases_.end() || !equal_constant_time(it->second->key, access.lease.key)) {
       late_writes_.fetch_add(1, std::memory_order_relaxed);
-      return Failure{
-          .code = Code::kLease,
-          .text = "the lease is not open here: it was revoked, has expired, or never was"};
+      return Failure{.code = Code::kLease,
+                     .text =
+                         "the lease is not open here: it was revoked, has "
+                         "expired, or never was"};
     }
     if (it->second->peer && *it->second->peer != peer->identity.incarnation)
       return Failure{.code = Code::kLease, .text = "the lease was granted to another peer"};
@@ -64,11 +75,14 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
   // lease shows up either.
   if (!landing.enter()) {
     late_writes_.fetch_add(1, std::memory_order_relaxed);
-    return landing.closed();
+    Failure failure = landing.closed();
+    refused_[static_cast<size_t>(failure.code)].fetch_add(1, std::memory_order_relaxed);
+    return failure;
   }
   hooks::reached(hooks::Point::kBeforeAccept);
   auto refuse = [&](Failure failure) {
     landing.leave();
+    refused_[static_cast<size_t>(failure.code)].fetch_add(1, std::memory_order_relaxed);
     return std::optional(std::move(failure));
   };
   if (arrival.has_arrival && landing.lease && arrival.arrival >= landing.lease->num_arrivals)
@@ -134,6 +148,7 @@ LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Col
     if (it == regions_.end() || it->second != region)
       fail(Code::kInvalidArgument, "region '", region->name,
            "' is not registered with this engine");
+    check_quarantine(*region, lease->extents);
     lease->id = next_id_++;
     leases_.emplace(lease->id, lease);
   }
@@ -165,6 +180,7 @@ void Engine::extend(const LeasePtr& lease, double ttl_s) {
 
 void Engine::begin_revoke(const LeasePtr& lease) noexcept {
   lease->gate.close();
+  if (!lease->gate.quiet()) enter_quarantine(lease);
   {
     std::lock_guard lock(mutex_);
     leases_.erase(lease->id);

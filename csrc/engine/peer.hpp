@@ -37,6 +37,9 @@ struct Link {
   Failure cause;
   WaitWord changed;
   Reactor::TimerId timer = Reactor::kNoTimer;
+  Fd process;  // a pidfd; with its token, progress thread only
+  Reactor::Token process_token = 0;
+  std::string liveness = "its sockets";  // for explain(); written before the link is in use
 };
 using LinkPtr = std::shared_ptr<Link>;
 
@@ -49,6 +52,8 @@ struct Totals {
 };
 
 struct Peer {
+  const void* owner = nullptr;  // the engine whose peer it is
+  Birth birth;
   PeerIdentity identity;  // constant once the peer is in the engine's table
   std::atomic<bool> alive{false};
 

@@ -16,6 +16,7 @@ PeerPtr Engine::peer_for(const PeerIdentity& identity) {
   auto [it, inserted] = peers_.try_emplace(identity.incarnation);
   if (inserted) {
     it->second = std::make_shared<Peer>();
+    it->second->owner = this;
     it->second->identity = identity;  // never written again, so it is read without a lock
   }
   PeerPtr peer = it->second;
@@ -229,6 +230,7 @@ void Engine::ready(tcp::TcpConnection& from) noexcept {
     pending_.erase(it);
     reactor_.cancel(link->timer);
     if (!link->announced) announce(*link);
+    watch_process(link);
     link->ready = true;
     std::lock_guard inner(peer->mutex);
     // Both sides order by who connected, so that crossed connects leave one in use.
@@ -298,6 +300,7 @@ void Engine::lost(Connection& from, const Failure& cause) noexcept {
       events_.push_back({false, peer, cause.text});
     }
   }
+  unwatch_process(*link);
   for (auto& connection : link->data)
     if (connection.get() != &from) connection->close(cause);
   link->changed.notify_all();

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// From offset arrays to checked, coalesced spans.
+// From offset arrays, or ids of blocks, to checked and coalesced spans.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "engine/overlap.hpp"
 #include "transport/transport.hpp"
 
 namespace kvxfer {
-
-// An int, or an array: `stride` 0 repeats the one value.
-struct Column {
-  const int64_t* data = nullptr;
-  size_t size = 1;
-  bool scalar = true;
-  int64_t operator[](size_t i) const noexcept { return data[scalar ? 0 : i]; }
-};
 
 struct SpanArguments {
   Column local, remote, nbytes;
@@ -35,12 +28,58 @@ struct Bounds {
 struct Expanded {
   std::vector<Span> spans;
   uint64_t nbytes = 0;
+  uint64_t num_given = 0;  // before neighbours became one
+
+  // Neighbours on both sides become one; what is longer than a descriptor can
+  // say is cut.
+  void add(uint64_t local, uint64_t remote, uint64_t size, uint32_t index) {
+    nbytes += size;
+    if (!spans.empty()) {
+      Span& last = spans.back();
+      if (last.local + last.nbytes == local && last.remote + last.nbytes == remote &&
+          last.nbytes + size <= kMaxSpanBytes) {
+        last.nbytes += static_cast<uint32_t>(size);
+        return;
+      }
+    }
+    for (; size > kMaxSpanBytes;
+         local += kMaxSpanBytes, remote += kMaxSpanBytes, size -= kMaxSpanBytes)
+      spans.push_back({local, remote, kMaxSpanBytes, index});
+    spans.push_back({local, remote, static_cast<uint32_t>(size), index});
+  }
 };
+
+// A quarter of int64: a sum of two such offsets and a length cannot overflow.
+inline constexpr int64_t kMaxOffset = int64_t{1} << 61;
+inline constexpr uint64_t kMaxSpans = uint64_t{1} << 26;  // in one transfer
 
 // Throws kInvalidArgument naming the index, the expected and the given value, before anything is
 // sent: lengths that disagree, negative, empty or out-of-range spans, overlapping destinations.
 Expanded expand(const SpanArguments& arguments, const Bounds& bounds);
 
+// A pool of blocks in a region: block b of layer l begins at base + b *
+// block_stride + l * layer_stride and has nbytes bytes.
+struct BlockView {
+  int64_t base = 0, block_stride = 0, nbytes = 0;
+  int64_t num_layers = 1, layer_stride = 0;
+};
+struct BlockIds {  // int32 or int64
+  const void* data = nullptr;
+  size_t size = 0;
+  bool wide = true;
+  int64_t operator[](size_t i) const noexcept {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+struct BlockArguments {
+  BlockView local, remote;
+  BlockIds local_blocks, remote_blocks;
+};
+// Throws as above for ids and views; Span::index is the position in the id
+// arrays.
+Expanded expand(const BlockArguments& arguments, const Bounds& bounds);
+
+std::vector<Extent> merged(std::vector<Extent> extents);
 // Sorted and merged, for a lease; throws likewise.
 std::vector<Extent> merge_extents(const Column& offsets, const Column& nbytes,
                                   const std::string& name, uint64_t region_nbytes);

@@ -49,8 +49,19 @@ bool Transfer::watch(const std::shared_ptr<Watch>& who) {
   return false;
 }
 
+LatchPtr Transfer::latch() {
+  std::lock_guard lock(mutex);
+  if (!ended) {
+    ended = std::make_shared<Latch>();
+    if (terminal()) state.load() == State::kDone ? ended->open() : ended->fail(message);
+  }
+  return ended;
+}
+
 const char* to_string(State state) noexcept {
   switch (state) {
+    case State::kHeld:
+      return "held";
     case State::kQueued:
       return "queued";
     case State::kPosted:

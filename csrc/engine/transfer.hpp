@@ -9,13 +9,16 @@
 #include <string>
 #include <vector>
 
+#include "common/fork.hpp"
 #include "common/wait_word.hpp"
+#include "engine/latch.hpp"
 #include "transport/transport.hpp"
 
 namespace kvxfer {
 
 class Engine;
 struct Peer;
+struct RemoteRegion;
 
 // Lets an event loop sleep until any of the transfers it watches has ended: its own eventfd, so
 // that it does not steal the wake-ups of Engine::fileno().
@@ -44,10 +47,12 @@ struct Transfer final : Request {
   std::atomic<uint64_t> nbytes_done{0};
   WaitWord changed;  // ended or quiesced
 
-  // Where it is on its way to a connection. Held by the engine, inside post(), or on `connection`.
-  enum class Stage : uint8_t { kHeld, kPosting, kOn, kGone };
-  std::atomic<Stage> stage{Stage::kHeld};
-  // A cancel that met kPosting leaves its wish here for the poster (0: none).
+  // Where it is on its way to a connection: with the engine, inside post(), or
+  // on `connection`.
+  enum class Stage : uint8_t { kBacklog, kPosting, kOn, kGone };
+  std::atomic<Stage> stage{Stage::kBacklog};
+  // A cancel that met kPosting leaves its wish here for the poster (kQueued:
+  // none).
   std::atomic<State> cancel_wanted{State::kQueued};
   std::atomic<bool> cancelling{false};
   std::shared_ptr<Connection> connection;       // set before kOn
@@ -55,20 +60,25 @@ struct Transfer final : Request {
 
   std::weak_ptr<Engine> engine;
   std::shared_ptr<Peer> peer;
-  std::string remote_name;
+  std::shared_ptr<RemoteRegion> target;  // null for kNotify
+  LatchPtr after;                        // what it waits for while it is held
+  Birth birth;
   Reactor::TimerId timer = Reactor::kNoTimer;
   bool holds_credit = false;  // of the peer's notification window; under the peer's mutex
 
   // A read that also notifies: the notification is a transfer of its own, sent when the bytes are
   // here, and this one ends as that one does.
   std::shared_ptr<Transfer> follow_up, parent;
-  std::mutex mutex;  // over timer, following, watchers
+  std::mutex mutex;  // over timer, following, ended, watchers
   bool following = false;
+  LatchPtr ended;  // made for those that are to follow this one
   std::vector<std::shared_ptr<Watch>> watchers;
 
   bool terminal() const noexcept { return state.load(std::memory_order_acquire) >= State::kDone; }
   // kNotified: it has ended.
   Woken wait(int64_t deadline_ns) noexcept;
+  // Opens when this one is done, fails when it ends otherwise.
+  LatchPtr latch();
   // True when it has ended already (and nothing will be added to the watch).
   bool watch(const std::shared_ptr<Watch>& who);
 };

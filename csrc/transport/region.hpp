@@ -95,13 +95,17 @@ struct Region {
   uint64_t nbytes = 0;
   bool writable = true;
   bool require_lease = false;
-  bool shareable = true;       // false: share="never", no other process may map it
-  std::vector<Piece> pieces;   // in offset order, no gaps
-  Fd memfd;                    // of an allocated region: sealed, so a peer can map it only to read
-  std::shared_ptr<void> keep;  // the mapping, or the reference to the caller's buffer
-  Gate gate;                   // closed by deregister
-  std::atomic<uint64_t> uses{
-      0};  // own transfers on it that are not quiesced; engine writes and reads
+  bool shareable = true;        // false: share="never", no other process may map it
+  std::vector<Piece> pieces;    // in offset order, no gaps
+  Fd memfd;                     // of an allocated region: sealed, so a peer can map it only to read
+  std::shared_ptr<void> keep;   // the mapping, or the reference to the caller's buffer
+  Gate gate;                    // closed by deregister
+  const void* owner = nullptr;  // the engine that it was registered with
+  // Own transfers on it that are not quiesced, and whether deregister() is at work. Dekker, so that
+  // a submit needs no lock: the one counts itself, then looks at `leaving`; the other sets
+  // `leaving`, then looks at the count; all seq_cst.
+  std::atomic<uint64_t> uses{0};
+  std::atomic<bool> leaving{false};
 
   // Calls emit(pointer, nbytes) for each contiguous run of [offset, offset + nbytes), which the
   // caller has checked against nbytes.

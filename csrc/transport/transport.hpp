@@ -62,7 +62,8 @@ struct LeaseRef {
   Key key{};
 };
 
-enum class State : uint8_t { kQueued, kPosted, kDone, kFailed, kTimedOut, kCancelled };
+// kHeld: waits for what `after=` names.
+enum class State : uint8_t { kHeld, kQueued, kPosted, kDone, kFailed, kTimedOut, kCancelled };
 
 // Immutable once posted. Owned jointly by the engine's handle and the connection that carries it;
 // engine/transfer.hpp adds the state word and the waiters.

@@ -27,9 +27,11 @@ from kvxfer.errors import (
     UnavailableError,
 )
 from kvxfer.layout import KVLayout, plan_transfer, transfer_pairs
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import BlockView, EngineConfig, Signal, TransferEngine
 
 __all__ = [
+    "BlockView",
+    "EngineConfig",
     "InternalError",
     "InvalidArgumentError",
     "KVLayout",
@@ -39,6 +41,7 @@ __all__ = [
     "PeerDisconnectedError",
     "RegistrationError",
     "RemoteAccessError",
+    "Signal",
     "TransferCancelledError",
     "TransferEngine",
     "TransferTimeoutError",

@@ -36,6 +36,47 @@ def notify_round_trips(
 def probe_transports() -> list[tuple[str, str | None]]: ...
 def tls_unavailable() -> str | None: ...
 
+class BlockView:
+    """A pool of blocks in a region.
+
+    Block ``b`` of layer ``l`` begins at ``base + b * block_stride + l * layer_stride`` and has
+    ``nbytes`` bytes. All in bytes; immutable, and checked against the region when it is used.
+    """
+
+    def __init__(
+        self,
+        base: int,
+        block_stride: int,
+        nbytes: int,
+        num_layers: int = 1,
+        layer_stride: int = 0,
+    ) -> None: ...
+    @property
+    def base(self) -> int: ...
+    @property
+    def block_stride(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def layer_stride(self) -> int: ...
+
+class Signal:
+    """What ``after=`` may wait for; set once, by any thread."""
+
+    def __init__(self) -> None: ...
+    def set(self) -> None:
+        """Lets go what waits. A short lock and a wake-up of the engine; never blocks."""
+    @property
+    def is_set(self) -> bool: ...
+    def host_callback(self) -> tuple[int, int]:
+        """Addresses of a C function ``void (*)(void *)`` and of its argument.
+
+        For ``cudaLaunchHostFunc``: the stream sets the signal, without the GIL. Each pair must be
+        called exactly once; it keeps the signal alive until then.
+        """
+
 class Watch:
     def __init__(self) -> None: ...
     def fileno(self) -> int: ...
@@ -174,8 +215,30 @@ class Engine:
         arrival: int | None,
         lease: bytes | None,
         deadline_s: float | None,
+        after: Transfer | Signal | None,
     ) -> Transfer: ...
-    def notify(self, peer: Peer, payload: bytes, deadline_s: float | None) -> Transfer: ...
+    def submit_blocks(
+        self,
+        is_read: bool,
+        region: Region,
+        remote: RemoteRegion,
+        local_view: BlockView,
+        remote_view: BlockView,
+        local_blocks: npt.NDArray[np.int32] | npt.NDArray[np.int64],
+        remote_blocks: npt.NDArray[np.int32] | npt.NDArray[np.int64],
+        notify: bytes | None,
+        arrival: int | None,
+        lease: bytes | None,
+        deadline_s: float | None,
+        after: Transfer | Signal | None,
+    ) -> Transfer: ...
+    def notify(
+        self,
+        peer: Peer,
+        payload: bytes,
+        deadline_s: float | None,
+        after: Transfer | Signal | None,
+    ) -> Transfer: ...
     def notifications(self) -> list[tuple[Peer, bytes]]: ...
     def peer_events(self) -> list[tuple[str, Peer, str]]: ...
     def grant(

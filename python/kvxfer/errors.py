@@ -3,7 +3,8 @@
 """Every exception that kvxfer raises, each also of the built-in kind a caller would expect.
 
 Native code throws these through one translator (csrc/bindings/errors). Each carries what is known of
-``transport``, ``peer`` and ``errno``; the message says what happened, with which values, and what to do.
+``transport``, ``peer`` (its name), ``errno``, ``span`` (an index in the caller's arrays) and
+``nbytes_done`` (known to have landed); the message says what happened, with which values, and what to do.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ class KvxferError(Exception):
         transport: str | None = None,
         peer: str | None = None,
         errno: int | None = None,
+        span: int | None = None,
+        nbytes_done: int | None = None,
     ) -> None:
         super().__init__(message)
         self.transport = transport
         self.peer = peer
+        self.span = span
+        self.nbytes_done = nbytes_done
         # OSError descendants define ``errno`` themselves as a writable slot, so this is safe for all.
         self.errno = errno
 

@@ -56,7 +56,7 @@ struct Pair {
   TransferPtr move(Op op, int64_t local, int64_t into, int64_t nbytes, SubmitOptions options = {}) {
     const Column l{&local, 1, true}, r{&into, 1, true}, n{&nbytes, 1, true};
     if (options.deadline_ns == kNever) options.deadline_ns = deadline_after(30);
-    return a->submit(op, ra, remote, {l, r, n, {}, false}, std::move(options));
+    return a->submit(op, ra, remote, SpanArguments{l, r, n, {}, false}, std::move(options));
   }
   LeasePtr grant(int64_t offset, int64_t nbytes, uint64_t num_arrivals = 0, double ttl_s = 60) {
     return b->grant(rb, {&offset, 1, true}, {&nbytes, 1, true}, ttl_s, {}, num_arrivals);

@@ -223,10 +223,10 @@ TEST_CASE("a region of several pieces is one offset space") {
   CHECK(region->nbytes == 4012);
   for (size_t i = 0; i < 4012; ++i) *pair.at_b(i) = std::byte(i);
   const int64_t local = 3, into = 3, nbytes = 4005;
-  TransferPtr t =
-      pair.a->submit(Op::kRead, region, pair.remote,
-                     {{&local, 1, true}, {&into, 1, true}, {&nbytes, 1, true}, {}, false},
-                     {.notify = {}, .lease = {}, .deadline_ns = deadline_after(30)});
+  TransferPtr t = pair.a->submit(
+      Op::kRead, region, pair.remote,
+      SpanArguments{{&local, 1, true}, {&into, 1, true}, {&nbytes, 1, true}, {}, false},
+      {.notify = {}, .lease = {}, .deadline_ns = deadline_after(30), .after = {}});
   finish(t);
   CHECK(one[3] == std::byte{3});
   CHECK(two[0] == std::byte{5});

@@ -8,39 +8,9 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 namespace {
 
-SubmitOptions submit_options(const py::object& notify, const std::optional<uint64_t>& arrival,
-                             const py::object& lease, const Timeout& deadline_s) {
-  SubmitOptions out;
-  if (!notify.is_none()) out.has_notify = true, out.notify = from_bytes("notify", notify);
-  if (arrival) out.has_arrival = true, out.arrival = *arrival;
-  if (!lease.is_none()) out.has_lease = true, out.lease = from_bytes("lease", lease);
-  out.deadline_ns = deadline_of(deadline_s, "deadline_s");
-  return out;
-}
-
-TransferPtr submit(EngineHandle& self, Op op, const RegionHandle& region,
-                   const RemoteRegionPtr& remote, const py::object& local_offsets,
-                   const py::object& remote_offsets, const py::object& nbytes,
-                   const py::object& bases, const py::object& notify,
-                   const std::optional<uint64_t>& arrival, const py::object& lease,
-                   const Timeout& deadline_s) {
-  empty_graveyard();
-  Offsets local("local_offsets", local_offsets), into("remote_offsets", remote_offsets),
-      size("nbytes", nbytes);
-  std::optional<Offsets> pairs;
-  SpanArguments arguments{local.column(), into.column(), size.column(), {}, false};
-  if (!bases.is_none()) {
-    pairs.emplace("bases", bases, Offsets::kPairs);
-    arguments.bases = {pairs->data(), pairs->size()};
-    arguments.has_bases = true;
-  }
-  SubmitOptions options = submit_options(notify, arrival, lease, deadline_s);
-  py::gil_scoped_release release;
-  return self.engine->submit(op, region.region, remote, arguments, std::move(options));
-}
-
 void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64_t count,
                    const Timeout& timeout_s) {
+  Engine& engine = self.get();
   const int64_t deadline_ns = deadline_of(timeout_s);
   uint64_t have = 0;
   bool alive = true;
@@ -48,7 +18,7 @@ void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64
     for (;;) {
       const uint32_t seen = peer->tags_changed.read();
       alive = peer->alive;
-      have = self.engine->arrivals(tag, *peer);
+      have = engine.arrivals(tag, *peer);
       if (have >= count || !alive) return Woken::kNotified;
       if (Woken woken = peer->tags_changed.wait(seen, deadline_ns); woken != Woken::kNotified)
         return woken;
@@ -67,9 +37,10 @@ void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64
 }
 
 void deregister(EngineHandle& self, const RegionHandle& region, const Timeout& timeout_s) {
+  Engine& engine = self.get();
   const int64_t deadline_ns = deadline_of(timeout_s);
   const Woken why = blocking([&] {
-    self.engine->deregister(region.region);
+    engine.deregister(region.region);
     return region.region->gate.wait_quiet(deadline_ns);
   });
   empty_graveyard();
@@ -92,7 +63,9 @@ void register_engine(py::module_& m) {
       .def_readwrite("tls_authority", &TransportConfig::tls_authority)
       .def_readwrite("faults", &TransportConfig::faults);
 
-  py::class_<EngineHandle>(m, "Engine")
+  py::class_<EngineHandle> engine(m, "Engine");
+  define_submits(engine);
+  engine
       .def(py::init([](std::string name, std::string listen, std::vector<std::string> transports,
                        const py::bytes& secret, bool secret_is_explicit, TransportConfig config) {
              EngineOptions options;
@@ -118,7 +91,7 @@ void register_engine(py::module_& m) {
              bool shareable) {
             py::gil_scoped_release release;
             return RegionHandle{
-                e.engine->allocate(nbytes, {std::move(name), require_lease, shareable})};
+                e.get().allocate(nbytes, {std::move(name), require_lease, shareable})};
           },
           py::arg("nbytes"), py::kw_only(), py::arg("name"), py::arg("require_lease"),
           py::arg("shareable"))
@@ -129,7 +102,7 @@ void register_engine(py::module_& m) {
             empty_graveyard();
             Buffers buffers = take_buffers(buffer);
             py::gil_scoped_release release;
-            return RegionHandle{e.engine->register_pieces(
+            return RegionHandle{e.get().register_pieces(
                 std::move(buffers.pieces), buffers.writable, std::move(buffers.keep),
                 {std::move(name), require_lease, shareable})};
           },
@@ -141,39 +114,16 @@ void register_engine(py::module_& m) {
           [](EngineHandle& e, const std::string& address, double timeout_s) {
             deadline_of(timeout_s);
             py::gil_scoped_release release;
-            return e.engine->connect(address, timeout_s);
+            return e.get().connect(address, timeout_s);
           },
           py::arg("address"), py::arg("timeout_s"))
-      .def(
-          "submit",
-          [](EngineHandle& e, bool is_read, const RegionHandle& region,
-             const RemoteRegionPtr& remote, const py::object& local_offsets,
-             const py::object& remote_offsets, const py::object& nbytes, const py::object& bases,
-             const py::object& notify, std::optional<uint64_t> arrival, const py::object& lease,
-             Timeout deadline_s) {
-            return submit(e, is_read ? Op::kRead : Op::kWrite, region, remote, local_offsets,
-                          remote_offsets, nbytes, bases, notify, arrival, lease, deadline_s);
-          },
-          py::arg("is_read"), py::arg("region"), py::arg("remote"), py::arg("local_offsets"),
-          py::arg("remote_offsets"), py::arg("nbytes"), py::arg("bases"), py::arg("notify"),
-          py::arg("arrival"), py::arg("lease"), py::arg("deadline_s"))
-      .def(
-          "notify",
-          [](EngineHandle& e, const PeerPtr& peer, const py::object& payload, Timeout deadline_s) {
-            empty_graveyard();
-            SubmitOptions options = submit_options(payload, {}, py::none(), deadline_s);
-            options.has_notify = true;
-            py::gil_scoped_release release;
-            return e.engine->notify(peer, std::move(options));
-          },
-          py::arg("peer"), py::arg("payload"), py::arg("deadline_s"))
       .def("notifications",
            [](EngineHandle& e) {
              empty_graveyard();
              std::vector<Notification> taken;
              {
                py::gil_scoped_release release;
-               taken = e.engine->notifications();
+               taken = e.get().notifications();
              }
              py::list out;
              for (auto& each : taken) out.append(py::make_tuple(each.peer, to_bytes(each.payload)));
@@ -182,7 +132,7 @@ void register_engine(py::module_& m) {
       .def("peer_events",
            [](EngineHandle& e) {
              py::list out;
-             for (auto& each : e.engine->peer_events())
+             for (auto& each : e.get().peer_events())
                out.append(
                    py::make_tuple(each.connected ? "connected" : "lost", each.peer, each.cause));
              return out;
@@ -199,13 +149,15 @@ void register_engine(py::module_& m) {
               if (peer->size() != 2 * incarnation.size() ||
                   peer->find_first_not_of("0123456789abcdef") != std::string::npos)
                 fail(Code::kInvalidArgument,
-                     "peer must be a Peer or an incarnation of 32 hex digits, not '", *peer, "'");
+                     "peer must be a Peer or an incarnation of 32 hex digits, "
+                     "not '",
+                     *peer, "'");
               for (size_t i = 0; i < incarnation.size(); ++i)
                 incarnation[i] = std::byte(std::stoi(peer->substr(2 * i, 2), nullptr, 16));
             }
             py::gil_scoped_release release;
-            return LeaseHandle{e.engine->grant(region.region, from.column(), size.column(), ttl_s,
-                                               who, num_arrivals),
+            return LeaseHandle{e.get().grant(region.region, from.column(), size.column(), ttl_s,
+                                             who, num_arrivals),
                                e.engine};
           },
           py::arg("region"), py::arg("offsets"), py::arg("nbytes"), py::kw_only(), py::arg("ttl_s"),
@@ -213,18 +165,18 @@ void register_engine(py::module_& m) {
       .def(
           "arrivals",
           [](EngineHandle& e, uint64_t tag, const PeerPtr& peer) {
-            return e.engine->arrivals(tag, *peer);
+            return e.get().arrivals(tag, *peer);
           },
           py::arg("tag"), py::arg("peer"))
       .def("wait_arrivals", &wait_arrivals, py::arg("tag"), py::arg("peer"), py::arg("n"),
            py::arg("timeout_s"))
-      .def("fileno", [](const EngineHandle& e) { return e.engine->fileno(); })
-      .def("clear_wakeup", [](EngineHandle& e) { e.engine->clear_wakeup(); })
+      .def("fileno", [](const EngineHandle& e) { return e.get().fileno(); })
+      .def("clear_wakeup", [](EngineHandle& e) { e.get().clear_wakeup(); })
       .def(
           "explain",
           [](const EngineHandle& e, const PeerPtr& peer) {
             py::gil_scoped_release release;
-            return e.engine->explain(*peer);
+            return e.get().explain(*peer);
           },
           py::arg("peer"))
       .def("stats", &stats)

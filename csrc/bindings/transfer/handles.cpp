@@ -10,6 +10,11 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 
 EngineHandle::~EngineHandle() {
+  if (!engine->here()) {
+    // Its destructor would join threads that only the parent has.
+    new std::shared_ptr<Engine>(std::move(engine));
+    return;
+  }
   // Joins threads; the interpreter may be going down, and then it holds no GIL to release.
   if (PyGILState_Check()) {
     py::gil_scoped_release release;
@@ -17,6 +22,14 @@ EngineHandle::~EngineHandle() {
   } else {
     engine->close();
   }
+}
+
+void check_process(const Birth& birth) {
+  if (!birth.here())
+    fail(Code::kInvalidArgument,
+         "this belongs to an engine of the process that this one was forked "
+         "from; make an engine "
+         "here, or start processes by spawn");
 }
 
 int64_t deadline_of(const Timeout& timeout_s, const char* name) {

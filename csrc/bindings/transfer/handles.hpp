@@ -25,13 +25,25 @@ struct RegionHandle {
 struct EngineHandle {
   std::shared_ptr<Engine> engine;
   explicit EngineHandle(std::shared_ptr<Engine> e) : engine(std::move(e)) {}
+  // Throws in a forked child, where a lock of the engine may be held for ever.
+  Engine& get() const {
+    engine->check_here();
+    return *engine;
+  }
   ~EngineHandle();
 };
 
 struct LeaseHandle {
   LeasePtr lease;
   std::shared_ptr<Engine> engine;
+  Engine& get() const {
+    engine->check_here();
+    return *engine;
+  }
 };
+
+// Throws in a process that was forked from the one that made the thing.
+void check_process(const Birth& birth);
 
 using Timeout = std::optional<double>;
 int64_t deadline_of(const Timeout& timeout_s, const char* name = "timeout_s");
@@ -56,6 +68,8 @@ Woken blocking(Wait&& wait) {
 
 pybind11::dict stats(EngineHandle& self);
 
+void register_requests(pybind11::module_& m);
+void define_submits(pybind11::class_<EngineHandle>& engine);
 void register_regions(pybind11::module_& m);
 void register_peers(pybind11::module_& m);
 void register_transfers(pybind11::module_& m);

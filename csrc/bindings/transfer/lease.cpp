@@ -16,6 +16,7 @@ uint64_t check_index(const Lease& lease, int64_t index) {
 }
 
 void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& timeout_s) {
+  self.engine->check_here();
   Offsets wanted("indices", indices);
   const Column column = wanted.column();
   std::vector<uint64_t> missing;
@@ -45,7 +46,7 @@ void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& t
 void revoke(LeaseHandle& self, const Timeout& timeout_s) {
   const int64_t deadline_ns = deadline_of(timeout_s);
   Woken why = blocking([&] {
-    self.engine->begin_revoke(self.lease);
+    self.get().begin_revoke(self.lease);
     return self.lease->gate.wait_quiet(deadline_ns);
   });
   if (why == Woken::kTimedOut && !self.lease->gate.quiet())
@@ -76,7 +77,7 @@ void register_leases(py::module_& m) {
           "extend",
           [](LeaseHandle& l, double ttl_s) {
             py::gil_scoped_release release;
-            l.engine->extend(l.lease, ttl_s);
+            l.get().extend(l.lease, ttl_s);
           },
           py::arg("ttl_s"))
       .def_property_readonly("expired",
@@ -86,7 +87,7 @@ void register_leases(py::module_& m) {
       .def("begin_revoke",
            [](LeaseHandle& l) {
              py::gil_scoped_release release;
-             l.engine->begin_revoke(l.lease);
+             l.get().begin_revoke(l.lease);
            })
       .def("revoke", &revoke, py::arg("timeout_s"));
 }

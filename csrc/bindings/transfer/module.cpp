@@ -21,6 +21,7 @@ PYBIND11_MODULE(_transfer, m) {
   });
   m.def("tls_unavailable", &tcp::tls_unavailable);
 
+  register_requests(m);
   register_regions(m);
   register_peers(m);
   register_transfers(m);

@@ -25,11 +25,13 @@ void register_peers(py::module_& m) {
       .def_property_readonly("alive", [](const Peer& p) { return p.alive.load(); })
       .def_property_readonly("lost_because",
                              [](const Peer& p) {
+                               check_process(p.birth);
                                std::lock_guard lock(p.mutex);
                                return p.lost_because;
                              })
       .def_property_readonly("regions",
                              [](const Peer& p) {
+                               check_process(p.birth);
                                std::map<std::string, RemoteRegionPtr> copy;
                                {
                                  py::gil_scoped_release release;

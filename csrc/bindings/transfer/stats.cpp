@@ -32,7 +32,7 @@ py::dict stats(EngineHandle& self) {
   EngineStats s;
   {
     py::gil_scoped_release release;
-    s = self.engine->stats();
+    s = self.get().stats();
   }
   py::dict peers;
   for (auto& peer : s.peers) {
@@ -48,6 +48,10 @@ py::dict stats(EngineHandle& self) {
       py::dict(py::arg("done") = s.done, py::arg("failed") = s.failed,
                py::arg("timed_out") = s.timed_out, py::arg("cancelled") = s.cancelled,
                py::arg("in_flight") = s.in_flight, py::arg("unquiesced") = s.unquiesced);
+  out["spans"] = py::dict(py::arg("given") = s.spans_given, py::arg("posted") = s.spans_posted);
+  out["quarantine"] =
+      py::dict(py::arg("nbytes") = s.quarantined_nbytes, py::arg("age_s") = s.quarantined_age_s);
+  out["refused"] = s.refused;
   out["late_events"] = s.late_events, out["late_writes_refused"] = s.late_writes_refused;
   out["leases_open"] = s.leases_open, out["leases_expired"] = s.leases_expired;
   out["wakeups"] = s.wakeups;

@@ -11,8 +11,11 @@ namespace {
 py::object error_of(const Transfer& t) {
   if (!t.terminal() || t.state.load() == State::kDone) return py::none();
   const char* transport = t.transport.load();
-  return make_exception(t.failure.code, t.message, t.failure.err, transport ? transport : "",
-                        t.peer->identity.name);
+  py::object out = make_exception(t.failure.code, t.message, t.failure.err,
+                                  transport ? transport : "", t.peer->identity.name);
+  if (t.failure.span != kNoSpan) out.attr("span") = t.failure.span;
+  out.attr("nbytes_done") = t.nbytes_done.load();
+  return out;
 }
 
 void end_of_wait(const TransferPtr& t, Woken why, const Timeout& timeout_s) {
@@ -51,16 +54,24 @@ void register_transfers(py::module_& m) {
       .def(
           "wait",
           [](const TransferPtr& t, Timeout timeout_s) {
+            check_process(t->birth);
             const int64_t deadline_ns = deadline_of(timeout_s);
             end_of_wait(t, blocking([&] { return t->wait(deadline_ns); }), timeout_s);
           },
           py::arg("timeout_s") = py::none())
       .def("cancel",
            [](const TransferPtr& t) {
+             check_process(t->birth);
              py::gil_scoped_release release;
              if (auto engine = t->engine.lock()) engine->cancel(t);
            })
-      .def("watch", &Transfer::watch, py::arg("watch"))
+      .def(
+          "watch",
+          [](Transfer& t, const std::shared_ptr<Watch>& watch) {
+            check_process(t.birth);
+            return t.watch(watch);
+          },
+          py::arg("watch"))
       .def("__await__",
            [](py::object self) {
              return py::module_::import("kvxfer.transfer.waiting")

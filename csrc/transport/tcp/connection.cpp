@@ -60,6 +60,8 @@ void TcpConnection::start() {
   }
 }
 
+bool TcpConnection::same_host() const noexcept { return tcp::same_host(lanes_[0]->fd.get()); }
+
 std::string TcpConnection::describe() const {
   return cat("tcp: ", peer_address(lanes_[0]->stream->fd()), ", 1 control lane + ",
              lanes_.size() - 1, " bulk lane(s), ", lanes_[0]->stream->describe());

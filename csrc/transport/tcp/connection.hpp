@@ -41,6 +41,7 @@ class TcpConnection final : public Connection {
   void start();  // from here on the reactor drives it
 
   const Session& session() const noexcept { return session_; }
+  bool same_host() const noexcept;
   // Any thread, no system call but a wake-up; in order on lane 0.
   void send_control(ByteView payload) { enqueue(encode_plain(Type::kControl, payload)); }
   void send_ready() { enqueue(encode_plain(Type::kReady, {})); }

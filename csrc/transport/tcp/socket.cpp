@@ -166,6 +166,21 @@ std::string peer_address(int fd) {
   return format(storage);
 }
 
+bool same_host(int fd) noexcept {
+  sockaddr_storage here{}, there{};
+  socklen_t size = sizeof here, other = sizeof there;
+  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&here), &size) != 0 ||
+      ::getpeername(fd, reinterpret_cast<sockaddr*>(&there), &other) != 0 ||
+      here.ss_family != there.ss_family)
+    return false;
+  if (here.ss_family == AF_INET)
+    return reinterpret_cast<const sockaddr_in&>(here).sin_addr.s_addr ==
+           reinterpret_cast<const sockaddr_in&>(there).sin_addr.s_addr;
+  return std::memcmp(&reinterpret_cast<const sockaddr_in6&>(here).sin6_addr,
+                     &reinterpret_cast<const sockaddr_in6&>(there).sin6_addr,
+                     sizeof(in6_addr)) == 0;
+}
+
 void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns) {
   while (!out.empty()) {
     const iovec into{out.data(), out.size()};

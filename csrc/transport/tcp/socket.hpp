@@ -29,6 +29,8 @@ Listener listen(const std::string& address);
 Fd connect(const std::string& address, int64_t deadline_ns, bool bulk);
 void set_options(int fd, bool bulk) noexcept;
 std::string peer_address(int fd);
+// Both ends have one IP address: they share a network namespace, hence a kernel.
+bool same_host(int fd) noexcept;
 
 // For the connecting side of the handshake. Throw kTimeout or kPeerDisconnected.
 bool wait_for(int fd, short events, int64_t deadline_ns);  // false at the deadline

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from kvxfer._transfer import (
     MAX_NOTIFICATION_NBYTES,
+    BlockView,
     Peer,
     RemoteRegion,
+    Signal,
     Transfer,
     probe_transports,
     tls_unavailable,
@@ -18,6 +20,7 @@ from kvxfer.transfer.region import Lease, Region
 
 __all__ = [
     "MAX_NOTIFICATION_NBYTES",
+    "BlockView",
     "EngineConfig",
     "Lease",
     "Notification",
@@ -25,6 +28,7 @@ __all__ = [
     "PeerEvent",
     "Region",
     "RemoteRegion",
+    "Signal",
     "TlsFiles",
     "Transfer",
     "TransferEngine",

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from kvxfer import _transfer
-from kvxfer._transfer import Peer, RemoteRegion, Transfer
+from kvxfer._transfer import BlockView, Peer, RemoteRegion, Signal, Transfer
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.transfer.config import EngineConfig
-from kvxfer.transfer.region import Int64Array, Lease, Region
+from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Region
 from kvxfer.transfer.secret import user_secret
 
 __all__ = ["Notification", "PeerEvent", "TransferEngine"]
@@ -175,6 +175,7 @@ class TransferEngine:
         arrival: int | None = None,
         lease: bytes | None = None,
         deadline_s: float | None = None,
+        after: Transfer | Signal | None = None,
     ) -> Transfer:
         """Copies spans of ``region`` into ``remote``; returns at once.
 
@@ -185,6 +186,9 @@ class TransferEngine:
             arrival: with a lease, the index to set; without one, the tag to count under.
             lease: token of the owner's lease.
             deadline_s: from now; default ``config.deadline_s``.
+            after: the state is ``held``, and no byte is touched, before this transfer is done or
+                this ``Signal`` set. Deadline and ``cancel()`` hold meanwhile; if a transfer that is
+                waited for fails, this one ends as ``cancelled``.
         Raises:
             InvalidArgumentError: out of range, overlapping destinations, wrong dtype, read-only
                 destination, closed engine, foreign region: nothing was sent.
@@ -201,7 +205,8 @@ class TransferEngine:
             notify,
             arrival,
             lease,
-            self._config.deadline_s if deadline_s is None else deadline_s,
+            self._deadline(deadline_s),
+            after,
         )
 
     def read(
@@ -217,6 +222,7 @@ class TransferEngine:
         arrival: int | None = None,
         lease: bytes | None = None,
         deadline_s: float | None = None,
+        after: Transfer | Signal | None = None,
     ) -> Transfer:
         """Copies spans of ``remote`` into ``region``; arguments as for ``write``.
 
@@ -233,14 +239,95 @@ class TransferEngine:
             notify,
             arrival,
             lease,
-            self._config.deadline_s if deadline_s is None else deadline_s,
+            self._deadline(deadline_s),
+            after,
         )
 
-    def notify(self, peer: Peer, payload: bytes, *, deadline_s: float | None = None) -> Transfer:
-        """Sends a message alone. It is ordered after nothing."""
-        return self._core.notify(
-            peer, payload, self._config.deadline_s if deadline_s is None else deadline_s
+    def write_blocks(
+        self,
+        region: Region,
+        remote: RemoteRegion,
+        local_view: BlockView,
+        remote_view: BlockView,
+        local_blocks: BlockIds,
+        remote_blocks: BlockIds,
+        *,
+        notify: bytes | None = None,
+        arrival: int | None = None,
+        lease: bytes | None = None,
+        deadline_s: float | None = None,
+        after: Transfer | Signal | None = None,
+    ) -> Transfer:
+        """Copies blocks of one pool into blocks of another, all layers of the views; returns at once.
+
+        Neighbours, also across layers, travel as one piece. Errors name the position in the arrays.
+
+        Args:
+            local_view: where the blocks of ``region`` lie; ``remote_view`` likewise. They agree in
+                ``nbytes`` and ``num_layers``; strides and bases are each side's own.
+            local_blocks: int32 or int64 ``[n]``; ``remote_blocks`` likewise. Sources may repeat,
+                destinations may not.
+        The other arguments and the errors are those of ``write``.
+        """
+        return self._core.submit_blocks(
+            False,
+            region._core,
+            remote,
+            local_view,
+            remote_view,
+            local_blocks,
+            remote_blocks,
+            notify,
+            arrival,
+            lease,
+            self._deadline(deadline_s),
+            after,
         )
+
+    def read_blocks(
+        self,
+        region: Region,
+        remote: RemoteRegion,
+        local_view: BlockView,
+        remote_view: BlockView,
+        local_blocks: BlockIds,
+        remote_blocks: BlockIds,
+        *,
+        notify: bytes | None = None,
+        arrival: int | None = None,
+        lease: bytes | None = None,
+        deadline_s: float | None = None,
+        after: Transfer | Signal | None = None,
+    ) -> Transfer:
+        """Copies blocks of ``remote`` into ``region``; arguments as for ``write_blocks``."""
+        return self._core.submit_blocks(
+            True,
+            region._core,
+            remote,
+            local_view,
+            remote_view,
+            local_blocks,
+            remote_blocks,
+            notify,
+            arrival,
+            lease,
+            self._deadline(deadline_s),
+            after,
+        )
+
+    def notify(
+        self,
+        peer: Peer,
+        payload: bytes,
+        *,
+        deadline_s: float | None = None,
+        after: Transfer | Signal | None = None,
+    ) -> Transfer:
+        """Sends a message alone. It is ordered after nothing but ``after``."""
+        return self._core.notify(peer, payload, self._deadline(deadline_s), after)
+
+    def _deadline(self, deadline_s: float | None) -> float:
+        return self._config.deadline_s if deadline_s is None else deadline_s
 
     def notifications(self) -> list[Notification]:
         """Messages that came since the last call."""

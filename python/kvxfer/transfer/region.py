@@ -13,9 +13,10 @@ import numpy.typing as npt
 from kvxfer import _transfer
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["Int64Array", "Lease", "Region"]
+__all__ = ["BlockIds", "Int64Array", "Lease", "Region"]
 
 Int64Array = npt.NDArray[np.int64]
+BlockIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 class Region:

@@ -1,0 +1,171 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// What a request is made of: block views, signals, and the calls that submit.
+#include "bindings/transfer/handles.hpp"
+
+namespace py = pybind11;
+
+namespace kvxfer::bindings {
+namespace {
+
+LatchPtr latch_of(const py::object& after) {
+  if (after.is_none()) return {};
+  if (py::isinstance<Latch>(after)) return after.cast<LatchPtr>();
+  if (py::isinstance<Transfer>(after)) {
+    const auto transfer = after.cast<TransferPtr>();
+    check_process(transfer->birth);
+    return transfer->latch();
+  }
+  const std::string given = Py_TYPE(after.ptr())->tp_name;
+  for (const char* name : {"cuda_event", "cuda_stream", "__cuda_stream__"})
+    if (py::hasattr(after, name))
+      raise(Code::kUnavailable, "after= cannot wait for the " + given +
+                                    " itself: this build has no CUDA; pass a kvxfer.Signal and "
+                                    "enqueue its "
+                                    "host_callback() on the stream with cudaLaunchHostFunc");
+  raise(Code::kInvalidArgument, "after must be a Transfer or a kvxfer.Signal, not " + given);
+}
+
+SubmitOptions submit_options(const py::object& notify, const std::optional<uint64_t>& arrival,
+                             const py::object& lease, const Timeout& deadline_s,
+                             const py::object& after) {
+  SubmitOptions out;
+  if (!notify.is_none()) out.has_notify = true, out.notify = from_bytes("notify", notify);
+  if (arrival) out.has_arrival = true, out.arrival = *arrival;
+  if (!lease.is_none()) out.has_lease = true, out.lease = from_bytes("lease", lease);
+  out.deadline_ns = deadline_of(deadline_s, "deadline_s");
+  out.after = latch_of(after);
+  return out;
+}
+
+TransferPtr submit(EngineHandle& self, bool is_read, const RegionHandle& region,
+                   const RemoteRegionPtr& remote, const py::object& local_offsets,
+                   const py::object& remote_offsets, const py::object& nbytes,
+                   const py::object& bases, const py::object& notify,
+                   const std::optional<uint64_t>& arrival, const py::object& lease,
+                   const Timeout& deadline_s, const py::object& after) {
+  Engine& engine = self.get();
+  empty_graveyard();
+  const Offsets local("local_offsets", local_offsets), into("remote_offsets", remote_offsets),
+      size("nbytes", nbytes);
+  std::optional<Offsets> pairs;
+  SpanArguments arguments{local.column(), into.column(), size.column(), {}, false};
+  if (!bases.is_none()) {
+    pairs.emplace("bases", bases, Offsets::kPairs);
+    arguments.bases = {pairs->data(), pairs->size()};
+    arguments.has_bases = true;
+  }
+  SubmitOptions options = submit_options(notify, arrival, lease, deadline_s, after);
+  py::gil_scoped_release release;
+  return engine.submit(is_read ? Op::kRead : Op::kWrite, region.region, remote, arguments,
+                       std::move(options));
+}
+
+TransferPtr submit_blocks(EngineHandle& self, bool is_read, const RegionHandle& region,
+                          const RemoteRegionPtr& remote, const BlockView& local_view,
+                          const BlockView& remote_view, const py::object& local_blocks,
+                          const py::object& remote_blocks, const py::object& notify,
+                          const std::optional<uint64_t>& arrival, const py::object& lease,
+                          const Timeout& deadline_s, const py::object& after) {
+  Engine& engine = self.get();
+  empty_graveyard();
+  const BlockIdArray from("local_blocks", local_blocks), into("remote_blocks", remote_blocks);
+  const BlockArguments arguments{local_view, remote_view, from.ids(), into.ids()};
+  SubmitOptions options = submit_options(notify, arrival, lease, deadline_s, after);
+  py::gil_scoped_release release;
+  return engine.submit(is_read ? Op::kRead : Op::kWrite, region.region, remote, arguments,
+                       std::move(options));
+}
+
+TransferPtr notify(EngineHandle& self, const PeerPtr& peer, const py::object& payload,
+                   const Timeout& deadline_s, const py::object& after) {
+  Engine& engine = self.get();
+  empty_graveyard();
+  SubmitOptions options = submit_options(payload, {}, py::none(), deadline_s, after);
+  options.has_notify = true;
+  py::gil_scoped_release release;
+  return engine.notify(peer, std::move(options));
+}
+
+// Refuses here what no region could hold, so that a mistake shows where it is
+// made.
+BlockView make_view(int64_t base, int64_t block_stride, int64_t nbytes, int64_t num_layers,
+                    int64_t layer_stride) {
+  for (const auto& [name, value, low] : {std::tuple{"base", base, int64_t{0}},
+                                         {"block_stride", block_stride, int64_t{0}},
+                                         {"nbytes", nbytes, int64_t{1}},
+                                         {"num_layers", num_layers, int64_t{1}},
+                                         {"layer_stride", layer_stride, int64_t{0}}})
+    if (value < low || value > kMaxOffset)
+      fail(Code::kInvalidArgument, "BlockView: ", name, " must be ", low, " to 2^61, not ", value);
+  return {base, block_stride, nbytes, num_layers, layer_stride};
+}
+
+auto fields(const BlockView& v) {
+  return py::make_tuple(v.base, v.block_stride, v.nbytes, v.num_layers, v.layer_stride);
+}
+
+// For cudaLaunchHostFunc and its like: a C function and its argument. Needs no
+// GIL.
+void open_latch(void* context) {
+  std::unique_ptr<LatchPtr> latch(static_cast<LatchPtr*>(context));
+  (*latch)->open();
+}
+
+}  // namespace
+
+void register_requests(py::module_& m) {
+  py::class_<BlockView>(m, "BlockView",
+                        "A pool of blocks in a region, in bytes: block b of layer l begins at\n"
+                        "base + b * block_stride + l * layer_stride and has nbytes bytes.")
+      .def(py::init(&make_view), py::arg("base"), py::arg("block_stride"), py::arg("nbytes"),
+           py::arg("num_layers") = 1, py::arg("layer_stride") = 0)
+      .def_readonly("base", &BlockView::base)
+      .def_readonly("block_stride", &BlockView::block_stride)
+      .def_readonly("nbytes", &BlockView::nbytes)
+      .def_readonly("num_layers", &BlockView::num_layers)
+      .def_readonly("layer_stride", &BlockView::layer_stride)
+      .def("__eq__",
+           [](const BlockView& a, const py::object& b) -> py::object {
+             if (!py::isinstance<BlockView>(b))
+               return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+             return py::bool_(fields(a).equal(fields(b.cast<const BlockView&>())));
+           })
+      .def("__hash__", [](const BlockView& v) { return py::hash(fields(v)); })
+      .def("__repr__", [](const BlockView& v) {
+        return cat("BlockView(base=", v.base, ", block_stride=", v.block_stride,
+                   ", nbytes=", v.nbytes, ", num_layers=", v.num_layers,
+                   ", layer_stride=", v.layer_stride, ")");
+      });
+
+  py::class_<Latch, LatchPtr>(m, "Signal",
+                              "What after= may wait for; set once, by any thread, or by a CUDA "
+                              "stream through host_callback().")
+      .def(py::init<>())
+      .def("set", &Latch::open, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("is_set", &Latch::settled)
+      .def("host_callback",
+           [](const LatchPtr& latch) {
+             auto context = std::make_unique<LatchPtr>(latch);
+             return py::make_tuple(reinterpret_cast<uintptr_t>(&open_latch),
+                                   reinterpret_cast<uintptr_t>(context.release()));
+           })
+      .def("__repr__",
+           [](const Latch& latch) { return cat("<Signal", latch.settled() ? ", set>" : ">"); });
+}
+
+void define_submits(py::class_<EngineHandle>& engine) {
+  engine
+      .def("submit", &submit, py::arg("is_read"), py::arg("region"), py::arg("remote"),
+           py::arg("local_offsets"), py::arg("remote_offsets"), py::arg("nbytes"), py::arg("bases"),
+           py::arg("notify"), py::arg("arrival"), py::arg("lease"), py::arg("deadline_s"),
+           py::arg("after"))
+      .def("submit_blocks", &submit_blocks, py::arg("is_read"), py::arg("region"),
+           py::arg("remote"), py::arg("local_view"), py::arg("remote_view"),
+           py::arg("local_blocks"), py::arg("remote_blocks"), py::arg("notify"), py::arg("arrival"),
+           py::arg("lease"), py::arg("deadline_s"), py::arg("after"))
+      .def("notify", &notify, py::arg("peer"), py::arg("payload"), py::arg("deadline_s"),
+           py::arg("after"));
+}
+
+}  // namespace kvxfer::bindings

@@ -1,0 +1,97 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Memory comes and goes: allocate, register, deregister.
+#include "common/random.hpp"
+#include "engine/engine.hpp"
+#include "engine/memory.hpp"
+
+namespace kvxfer {
+
+void check_name(const char* what, const std::string& name) {
+  if (name.empty() || name.size() > kMaxNameBytes)
+    fail(Code::kInvalidArgument, what, " name must have 1 to ", kMaxNameBytes, " bytes, not ",
+         name.size());
+}
+
+RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
+  check_open();
+  check_name("region", options.name);
+  if (nbytes == 0) fail(Code::kInvalidArgument, "a region needs at least one byte");
+  Segment segment = allocate_segment(nbytes, options.name);
+  auto region = std::make_shared<Region>();
+  region->name = options.name;
+  region->nbytes = nbytes;
+  region->require_lease = options.require_lease;
+  region->shareable = options.shareable;
+  region->pieces = {{segment.base, 0, nbytes}};
+  region->memfd = std::move(segment.memfd);
+  region->keep = std::move(segment.mapping);
+  return add_region(std::move(region));
+}
+
+RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
+                                  std::shared_ptr<void> keep, RegionOptions options) {
+  check_open();
+  check_name("region", options.name);
+  auto region = std::make_shared<Region>();
+  region->name = options.name;
+  region->writable = writable;
+  region->require_lease = options.require_lease;
+  region->shareable = options.shareable;
+  region->keep = std::move(keep);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (pieces[i].nbytes == 0) fail(Code::kInvalidArgument, "buffer ", i, " is empty");
+    pieces[i].offset = region->nbytes;
+    region->nbytes += pieces[i].nbytes;
+  }
+  if (pieces.empty()) fail(Code::kInvalidArgument, "a region needs at least one buffer");
+  region->pieces = std::move(pieces);
+  return add_region(std::move(region));
+}
+
+RegionPtr Engine::add_region(RegionPtr region) {
+  region->key = random_bytes<16>();
+  region->owner = this;
+  if (words_) region->gate.export_word(words_->take());
+  std::lock_guard lock(mutex_);
+  check_open();
+  if (regions_.size() >= kMaxRegions)
+    fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
+  for (auto& [id, other] : regions_)
+    if (other->name == region->name)
+      fail(Code::kInvalidArgument, "a region named '", region->name,
+           "' exists; pass another name=");
+  region->id = next_id_++;
+  regions_.emplace(region->id, region);
+  for (auto& [name, transport] : transports_) transport->expose(region);
+  broadcast(RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name});
+  return region;
+}
+
+void Engine::deregister(const RegionPtr& region) {
+  std::vector<LeasePtr> leases;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = regions_.find(region->id);
+    if (it == regions_.end() || it->second != region) {
+      if (region->gate.closed()) return;  // again: harmless
+      fail(Code::kInvalidArgument, "region '", region->name, "' belongs to another engine");
+    }
+    region->leaving.store(true, std::memory_order_seq_cst);
+    if (const uint64_t uses = region->uses.load(std::memory_order_seq_cst); uses != 0) {
+      region->leaving.store(false, std::memory_order_seq_cst);
+      fail(Code::kInvalidArgument, "region '", region->name, "' is in use by ", uses,
+           " transfer(s) that have not quiesced; wait for them or cancel them "
+           "first");
+    }
+    regions_.erase(it);
+    for (auto& [id, lease] : leases_)
+      if (lease->region == region) leases.push_back(lease);
+    broadcast(RegionRemoved{region->id});
+  }
+  region->gate.close();
+  for (auto& lease : leases) begin_revoke(lease);
+  for (auto& [name, transport] : transports_) transport->withdraw(*region);
+}
+
+}  // namespace kvxfer
