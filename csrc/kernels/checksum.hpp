@@ -12,28 +12,31 @@
 
 namespace kvxfer::kernels {
 
-KVXFER_HOST_DEVICE inline uint64_t splitmix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
+// The finaliser of splitmix64.
+KVXFER_HOST_DEVICE inline uint64_t mix64(uint64_t z) {
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return z ^ z >> 31;
 }
 
-// Words 2 * pair and 2 * pair + 1 of a row; behind the row's end words are 0.
-KVXFER_HOST_DEVICE inline uint64_t checksum_pair(uint32_t pair, uint32_t low, uint32_t high) {
-  const uint64_t keys = splitmix64(pair);
-  const auto a = static_cast<uint32_t>(low + static_cast<uint32_t>(keys));
-  const auto b = static_cast<uint32_t>(high + static_cast<uint32_t>(keys >> 32));
-  return uint64_t{a} * b;
+inline constexpr int32_t kMaxHashedRow = 4096;  // bytes; one key word per 4 of them
+
+// Word i of the keys: splitmix64 from seed 0, its upper halves.
+KVXFER_HOST_DEVICE inline uint32_t hash_key(uint32_t i) {
+  return static_cast<uint32_t>(mix64((i + uint64_t{1}) * 0x9e3779b97f4a7c15u) >> 32);
 }
 
-// `pairs`: the sum of checksum_pair over the row. part: 0 k, 1 v, 2 latent, 3 state, 4 k_scale,
-// 5 v_scale; layer and head of the model, token of the sequence.
-KVXFER_HOST_DEVICE inline uint64_t checksum_row(uint64_t pairs, uint64_t layer, uint64_t part,
-                                                uint64_t head, uint64_t token) {
-  const uint64_t where =
-      splitmix64(splitmix64(splitmix64(splitmix64(layer) ^ part) ^ head) ^ token);
-  return splitmix64(pairs ^ where);
+// Words 2i and 2i + 1 of a row with their keys; behind the row's end words are 0.
+KVXFER_HOST_DEVICE inline uint64_t hash_pair(uint32_t low, uint32_t high, uint32_t key_low,
+                                             uint32_t key_high) {
+  return uint64_t{low + key_low} * uint64_t{high + key_high};
+}
+
+// `pairs`: the sum of hash_pair over the row. part: 0 k, 1 v, 2 latent, 3 state, and 8 more for the
+// scales of each; layer and head of the model, token of the sequence.
+KVXFER_HOST_DEVICE inline uint64_t hash_row(uint64_t pairs, uint64_t part, uint64_t layer,
+                                            uint64_t head, uint64_t token) {
+  return mix64(pairs ^ mix64(part << 60 | layer << 48 | head << 32 | token));
 }
 
 }  // namespace kvxfer::kernels

@@ -22,17 +22,18 @@ __device__ uint32_t word_at(const char* row, int32_t nbytes, int32_t at) {
   return word;
 }
 
-__device__ uint64_t sum_of_pairs(const char* row, int32_t nbytes, bool aligned, int lane) {
+__device__ uint64_t sum_of_pairs(const char* row, int32_t nbytes, bool aligned, int lane,
+                                 const uint32_t* keys) {
   uint64_t sum = 0;
   if (aligned) {  // whole pairs at multiples of 8
     for (int32_t pair = lane; pair < nbytes / 8; pair += 32) {
       const uint2 words = __ldcs(reinterpret_cast<const uint2*>(row) + pair);
-      sum += checksum_pair(static_cast<uint32_t>(pair), words.x, words.y);
+      sum += hash_pair(words.x, words.y, keys[pair * 2], keys[pair * 2 + 1]);
     }
   } else {
     for (int32_t pair = lane; pair * 8 < nbytes; pair += 32) {
-      sum += checksum_pair(static_cast<uint32_t>(pair), word_at(row, nbytes, pair * 8),
-                           word_at(row, nbytes, pair * 8 + 4));
+      sum += hash_pair(word_at(row, nbytes, pair * 8), word_at(row, nbytes, pair * 8 + 4),
+                       keys[pair * 2], keys[pair * 2 + 1]);
     }
   }
   return sum;
@@ -50,6 +51,10 @@ __global__ void __launch_bounds__(kThreads)
     checksum_kernel(const __grid_constant__ Checksum p, int32_t ctas_per_layer) {
   const int layer = static_cast<int>(blockIdx.x / ctas_per_layer);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  auto* sums = reinterpret_cast<uint64_t*>(shared_memory());  // [warp]
+  auto* keys = reinterpret_cast<uint32_t*>(sums + kWarps);    // [kMaxHashedRow / 4]
+  for (int i = threadIdx.x; i < kMaxHashedRow / 4; i += kThreads) keys[i] = hash_key(i);
+  __syncthreads();
   uint64_t sum = 0;
   for (int64_t tile = blockIdx.x % ctas_per_layer; tile < p.num_parts * p.num_segments;
        tile += ctas_per_layer) {
@@ -65,14 +70,12 @@ __global__ void __launch_bounds__(kThreads)
       const int32_t token = row / p.num_heads, head = row - token * p.num_heads;
       const char* at = base + token * part.strides.token + head * part.strides.head;
       const uint64_t pairs =
-          sum_over_warp(sum_of_pairs(at, part.row_nbytes, everything % 8 == 0, lane));
+          sum_over_warp(sum_of_pairs(at, part.row_nbytes, everything % 8 == 0, lane, keys));
       if (lane == 0) {
-        sum +=
-            checksum_row(pairs, p.layers[layer], part.id, p.first_head + head, segment[3] + token);
+        sum += hash_row(pairs, part.id, p.layers[layer], p.first_head + head, segment[3] + token);
       }
     }
   }
-  auto* sums = reinterpret_cast<uint64_t*>(shared_memory());  // [warp]
   if (lane == 0) sums[warp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -86,13 +89,19 @@ __global__ void __launch_bounds__(kThreads)
 
 void checksum_blocks(const Checksum& p, cudaStream_t stream) {
   if (p.num_segments == 0 || p.num_layers == 0 || p.num_parts == 0 || p.num_heads == 0) return;
+  for (int i = 0; i < p.num_parts; ++i) {
+    if (p.part[i].row_nbytes > kMaxHashedRow) {
+      fail(Code::kInvalidArgument, "checksum_blocks: expected rows of at most ", kMaxHashedRow,
+           " bytes, given ", p.part[i].row_nbytes);
+    }
+  }
   int device = 0, sms = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const int64_t fill = ceil_div(int64_t{std::max(sms, 1)} * kCtasPerSm, p.num_layers);
   const auto per_layer = static_cast<int32_t>(std::min(fill, p.num_parts * p.num_segments));
   launch("checksum_blocks", &checksum_kernel, int64_t{per_layer} * p.num_layers, kThreads,
-         kWarps * sizeof(uint64_t), stream, p, per_layer);
+         kWarps * sizeof(uint64_t) + kMaxHashedRow, stream, p, per_layer);
 }
 
 }  // namespace kvxfer::kernels::cuda

@@ -96,7 +96,7 @@ struct Merge {
 struct ChecksumPart {
   RowStrides strides;  // bytes
   int32_t row_nbytes;
-  int32_t id;  // of the part, as in checksum_row
+  int32_t id;  // of the part, as in hash_row
 };
 
 struct Checksum {

@@ -62,7 +62,7 @@ fault(decode_32_bit_offsets cuda/decode.cuh cuda/decode_float16_64.cu
 
 fault(merge_reads_what_was_never_written cuda/merge.cu cuda/merge.cu
   "weight_a > 0 ? widen(a[i]) * weight_a : 0.0f" "widen(a[i]) * weight_a" "merge*")
-fault(checksum_missing_barrier cuda/checksum.cu cuda/checksum.cu
+fault(checksum_missing_barriers cuda/checksum.cu cuda/checksum.cu
   "__syncthreads();" "" "checksum*")
 fault(checksum_blind_to_the_token cuda/checksum.cu cuda/checksum.cu
   "segment[3] + token" "segment[3]" "checksum*")
