@@ -39,9 +39,13 @@ struct DecodeShape {
   // More thread blocks on a processor beat more stages.
   static constexpr int kStages = kDim == 256 ? (kFp8 ? 3 : 2) : kDim == 128 && !kFp8 ? 3 : 4;
   static constexpr int kTileBytes = kDecodeTile * kRowBytes;  // of K, and of V
-  static constexpr int kSharedBytes = kStages * 2 * kTileBytes;
+  // 256 channels of queries and of sums are too many registers: the queries, which all warps share,
+  // then lie behind the tiles, fragment by fragment.
+  static constexpr bool kQueriesInShared = kDim == 256;
+  static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
+  static constexpr int kSharedBytes = kTilesBytes + (kQueriesInShared ? kDim / 16 * 32 * 16 : 0);
   // The warps' results reuse it at the end.
-  static_assert(kDecodeWarps * kDecodeRows * (kDim + 2) * 4 + 4 <= kSharedBytes, "");
+  static_assert(kDecodeWarps * kDecodeRows * (kDim + 2) * 4 + 4 <= kTilesBytes, "");
 
   // Where a row's 16-byte chunk lies: 8 rows of one chunk (ldmatrix) and 2 rows of 4 chunks (wide
   // loads of fp8) are in different banks.
@@ -141,16 +145,16 @@ class DecodeBlock {
   }
 
   __device__ void load_queries() {
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-#pragma unroll
-      for (int reg = 0; reg < 4; ++reg) {
-        const int row = lane_ / 4 + (reg & 1) * 8;
-        // K's channels in fp8 come as 16 adjacent bytes per lane; queries follow that order.
-        const int channel = Shape::kFp8 ? step / 4 * 64 + lane_ % 4 * 16 + step % 4 * 4 + (reg & 2)
-                                        : step * 16 + lane_ % 4 * 2 + (reg & 2) * 4;
-        q_[step][reg] = row < w_.num_rows ? query_pair(w_.first_head + row, channel) : 0;
+    if constexpr (Shape::kQueriesInShared) {
+      for (int step = warp_; step < kDim / 16; step += kDecodeWarps) {
+        uint32_t a[4];
+        load_fragment(step, a);
+        *shared_fragment(step) = {a[0], a[1], a[2], a[3]};
       }
+      __syncthreads();
+    } else {
+#pragma unroll
+      for (int step = 0; step < kDim / 16; ++step) load_fragment(step, q_[step]);
     }
   }
 
@@ -223,7 +227,7 @@ class DecodeBlock {
 
   // True in the block that finishes last for its sequence and heads.
   __device__ bool is_last() {
-    auto* flag = reinterpret_cast<int*>(shared_memory() + Shape::kSharedBytes - 4);
+    auto* flag = reinterpret_cast<int*>(shared_memory() + Shape::kTilesBytes - 4);
     __threadfence();  // this thread's part is visible before the count below is
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -257,6 +261,32 @@ class DecodeBlock {
   }
 
  private:
+  __device__ void load_fragment(int step, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int reg = 0; reg < 4; ++reg) {
+      const int row = lane_ / 4 + (reg & 1) * 8;
+      // K's channels in fp8 come as 16 adjacent bytes per lane; queries follow that order.
+      const int channel = Shape::kFp8 ? step / 4 * 64 + lane_ % 4 * 16 + step % 4 * 4 + (reg & 2)
+                                      : step * 16 + lane_ % 4 * 2 + (reg & 2) * 4;
+      a[reg] = row < w_.num_rows ? query_pair(w_.first_head + row, channel) : 0;
+    }
+  }
+
+  __device__ uint4* shared_fragment(int step) const {
+    return reinterpret_cast<uint4*>(shared_memory() + Shape::kTilesBytes) + step * 32 + lane_;
+  }
+
+  // s += the queries' channels of this step times K's.
+  __device__ void multiply(float (&s)[4], int step, uint32_t b0, uint32_t b1) const {
+    if constexpr (Shape::kQueriesInShared) {
+      const uint4 f = *shared_fragment(step);
+      const uint32_t a[4] = {f.x, f.y, f.z, f.w};
+      mma_m16n8k16<T>(s, a, b0, b1);
+    } else {
+      mma_m16n8k16<T>(s, q_[step], b0, b1);
+    }
+  }
+
   __device__ uint32_t query_pair(int head, int channel) const {
     const int64_t at = w_.sequence * p_.q_batch + head * p_.q_head + channel;
     const uint32_t bits =
@@ -371,8 +401,7 @@ class DecodeBlock {
           const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            mma_m16n8k16<T>(s[j], q_[chunk + i], e4m3x2_to_half2(words[i]),
-                            e4m3x2_to_half2(words[i] >> 16));
+            multiply(s[j], chunk + i, e4m3x2_to_half2(words[i]), e4m3x2_to_half2(words[i] >> 16));
           }
         }
       }
@@ -382,8 +411,8 @@ class DecodeBlock {
       for (int step = 0; step < kDim / 16; ++step) {
         uint32_t b[4];
         ldmatrix_x4(b, keys + Shape::place(row, step * 2 + lane_ / 8 % 2));
-        mma_m16n8k16<T>(s[0], q_[step], b[0], b[1]);
-        mma_m16n8k16<T>(s[1], q_[step], b[2], b[3]);
+        multiply(s[0], step, b[0], b[1]);
+        multiply(s[1], step, b[2], b[3]);
       }
     }
   }
@@ -429,7 +458,7 @@ class DecodeBlock {
   const char *k_, *v_;
   const int32_t* table_;
   int64_t block_;
-  uint32_t q_[kDim / 16][4];
+  uint32_t q_[Shape::kQueriesInShared ? 1 : kDim / 16][4];
   float o_[kDim / 8][4] = {};
   float highest_[2] = {kLowest, kLowest};
   float total_[2] = {};  // of this lane's columns
