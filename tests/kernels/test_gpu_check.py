@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu-check` as far as it goes without a GPU: what it says, its exit codes, and the checks on the reference."""
+"""`make gpu-check` as far as it goes without a GPU: what it says and its exit codes."""
 
 from __future__ import annotations
 
@@ -50,22 +50,3 @@ def test_an_unknown_argument_is_refused_with_the_usage() -> None:
     assert done.returncode == 2
     assert "--dry-run" in done.stderr
     assert "'--fast'" in done.stderr
-
-
-def test_the_checks_pass_on_the_reference_and_see_a_wrong_kernel(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    checks = ROOT / "tools" / "gpu_check" / "checks.py"
-    code = (
-        "import runpy, sys; sys.path.insert(0, {folder!r}); import kernels_only\n"
-        "from kvxfer.kernels import reference\n"
-        "{fault}\n"
-        "sys.argv = ['checks.py', '--quick', '--device', 'cpu', '--backend', 'reference', '--only', 'merges']\n"
-        "runpy.run_path({path!r}, run_name='__main__')"
-    )
-    fault = "right = reference.to_float32; reference.to_float32 = lambda a: right(a) * 1.01"
-    for text, expected in (("", 0), (fault, 1)):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(folder=str(checks.parent), path=str(checks), fault=text)],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == expected, done.stdout + done.stderr
