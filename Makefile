@@ -15,11 +15,11 @@ BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE  := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP     := $(shell find csrc tests/cpp tests/fuzz -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP     := $(shell find csrc tests/cpp tests/fuzz -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PY_DIRS := python tests bench tools examples
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve test test-all test-cpp sanitize models fuzz lint format typecheck bench doctor clean
+.PHONY: help build serve test test-all test-cpp sanitize models fuzz lint format typecheck bench gpu-check doctor clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench: $(VENV)/.built  ## Benchmarks, each with its bound or baseline from the s
 	$(BIN)/python bench/bench_transfer.py
 	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_serving.py
+
+gpu-check:  ## On a machine with an NVIDIA GPU: builds, checks and measures the GPU kernels, offline, in minutes
+	@PYTHON="$(PYTHON)" tools/gpu_check.sh
 
 doctor: $(VENV)/.built  ## What works on this machine, what does not, and why
 	@$(BIN)/kvxfer doctor

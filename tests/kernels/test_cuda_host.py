@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels import _cuda, reference
 from kvxfer.kernels._copy_job import CopyJob, make_job
 from kvxfer.kernels._sides import make_side
@@ -34,9 +35,8 @@ def run_as_the_kernel_would(job: CopyJob) -> None:
         src_pieces=tuple(addressed(piece) for piece in job.src_pieces),
         dst_pieces=tuple(addressed(piece) for piece in job.dst_pieces),
     )
-    dtypes = {(part.src_dtype, part.dst_dtype) for part in job.parts}
-    assert len(dtypes) == 1
-    plan = _cuda.plan_launch(on_device, *dtypes.pop())
+    (kind,) = {part.converts for part in job.parts}
+    plan = _cuda.plan_launch(on_device, kind)
     access = plan["access"]
     for (src_strides, dst_strides, width), layers in zip(plan["parts"], plan["bases"], strict=True):
         assert width % access == 0
@@ -92,10 +92,89 @@ def test_a_launch_plan_moves_what_the_reference_moves(
             src_pieces=(SimpleNamespace(data_ptr=lambda: 0),),
             dst_pieces=(SimpleNamespace(data_ptr=lambda: 0),),
         ),
-        "float32",
-        "float32",
+        (),
     )["access"]
     assert plan_width == access
+
+
+built = pytest.mark.skipif(_cuda._missing is not None, reason=f"not built: {_cuda._missing}")
+
+
+def decode_call(**changes: Any) -> Any:
+    torch = pytest.importorskip("torch")
+    given: dict[str, Any] = {
+        "dim": 64,
+        "q": torch.float16,
+        "kv": torch.float16,
+        "gap": 0,
+        **changes,
+    }
+    views = {"q": torch.zeros(2, 8, given["dim"], dtype=given["q"])}
+    for name in ("k_cache", "v_cache"):
+        whole = torch.zeros(3, 16, 2, given["dim"] + given["gap"]).to(given["kv"])
+        views[name] = whole[..., : given["dim"]]
+    return SimpleNamespace(views=views, dtypes={})
+
+
+@built
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dim": 96}, "64, 128 or 256"),
+        ({"q": "float32", "kv": "float32"}, "float16 or bfloat16"),
+        ({"kv": "bfloat16"}, "dtype"),
+        ({"kv": "float8_e4m3fn"}, None),
+        ({"gap": 4}, "16 bytes"),
+        ({"gap": 8}, None),
+    ],
+)
+def test_decode_says_what_it_cannot_run(changes: dict[str, Any], reason: str | None) -> None:
+    torch = pytest.importorskip("torch")
+    changes = {k: getattr(torch, v) if isinstance(v, str) else v for k, v in changes.items()}
+    given = _cuda.refuses("paged_decode", decode_call(**changes))
+    assert given is None if reason is None else given is not None and reason in given
+
+
+@built
+def test_values_of_another_width_than_keys_are_not_for_cuda() -> None:
+    call = decode_call()
+    call.views["v_cache"] = call.views["v_cache"][..., :32]
+    assert "as wide as keys" in str(_cuda.refuses("paged_decode", call))
+
+
+@pytest.mark.parametrize("wrong", [-2, 48])
+def test_device_side_slots_are_checked_when_asked(
+    monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("KVXFER_CHECK_DEVICE_IDS", "1")
+    rows, cache = torch.zeros(3, 2, 8), torch.zeros(3, 16, 2, 8)
+    slots = torch.tensor([0, -1, wrong])
+    with pytest.raises(InvalidArgumentError, match=rf"slot_mapping\[2\].* 0 to 47, given {wrong}"):
+        _cuda.append_kv(rows, rows, cache, cache, slots, k_scale=1.0, v_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "lens", "window", "message"),
+    [
+        ([[0, 3]], [17], -1, r"block_table\[0, 1\]: expected a block id from 0 to 2, given 3"),
+        ([[-1, 1]], [17], -1, r"block_table\[0, 0\].*given -1"),
+        ([[-1, 1]], [17], 0, None),
+        ([[0, 1]], [33], -1, r"seq_lens\[0\]: expected 0 to 32 \(2 blocks of 16\), given 33"),
+        ([[0, -1]], [16], -1, None),
+    ],
+)
+def test_device_side_tables_are_checked_when_asked(
+    table: list[list[int]], lens: list[int], window: int, message: str | None
+) -> None:
+    torch = pytest.importorskip("torch")
+    arguments = (torch.tensor(table), torch.tensor(lens), window, 3, 16)
+    if message is None:
+        _cuda._check_block_table(*arguments)
+        return
+    with pytest.raises(InvalidArgumentError, match=message):
+        _cuda._check_block_table(*arguments)
 
 
 def test_the_reason_for_no_cuda_is_given() -> None:

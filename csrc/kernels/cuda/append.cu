@@ -1,9 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // append_kv: one warp per token and part (key or value); both parts in one launch, which is what
-// bounds a decode step.
+// bounds a decode step. fp8 is quantised in the same pass.
 #include "kernels/cuda/device.cuh"
-#include "kernels/cuda/kernels.hpp"
 
 namespace kvxfer::kernels::cuda {
 namespace {
@@ -28,63 +27,79 @@ __device__ void for_token(const Append& p, Row row) {
 // Bytes as they are, in accesses of type V.
 template <class V>
 __global__ void __launch_bounds__(kThreads)
-    append_bytes(const __grid_constant__ Append p, int32_t itemsize) {
+    append_bytes(const __grid_constant__ Append p, int32_t row_itemsize) {
   for_token(p, [&](const AppendPart& part, const char* src, char* dst, int lane) {
-    const int32_t vectors = part.width * itemsize / static_cast<int32_t>(sizeof(V));
+    const int32_t vectors = part.width * row_itemsize / static_cast<int32_t>(sizeof(V));
     RowWalk walk(p.num_kv_heads, vectors, lane, kWarp);
     for (; walk.token == 0; walk.advance()) {
       const int64_t in = walk.head * part.from.head + walk.vector * int64_t{sizeof(V)};
       const int64_t out = walk.head * part.to.head + walk.vector * int64_t{sizeof(V)};
-      *reinterpret_cast<V*>(dst + out) = *reinterpret_cast<const V*>(src + in);
+      *reinterpret_cast<V*>(dst + out) = __ldcs(reinterpret_cast<const V*>(src + in));
     }
   });
 }
 
-template <class From, class To>
+template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kThreads) append_converted(const __grid_constant__ Append p) {
   for_token(p, [&](const AppendPart& part, const char* src, char* dst, int lane) {
-    RowWalk walk(p.num_kv_heads, part.width, lane, kWarp);
+    RowWalk walk(p.num_kv_heads, part.width / kCount, lane, kWarp);
     for (; walk.token == 0; walk.advance()) {
-      const int64_t in = walk.head * part.from.head + walk.vector * int64_t{sizeof(From)};
-      const int64_t out = walk.head * part.to.head + walk.vector * int64_t{sizeof(To)};
-      // A true division, so that results equal those of engines bit for bit.
-      const float value = __fdiv_rn(widen(*reinterpret_cast<const From*>(src + in)), part.scale);
-      *reinterpret_cast<To*>(dst + out) = narrow<To>(value);
+      Elements<From, kCount> from;
+      Elements<To, kCount> to;
+      from.load(src + walk.head * part.from.head + walk.vector * int64_t{from.kBytes});
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        // A true division, so that results equal those of engines bit for bit.
+        to.value[i] = narrow<To>(__fdiv_rn(widen(from.value[i]), part.scale));
+      }
+      to.store(dst + walk.head * part.to.head + walk.vector * int64_t{to.kBytes});
     }
   });
 }
 
+// The widest access to which every row of both parts is aligned.
 int64_t common_access(const Append& p) {
   int64_t width = 16;
   for (const AppendPart& part : p.part) {
     for (const int64_t value :
          {reinterpret_cast<int64_t>(part.rows), reinterpret_cast<int64_t>(part.cache),
           part.from.token, part.from.head, part.to.block, part.to.token, part.to.head,
-          part.width * itemsize(p.to)}) {
+          part.width * itemsize(p.from), part.width * itemsize(p.to)}) {
       width = widen_access(width, value);
     }
   }
   return width;
 }
 
+template <class From, class To>
+void append_as(const Append& p, int64_t ctas, cudaStream_t stream) {
+  constexpr int kWidest = std::max(Elements<From, 8>::kAccess, Elements<To, 8>::kAccess);
+  const bool in_eights =
+      common_access(p) % kWidest == 0 && p.part[0].width % 8 == 0 && p.part[1].width % 8 == 0;
+  const auto kernel = in_eights ? &append_converted<From, To, 8> : &append_converted<From, To, 1>;
+  launch("append_kv", kernel, ctas, kThreads, 0, stream, p);
+}
+
 }  // namespace
 
 void append_kv(const Append& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return;
-  const auto ctas = static_cast<unsigned>(ceil_div(p.num_tokens * 2 * kWarp, kThreads));
+  const int64_t ctas = ceil_div(p.num_tokens * 2 * kWarp, kThreads);
   if (p.from == p.to && p.part[0].scale == 1.0f && p.part[1].scale == 1.0f) {
     with_access(static_cast<int32_t>(common_access(p)), [&](auto access) {
-      append_bytes<decltype(access)>
-          <<<ctas, kThreads, 0, stream>>>(p, static_cast<int32_t>(itemsize(p.to)));
+      launch("append_kv", &append_bytes<decltype(access)>, ctas, kThreads, 0, stream, p,
+             static_cast<int32_t>(itemsize(p.to)));
     });
-  } else {
-    with_type(p.from, [&](auto from) {
-      with_type(p.to, [&](auto to) {
-        append_converted<decltype(from), decltype(to)><<<ctas, kThreads, 0, stream>>>(p);
-      });
-    });
+    return;
   }
-  check_launch("append_kv");
+  with_type(p.from, [&](auto from) {
+    using From = decltype(from);
+    if constexpr (sizeof(From) == 1) {
+      fail(Code::kInvalidArgument, "append_kv: rows of fp8 go into a cache of fp8 as they are");
+    } else {
+      with_type(p.to, [&](auto to) { append_as<From, decltype(to)>(p, ctas, stream); });
+    }
+  });
 }
 
 }  // namespace kvxfer::kernels::cuda

@@ -1,22 +1,27 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels share: conversion of one element, launch checks, dispatch over dtypes.
+// What the kernels share: conversion of elements, accesses by width, launches, dispatch over
+// dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "common/error.hpp"
-#include "kernels/dtype.hpp"
+#include "kernels/cuda/kernels.hpp"
+#include "kernels/cuda/ptx.cuh"
 
 namespace kvxfer::kernels::cuda {
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(E4m3 x) { return e4m3_to_float(x); }
 
-// Round to nearest even, as every other backend.
+// Round to nearest even, as every other backend; fp8 saturates.
 template <class T>
 __device__ T narrow(float x);
 template <>
@@ -31,22 +36,74 @@ template <>
 __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
+template <>
+__device__ inline E4m3 narrow<E4m3>(float x) {
+  return narrow_e4m3(x);
+}
+
+// The unsigned integer of one access of that many bytes.
+template <int kBytes>
+struct AccessOf;
+template <>
+struct AccessOf<16> {
+  using Type = uint4;
+};
+template <>
+struct AccessOf<8> {
+  using Type = uint2;
+};
+template <>
+struct AccessOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct AccessOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct AccessOf<1> {
+  using Type = uint8_t;
+};
+
+// kCount adjacent elements, moved in accesses of 16 bytes, or fewer where they are fewer. .cs
+// (evict first): a cache is read or written once, and need not stay.
+template <class T, int kCount>
+struct Elements {
+  static constexpr int kBytes = sizeof(T) * kCount;
+  static constexpr int kAccess = kBytes < 16 ? kBytes : 16;
+  using Access = typename AccessOf<kAccess>::Type;
+  union {
+    Access access[kBytes / kAccess];
+    T value[kCount];
+  };
+
+  __device__ Elements() {}
+  __device__ void load(const char* from) {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccess; ++i) {
+      access[i] = __ldcs(reinterpret_cast<const Access*>(from) + i);
+    }
+  }
+  __device__ void store(char* to) const {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccess; ++i) __stcs(reinterpret_cast<Access*>(to) + i, access[i]);
+  }
+};
 
 template <class Body>
-void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat32:
+void with_type(Element element, Body body) {
+  switch (element) {
+    case Element::kFloat32:
       return body(float{});
-    case DType::kFloat16:
+    case Element::kFloat16:
       return body(__half{});
-    case DType::kBFloat16:
+    case Element::kBFloat16:
       return body(__nv_bfloat16{});
-    default:
-      fail(Code::kInvalidArgument, "dtype: expected float32, float16 or bfloat16");
+    case Element::kE4m3:
+      return body(E4m3{});
   }
 }
 
-// Access widths as types: one load and one store instruction each.
 template <class Body>
 void with_access(int32_t nbytes, Body body) {
   switch (nbytes) {
@@ -63,10 +120,26 @@ void with_access(int32_t nbytes, Body body) {
   }
 }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    fail(Code::kInternal, kernel, ": launch failed: ", cudaGetErrorString(error));
+// Names the kernel where the launch is refused; whatever goes wrong later is the stream's.
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), int64_t ctas, int threads,
+            size_t shared_nbytes, cudaStream_t stream, const Args&... args) {
+  if (ctas > INT32_MAX) fail(Code::kInvalidArgument, name, ": too large a grid: ", ctas, " blocks");
+  // More than 48 KiB has to be asked for.
+  if (shared_nbytes > (size_t{48} << 10)) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_nbytes));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim.x = static_cast<unsigned>(ctas);
+  config.blockDim.x = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = shared_nbytes;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it would be reported again by somebody else's call
+    fail(Code::kInternal, name, ": launch failed: ", cudaGetErrorString(error));
+  }
 }
 
 }  // namespace kvxfer::kernels::cuda

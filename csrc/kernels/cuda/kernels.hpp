@@ -9,10 +9,15 @@
 
 #include <cstdint>
 
-#include "kernels/dtype.hpp"
 #include "kernels/index_math.hpp"
 
 namespace kvxfer::kernels::cuda {
+
+enum class Element : uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kE4m3 = 3 };
+
+inline constexpr int64_t itemsize(Element element) {
+  return element == Element::kFloat32 ? 4 : element == Element::kE4m3 ? 1 : 2;
+}
 
 // Keys or values: rows in, cache out. Strides in bytes.
 struct AppendPart {
@@ -28,7 +33,7 @@ struct Append {
   const int64_t* slots;  // [num_tokens], -1 skips
   int64_t num_tokens, block_size;
   int32_t num_kv_heads;
-  DType from, to;
+  Element from, to;  // from is no fp8
 };
 
 struct CopyPart {
@@ -42,14 +47,74 @@ struct Copy {
   CopyPart part[kMaxParts];
   const int64_t* bases;     // [num_parts, num_layers, 2]: addresses of source and destination
   const int64_t* segments;  // [num_segments, 5]: src block, slot, dst block, slot, tokens
+  const float* scales;      // [num_parts, num_layers, num_heads, 2] or null: of source, destination
   int32_t num_parts, num_layers, num_heads;
   int64_t num_segments;
   int32_t access;    // bytes per access, 16 or a smaller power of two that divides every address
   int32_t max_ctas;  // 0: as many as help
-  bool convert;
-  DType from, to;
+  bool convert;      // dst = narrow(widen(src) * source scale / destination scale)
+  Element from, to;
 };
 
+// One query per sequence. Strides of caches in bytes, of the rest in elements; every K and V row
+// begins at a multiple of 16 bytes, every row of q and out at one of 4.
+struct Decode {
+  const void* q;  // [batch, num_q_heads, head_dim], fp16 or bf16
+  void* out;      // as q
+  float* lse;     // [batch, num_q_heads] or null, natural logarithm
+  const void *k, *v;
+  RowStrides k_strides, v_strides;
+  const int32_t* block_table;  // [batch, max_blocks]
+  const int32_t* seq_lens;     // [batch]
+  const float* sinks;          // [num_q_heads] or null
+  const int32_t* items;        // [num_items, 2]: sequence, split; null: all of batch x num_splits
+  float* partial;      // [batch, num_q_heads, num_splits, head_dim]; unused where num_splits is 1
+  float* partial_lse;  // [batch, num_q_heads, num_splits], base 2
+  uint32_t* arrived;   // [batch, num_kv_heads, tiles of 16 of the group]: 0, and left 0
+  int64_t q_batch, q_head, out_batch, out_head, table_row, len_step;
+  int64_t num_items;
+  int32_t batch, num_q_heads, num_kv_heads, head_dim, block_size;
+  int32_t num_splits, split_size;     // tokens, a multiple of kDecodeTile
+  int32_t window_left;                // -1: none
+  float sm_scale, v_scale, soft_cap;  // soft_cap 0: none; the scale of K is part of sm_scale
+  Element q_type, kv_type;            // equal, or kv_type e4m3
+};
+
+inline constexpr int32_t kDecodeTile = 64;  // tokens
+
+struct Merge {
+  const void *v_a, *v_b;  // [num_rows, num_heads, width]; strides in elements, channels adjacent
+  const float *lse_a, *lse_b;  // [num_rows, num_heads], natural logarithm
+  void* out;                   // [num_rows, num_heads, width], dense
+  float* lse;                  // [num_rows, num_heads], dense
+  int64_t a_row, a_head, b_row, b_head, lse_a_row, lse_a_head, lse_b_row, lse_b_head;
+  int64_t num_rows;
+  int32_t num_heads, width;
+  Element type;  // no fp8
+};
+
+struct ChecksumPart {
+  RowStrides strides;  // bytes
+  int32_t row_nbytes;
+  int32_t id;  // of the part, as in hash_row
+};
+
+struct Checksum {
+  ChecksumPart part[kMaxParts];
+  const int64_t* bases;     // [num_parts, num_layers]: addresses
+  const int64_t* layers;    // [num_layers]: the model's numbers
+  const int64_t* segments;  // [num_segments, 4]: block, slot, tokens, token of the sequence
+  uint64_t* sums;           // [num_layers], 0 before the launch
+  int32_t num_parts, num_layers, first_head, num_heads;
+  int64_t num_segments;
+};
+
+// Why these kernels cannot run this call; null where they can.
+const char* decode_refuses(const Decode& params);
+
+void paged_decode(const Decode& params, cudaStream_t stream);
+void merge_states(const Merge& params, cudaStream_t stream);
+void checksum_blocks(const Checksum& params, cudaStream_t stream);
 void append_kv(const Append& params, cudaStream_t stream);
 void copy_rows(const Copy& params, cudaStream_t stream);
 int device_count();  // 0 also where there is no driver

@@ -2,20 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend: takes torch tensors apart and launches on their current stream; never synchronises.
 
-Slots and block ids live on the device and are not looked at: an id out of range is the caller's fault
-there, and is found by running the same call on the host.
+Slots and block ids live on the device and are not looked at, unless ``KVXFER_CHECK_DEVICE_IDS=1`` asks for
+that (it waits for the device): an id out of range is the caller's fault there.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from typing import Any
 
 import numpy as np
 
-from kvxfer.kernels._arrays import Array, dtype_of
-from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.errors import InvalidArgumentError
+from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, dtype_of
+from kvxfer.kernels._checksum_job import ChecksumJob
+from kvxfer.kernels._copy_job import CopyJob, PartCopy
 from kvxfer.kernels._sides import ITEMSIZE
 
 try:
@@ -25,11 +28,29 @@ except ImportError as error:
 else:
     _missing = None
 
-__all__ = ["append_kv", "copy_blocks", "describe", "unavailable"]
+__all__ = [
+    "append_kv",
+    "checksum_blocks",
+    "copy_blocks",
+    "describe",
+    "merge_states",
+    "paged_decode",
+    "refuses",
+    "unavailable",
+]
 
 TAKES_NUMPY = False
+CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3")
+SCALES = True  # fixed ones, in copies
 
-_DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2}
+# Fixed, so that a sequence's result depends neither on its batch nor on the machine.
+DEFAULT_SPLIT_SIZE = 512
+
+_DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3": 3}
+
+# Counters of finished splits, by device and stream: zeroed once, and left zero by every launch. Two streams
+# must not share them. A launch that was aborted may leave them dirty; so may nothing else.
+_arrived: dict[tuple[int, int], Array] = {}
 
 
 def unavailable(op: str, device: str) -> str | None:
@@ -48,9 +69,37 @@ def describe() -> str:
     return f"CUDA, {_kernels_cuda.device_count()} devices"
 
 
+def refuses(op: str, call: Operands) -> str | None:
+    """Why these kernels cannot run a call whose arguments are all right."""
+    if "k_scale_cache" in call.views:
+        return f"the cuda {op} knows no scales in memory"
+    if dtype_of(call.views["k_cache"]) not in _DTYPE_TAG:
+        return "the cuda kernels take float8 as torch's own dtype, not as bytes"
+    if op == "paged_decode":
+        if call.views["v_cache"].shape[3] != call.views["k_cache"].shape[3]:
+            return "the cuda kernel takes values as wide as keys"
+        views = call.views
+        params = _decode_params(views["q"], views["k_cache"], views["v_cache"])
+        return _kernels_cuda.decode_refuses(params)
+    return None
+
+
 def _byte_strides(tensor: Array) -> list[int]:
+    """Strides in bytes; of an axis of extent 1 a 0, because what torch reports there means nothing."""
     size = int(tensor.element_size())
-    return [int(s) * size for s in tensor.stride()]
+    return [
+        int(s) * size if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
+    ]
+
+
+def _check_ids(name: str, ids: Array, wrong: Array, expected: str) -> None:
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        raise InvalidArgumentError(f"{name}{at}: expected {expected}, given {int(ids[tuple(at)])}")
+
+
+def _ids_are_checked() -> bool:
+    return os.environ.get("KVXFER_CHECK_DEVICE_IDS") == "1"
 
 
 def append_kv(
@@ -64,6 +113,10 @@ def append_kv(
     v_scale: float,
 ) -> None:
     torch = sys.modules["torch"]
+    if _ids_are_checked():
+        num_slots = int(k_cache.shape[0]) * int(k_cache.shape[1])
+        wrong = (slot_mapping < -1) | (slot_mapping >= num_slots)
+        _check_ids("slot_mapping", slot_mapping, wrong, f"-1 or a slot from 0 to {num_slots - 1}")
     parts = []
     for rows, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
         token, head, _ = _byte_strides(rows)
@@ -90,18 +143,163 @@ def append_kv(
         )
 
 
+def paged_decode(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    seq_lens: Array,
+    out: Array,
+    lse: Array | None,
+    *,
+    sm_scale: float,
+    v_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: Array | None,
+    split_size: int | None,
+) -> None:
+    """See :func:`kvxfer.kernels.paged_decode`. A split_size is rounded up to whole tiles of 64 tokens.
+
+    The grid follows from shapes alone (the table's width bounds the lengths), so that a CUDA graph of it
+    stays right when lengths change.
+    """
+    torch = sys.modules["torch"]
+    if _ids_are_checked():
+        _check_block_table(block_table, seq_lens, window_left, *k_cache.shape[:2])
+    p = _decode_params(q, k_cache, v_cache)
+    tile = _kernels_cuda.DECODE_TILE
+    p.split_size = -(-(split_size or DEFAULT_SPLIT_SIZE) // tile) * tile
+    p.num_splits = max(1, -(-int(block_table.shape[1]) * p.block_size // p.split_size))
+    p.num_items = p.batch * p.num_splits
+    p.out, p.lse = out.data_ptr(), 0 if lse is None else lse.data_ptr()
+    p.out_batch, p.out_head = out.stride()[:2]
+    p.block_table, p.seq_lens = block_table.data_ptr(), seq_lens.data_ptr()
+    p.table_row, p.len_step = block_table.stride(0), seq_lens.stride(0)
+    p.sinks = 0 if sinks is None else sinks.data_ptr()
+    p.sm_scale, p.v_scale = sm_scale, v_scale
+    p.window_left, p.soft_cap = window_left, logits_soft_cap
+    with torch.cuda.device(q.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        if p.num_splits > 1:
+            rows = p.batch * p.num_q_heads * p.num_splits
+            partial = torch.empty(rows * (p.head_dim + 1), dtype=torch.float32, device=q.device)
+            p.partial = partial.data_ptr()
+            p.partial_lse = p.partial + rows * p.head_dim * 4
+            tiles = -(-(p.num_q_heads // p.num_kv_heads) // 16)
+            p.arrived = _counters(q.device, stream, p.batch * p.num_kv_heads * tiles).data_ptr()
+        _kernels_cuda.paged_decode(p, stream)
+
+
+def _decode_params(q: Array, k_cache: Array, v_cache: Array) -> Any:
+    p = _kernels_cuda.Decode()
+    p.q, p.k, p.v = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
+    p.batch, p.num_q_heads, p.head_dim = q.shape
+    p.block_size, p.num_kv_heads = k_cache.shape[1:3]
+    p.q_batch, p.q_head = (
+        int(s) if n > 1 else 0 for s, n in zip(q.stride()[:2], q.shape[:2], strict=True)
+    )
+    p.k_strides, p.v_strides = _byte_strides(k_cache)[:3], _byte_strides(v_cache)[:3]
+    p.q_type, p.kv_type = _DTYPE_TAG[dtype_of(q)], _DTYPE_TAG[dtype_of(k_cache)]
+    return p
+
+
+def _counters(device: Any, stream: int, count: int) -> Array:
+    torch = sys.modules["torch"]
+    if torch.cuda.is_current_stream_capturing():
+        # Of the graph's own pool, and zeroed in the graph: it may be replayed on any stream.
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (int(device.index), stream)
+    held = _arrived.get(key)
+    if held is None or held.numel() < count:
+        held = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        _arrived[key] = held
+    return held
+
+
+def _check_block_table(
+    block_table: Array, seq_lens: Array, window_left: int, num_blocks: int, block_size: int
+) -> None:
+    torch = sys.modules["torch"]
+    width = int(block_table.shape[1])
+    _check_ids("seq_lens", seq_lens, (seq_lens < 0) | (seq_lens > width * block_size),
+               f"0 to {width * block_size} ({width} blocks of {block_size})")  # fmt: skip
+    first = (seq_lens - 1 - window_left).clamp(min=0) if window_left >= 0 else seq_lens * 0
+    column = torch.arange(width, device=block_table.device)[None, :]
+    used = column >= (first // block_size)[:, None]
+    used &= column < ((seq_lens + block_size - 1) // block_size)[:, None]
+    wrong = used & ((block_table < 0) | (block_table >= num_blocks))
+    _check_ids("block_table", block_table, wrong, f"a block id from 0 to {num_blocks - 1}")
+
+
+def merge_states(
+    v_a: Array, lse_a: Array, v_b: Array, lse_b: Array, out: Array, lse: Array
+) -> None:
+    torch = sys.modules["torch"]
+    p = _kernels_cuda.Merge()
+    p.v_a, p.v_b, p.lse_a, p.lse_b = (x.data_ptr() for x in (v_a, v_b, lse_a, lse_b))
+    p.out, p.lse = out.data_ptr(), lse.data_ptr()
+    (p.a_row, p.a_head), (p.b_row, p.b_head) = v_a.stride()[:2], v_b.stride()[:2]
+    (p.lse_a_row, p.lse_a_head), (p.lse_b_row, p.lse_b_head) = lse_a.stride(), lse_b.stride()
+    p.num_rows, p.num_heads, p.width = v_a.shape
+    p.type = _DTYPE_TAG[dtype_of(v_a)]
+    with torch.cuda.device(v_a.device):
+        _kernels_cuda.merge_states(p, torch.cuda.current_stream().cuda_stream)
+
+
+def checksum_blocks(job: ChecksumJob) -> np.ndarray[Any, Any]:
+    """Waits for the device: the sums are wanted on the host."""
+    torch = sys.modules["torch"]
+    device = job.pieces[0].device
+    starts = [int(piece.data_ptr()) for piece in job.pieces]
+    bases = [[starts[piece] + offset for piece, offset in part.bases] for part in job.parts]
+    segments = _segments(job)
+    sums = torch.zeros(len(job.layers), dtype=torch.int64, device=device)
+    with torch.cuda.device(device):
+        tables = [
+            torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+            for values in (bases, job.layers, segments)
+        ]
+        _kernels_cuda.checksum_blocks(
+            [(part.strides, part.row_bytes, part.part_id) for part in job.parts],
+            bases=tables[0].data_ptr(),
+            layers=tables[1].data_ptr(),
+            num_layers=len(job.layers),
+            segments=tables[2].data_ptr(),
+            num_segments=len(segments),
+            first_head=job.first_head,
+            num_heads=job.num_heads,
+            sums=sums.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+        return np.asarray(sums.cpu().numpy().view(np.uint64))
+
+
+def _segments(job: ChecksumJob) -> list[tuple[int, int, int, int]]:
+    """Runs of tokens within one block: block, slot, tokens, token of the sequence."""
+    size = job.block_size
+    found = []
+    for index in range(job.first_token // size, -(-job.num_tokens // size)):
+        begin = max(job.first_token, index * size)
+        end = min(job.num_tokens, index * size + size)
+        found.append((int(job.block_ids[index]), begin - index * size, end - begin, begin))
+    return found
+
+
 def copy_blocks(job: CopyJob) -> None:
-    """One launch for all parts that share their dtypes: as a rule, for all of them."""
+    """One launch for all parts that are converted alike: as a rule, for all of them."""
     torch = sys.modules["torch"]
     device = job.dst_pieces[0].device
-    kinds = sorted({(part.src_dtype, part.dst_dtype) for part in job.parts})
+    kinds = sorted({part.converts for part in job.parts})
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
         segments = torch.from_numpy(job.segments).to(device, non_blocking=True)
-        for src_dtype, dst_dtype in kinds:
-            plan = plan_launch(job, src_dtype, dst_dtype)
+        for kind in kinds:
+            plan = plan_launch(job, kind)
             bases = torch.from_numpy(plan["bases"]).to(device, non_blocking=True)
-            same = src_dtype == dst_dtype
+            factors = plan["factors"]
+            scales = None if factors is None else torch.from_numpy(factors).to(device)
+            src_dtype, dst_dtype = kind or ("float32", "float32")
             _kernels_cuda.copy_rows(
                 [_kernels_cuda.CopyPart(*part) for part in plan["parts"]],
                 bases=bases.data_ptr(),
@@ -111,24 +309,27 @@ def copy_blocks(job: CopyJob) -> None:
                 num_heads=job.num_heads,
                 access=plan["access"],
                 max_ctas=job.max_ctas,
-                from_dtype=0 if same else _DTYPE_TAG[src_dtype],
-                to_dtype=0 if same else _DTYPE_TAG[dst_dtype],
+                convert=bool(kind),
+                from_dtype=_DTYPE_TAG[src_dtype],
+                to_dtype=_DTYPE_TAG[dst_dtype],
+                scales=0 if scales is None else scales.data_ptr(),
                 stream=stream,
             )
 
 
-def plan_launch(job: CopyJob, src_dtype: str, dst_dtype: str) -> dict[str, Any]:
+def plan_launch(job: CopyJob, kind: tuple[str, ...]) -> dict[str, Any]:
     """The host's arithmetic for one launch; no CUDA in it, so that it is tested everywhere.
 
+    Args:
+        kind: what :attr:`PartCopy.converts` is for the parts of this launch.
     Returns:
-        ``bases`` int64 ``[parts, layers, 2]`` (addresses), ``parts`` (strides and width of each) and
-        ``access``, the widest access in bytes to which every address of the launch is aligned.
+        ``bases`` int64 ``[parts, layers, 2]`` (addresses), ``parts`` (strides and width of each), ``factors``
+        float32 ``[parts, layers, heads, 2]`` or None, and ``access``, the widest access in bytes to which every
+        address of the launch is aligned.
     """
     src = [int(piece.data_ptr()) for piece in job.src_pieces]
     dst = [int(piece.data_ptr()) for piece in job.dst_pieces]
-    chosen = [
-        part for part in job.parts if (part.src_dtype, part.dst_dtype) == (src_dtype, dst_dtype)
-    ]
+    chosen = [part for part in job.parts if part.converts == kind]
     bases = np.array(
         [
             [
@@ -139,12 +340,23 @@ def plan_launch(job: CopyJob, src_dtype: str, dst_dtype: str) -> dict[str, Any]:
         ],
         np.int64,
     )
-    same = src_dtype == dst_dtype
     parts = [
-        (part.src_strides, part.dst_strides, part.width * (ITEMSIZE[src_dtype] if same else 1))
+        (part.src_strides, part.dst_strides, part.width * (1 if kind else ITEMSIZE[part.src_dtype]))
         for part in chosen
     ]
     numbers = [int(n) for n in bases.reshape(-1)]
     for part in chosen:
-        numbers += [*part.src_strides, *part.dst_strides, part.width * ITEMSIZE[src_dtype]]
-    return {"bases": bases, "parts": parts, "access": math.gcd(16, *numbers)}
+        numbers += [*part.src_strides, *part.dst_strides, part.width * ITEMSIZE[part.src_dtype]]
+    return {
+        "bases": bases,
+        "parts": parts,
+        "factors": _factors(chosen, job.num_heads),
+        "access": math.gcd(16, *numbers),
+    }
+
+
+def _factors(parts: list[PartCopy], num_heads: int) -> np.ndarray[Any, Any] | None:
+    if all(part.factors is None for part in parts):
+        return None
+    ones = np.ones((len(parts[0].src_bases), num_heads, 2), np.float32)
+    return np.stack([ones if part.factors is None else part.factors for part in parts])

@@ -12,6 +12,7 @@ normalised everything before a backend is called:
   is passed by name, else what the caller gave, torch tensors as a rule (``triton``, ``cuda``);
 - scale caches, ``[block, token, head]`` float32, are passed only to a module that says ``SCALES``, and only
   when there are any;
+- a module with ``refuses(op, operands)`` has said with None that it takes these shapes and dtypes;
 - outputs are allocated; ``lse`` is a float32 array or None; ``k_scale`` is folded into ``sm_scale``.
 
     append_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale, v_scale)
@@ -36,7 +37,7 @@ from types import ModuleType
 from typing import Any
 
 from kvxfer.errors import InvalidArgumentError, UnavailableError
-from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, device_of
+from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, device_of
 
 __all__ = [
     "BACKENDS",
@@ -86,7 +87,12 @@ def _load(backend: str) -> ModuleType | str:
 
 
 def _why_not(
-    backend: str, op: str, device: str, cache_dtype: str | None = None, scaled: bool = False
+    backend: str,
+    op: str,
+    device: str,
+    cache_dtype: str | None = None,
+    scaled: bool = False,
+    call: Operands | None = None,
 ) -> str | None:
     module = _load(backend)
     if isinstance(module, str):
@@ -100,25 +106,39 @@ def _why_not(
     if scaled and not getattr(module, "SCALES", False):
         return f"its {op} knows no scales but k_scale and v_scale"
     reason: str | None = module.unavailable(op, device)
+    if reason is None and call is not None and hasattr(module, "refuses"):
+        reason = module.refuses(op, call)
     return reason
 
 
 def _auto_why_not(
-    backend: str, op: str, device: str, cache_dtype: str | None = None, scaled: bool = False
+    backend: str,
+    op: str,
+    device: str,
+    cache_dtype: str | None = None,
+    scaled: bool = False,
+    call: Operands | None = None,
 ) -> str | None:
     if backend == "triton" and device == "cpu":
         return "on CPU arrays Triton means its interpreter, which auto never takes"
-    return _why_not(backend, op, device, cache_dtype, scaled)
+    return _why_not(backend, op, device, cache_dtype, scaled, call)
 
 
 def choose(
-    op: str, device: str, backend: str, *, cache_dtype: str | None = None, scaled: bool = False
+    op: str,
+    device: str,
+    backend: str,
+    *,
+    cache_dtype: str | None = None,
+    scaled: bool = False,
+    call: Operands | None = None,
 ) -> ModuleType:
     """The module that runs ``op`` for arrays on ``device``.
 
     Args:
         cache_dtype: that the call's cache has; a module says its own in ``CACHE_DTYPES``.
         scaled: the call has scales in memory, or converts between fixed ones; a module says ``SCALES``.
+        call: its operands, for a module that takes less than all shapes and dtypes.
     Raises:
         InvalidArgumentError: no such backend.
         UnavailableError: it cannot run here; carries the reason.
@@ -127,7 +147,7 @@ def choose(
         if backend not in BACKENDS:
             names = ", ".join(["auto", *BACKENDS])
             raise InvalidArgumentError(f"backend: expected one of {names}, given {backend!r}")
-        reason = _why_not(backend, op, device, cache_dtype, scaled)
+        reason = _why_not(backend, op, device, cache_dtype, scaled, call)
         if reason is not None:
             raise UnavailableError(
                 f"{op}: backend {backend!r} is unavailable: {reason}", reason=reason
@@ -135,7 +155,7 @@ def choose(
         return _loaded(backend)
     reasons: dict[str, str] = {}
     for name in BACKENDS:
-        reason = _auto_why_not(name, op, device, cache_dtype, scaled)
+        reason = _auto_why_not(name, op, device, cache_dtype, scaled, call)
         if reason is None:
             if name == "reference":
                 _say_slow(op, reasons["cpu"])

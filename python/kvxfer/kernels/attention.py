@@ -317,6 +317,7 @@ def _attend(
         backend,
         cache_dtype=call.dtypes["k_cache"],
         scaled="k_scale_cache" in views,
+        call=call,
     )
     if out is None:
         call.given["out"], views["out"] = call.allocate(shape, call.dtypes["q"])

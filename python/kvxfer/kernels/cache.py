@@ -88,7 +88,9 @@ def append_kv(
         view = call.views[name]
         if isinstance(view, np.ndarray) and not view.flags.writeable:
             raise InvalidArgumentError(f"{name}: expected a writable array, given a read-only one")
-    module = choose("append_kv", call.device, backend, cache_dtype=cache_dtype, scaled=scaled)
+    module = choose(
+        "append_kv", call.device, backend, cache_dtype=cache_dtype, scaled=scaled, call=call
+    )
     numpy = takes_numpy(module)
     source = call.source(numpy)
     names = ("key", "value", "k_cache", "v_cache", "slot_mapping")

@@ -1,0 +1,107 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// checksum_blocks: a warp per row, one addition per thread block and layer.
+#include <algorithm>
+
+#include "kernels/checksum.hpp"
+#include "kernels/cuda/device.cuh"
+
+namespace kvxfer::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCtasPerSm = 8;
+
+// The little-endian word at byte `at` of a row; bytes from its end on are 0.
+__device__ uint32_t word_at(const char* row, int32_t nbytes, int32_t at) {
+  uint32_t word = 0;
+  for (int i = 0; i < 4 && at + i < nbytes; ++i) {
+    word |= uint32_t{static_cast<uint8_t>(row[at + i])} << (8 * i);
+  }
+  return word;
+}
+
+__device__ uint64_t sum_of_pairs(const char* row, int32_t nbytes, bool aligned, int lane,
+                                 const uint32_t* keys) {
+  uint64_t sum = 0;
+  if (aligned) {  // whole pairs at multiples of 8
+    for (int32_t pair = lane; pair < nbytes / 8; pair += 32) {
+      const uint2 words = __ldcs(reinterpret_cast<const uint2*>(row) + pair);
+      sum += hash_pair(words.x, words.y, keys[pair * 2], keys[pair * 2 + 1]);
+    }
+  } else {
+    for (int32_t pair = lane; pair * 8 < nbytes; pair += 32) {
+      sum += hash_pair(word_at(row, nbytes, pair * 8), word_at(row, nbytes, pair * 8 + 4),
+                       keys[pair * 2], keys[pair * 2 + 1]);
+    }
+  }
+  return sum;
+}
+
+__device__ uint64_t sum_over_warp(uint64_t value) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(~0u, static_cast<unsigned long long>(value), mask);
+  }
+  return value;
+}
+
+// A thread block has one layer and a share of its (part, segment) tiles.
+__global__ void __launch_bounds__(kThreads)
+    checksum_kernel(const __grid_constant__ Checksum p, int32_t ctas_per_layer) {
+  const int layer = static_cast<int>(blockIdx.x / ctas_per_layer);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  auto* sums = reinterpret_cast<uint64_t*>(shared_memory());  // [warp]
+  auto* keys = reinterpret_cast<uint32_t*>(sums + kWarps);    // [kMaxHashedRow / 4]
+  for (int i = threadIdx.x; i < kMaxHashedRow / 4; i += kThreads) keys[i] = hash_key(i);
+  __syncthreads();
+  uint64_t sum = 0;
+  for (int64_t tile = blockIdx.x % ctas_per_layer; tile < p.num_parts * p.num_segments;
+       tile += ctas_per_layer) {
+    const int64_t index = tile / p.num_segments;
+    const ChecksumPart& part = p.part[index];
+    const int64_t* segment = p.segments + (tile - index * p.num_segments) * 4;
+    const char* base = reinterpret_cast<const char*>(p.bases[index * p.num_layers + layer]) +
+                       row_offset(part.strides, segment[0], segment[1], 0);
+    const int64_t everything =
+        reinterpret_cast<int64_t>(base) | part.strides.token | part.strides.head | part.row_nbytes;
+    const auto rows = static_cast<int32_t>(segment[2]) * p.num_heads;
+    for (int32_t row = warp; row < rows; row += kWarps) {
+      const int32_t token = row / p.num_heads, head = row - token * p.num_heads;
+      const char* at = base + token * part.strides.token + head * part.strides.head;
+      const uint64_t pairs =
+          sum_over_warp(sum_of_pairs(at, part.row_nbytes, everything % 8 == 0, lane, keys));
+      if (lane == 0) {
+        sum += hash_row(pairs, part.id, p.layers[layer], p.first_head + head, segment[3] + token);
+      }
+    }
+  }
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < kWarps; ++i) sum += sums[i];
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.sums + layer),
+              static_cast<unsigned long long>(sum));
+  }
+}
+
+}  // namespace
+
+void checksum_blocks(const Checksum& p, cudaStream_t stream) {
+  if (p.num_segments == 0 || p.num_layers == 0 || p.num_parts == 0 || p.num_heads == 0) return;
+  for (int i = 0; i < p.num_parts; ++i) {
+    if (p.part[i].row_nbytes > kMaxHashedRow) {
+      fail(Code::kInvalidArgument, "checksum_blocks: expected rows of at most ", kMaxHashedRow,
+           " bytes, given ", p.part[i].row_nbytes);
+    }
+  }
+  int device = 0, sms = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  const int64_t fill = ceil_div(int64_t{std::max(sms, 1)} * kCtasPerSm, p.num_layers);
+  const auto per_layer = static_cast<int32_t>(std::min(fill, p.num_parts * p.num_segments));
+  launch("checksum_blocks", &checksum_kernel, int64_t{per_layer} * p.num_layers, kThreads,
+         kWarps * sizeof(uint64_t) + kMaxHashedRow, stream, p, per_layer);
+}
+
+}  // namespace kvxfer::kernels::cuda

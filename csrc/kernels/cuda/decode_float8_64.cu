@@ -1,0 +1,10 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// paged_decode of a float8 cache, head_dim 64.
+#include "kernels/cuda/decode.cuh"
+
+namespace kvxfer::kernels::cuda {
+
+template void decode_with<E4m3, 64>(const Decode&, cudaStream_t);
+
+}  // namespace kvxfer::kernels::cuda

@@ -1,0 +1,232 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels on a GPU: each against float64 or bytes, with poison wherever nothing may be read.
+
+    python tools/gpu_check/checks.py [--quick] [--backend cuda|triton] [--device cuda] [--json PATH]
+
+Needs numpy and torch alone. ``--device cpu --backend reference`` tries the checks themselves on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kernels_only  # noqa: F401 - before anything of kvxfer
+import torch
+
+from kvxfer import kernels
+from kvxfer.layout import KVLayout
+
+HALVES = (torch.float16, torch.bfloat16)
+OUT_EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
+
+
+class Checks:
+    """The checks by name; each raises AssertionError or runs to its end."""
+
+    def __init__(self, device: str, backend: str, quick: bool) -> None:
+        self.device, self.backend, self.quick = torch.device(device), backend, quick
+        self.generator = torch.Generator().manual_seed(1)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def cache_dtypes(self) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        for dtype in HALVES:
+            yield dtype, dtype
+            if self.backend == "cuda":
+                yield dtype, torch.float8_e4m3fn
+
+    def decode(self) -> None:
+        dims = (128,) if self.quick else (64, 128, 256)
+        sizes = (16, 7) if self.quick else (1, 7, 16, 32)
+        groups = (4,) if self.quick else (1, 4, 8, 20)
+        for (q_dtype, kv_dtype), dim, size, group in itertools.product(
+            self.cache_dtypes(), dims, sizes, groups
+        ):
+            for window, cap, sinks in ((-1, 0.0, False), (100, 3.0, True)):
+                self._decode(q_dtype, kv_dtype, dim, size, group, window, cap, sinks)
+
+    def _decode(
+        self, q_dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, size: int, group: int,
+        window: int, cap: float, with_sinks: bool,
+    ) -> None:  # fmt: skip
+        lengths = [0, 1, size - 1, size, size + 1, 700 if self.quick else 1500]
+        heads = 2
+        blocks = sum(-(-n // size) for n in lengths) + 2
+        nan = torch.full((2, blocks, heads, size, dim), float("nan"))
+        table = torch.full((len(lengths), -(-max(lengths) // size) + 1), -1, dtype=torch.int32)
+        ids = torch.randperm(blocks, generator=self.generator).tolist()
+        for row, length in enumerate(lengths):
+            first = 0 if window < 0 else max(0, length - 1 - window)
+            for column in range(first // size, -(-length // size)):
+                table[row, column] = block = ids.pop()
+                low, high = max(first - column * size, 0), min(length - column * size, size)
+                nan[:, block, :, low:high] = self.randn(2, heads, high - low, dim)
+        cache = nan.to(kv_dtype)
+        q = self.randn(len(lengths), heads * group, dim).to(q_dtype)
+        sinks = self.randn(heads * group) if with_sinks else None
+        # What the kernel does not write stays poison.
+        out = torch.full_like(q, float("nan")).to(self.device)
+        k, v = cache.to(self.device)
+        result, lse = kernels.paged_decode(
+            q.to(self.device), k, v, table.to(self.device),
+            torch.tensor(lengths, dtype=torch.int32, device=self.device), kv_layout="HND",
+            window_left=window, logits_soft_cap=cap, v_scale=0.5, out=out, return_lse=True,
+            sinks=None if sinks is None else sinks.to(self.device), backend=self.backend,
+        )  # fmt: skip
+        wide = cache.double()
+        for row, length in enumerate(lengths):
+            first = 0 if window < 0 else max(0, length - 1 - window)
+            keys = torch.arange(first, length)
+            columns = table[row, keys // size].long()
+            for head in range(heads * group):
+                ks, vs = wide[:, columns, head // group, keys % size]
+                logits = ks @ q[row, head].double() * dim**-0.5
+                if cap:
+                    logits = cap * torch.tanh(logits / cap)
+                sink = [] if sinks is None else [sinks[head].double()]
+                all_logits = torch.cat([logits, torch.tensor(sink, dtype=torch.float64)])
+                want_lse = torch.logsumexp(all_logits, 0) if len(all_logits) else -torch.inf
+                weights = torch.exp(logits - want_lse)
+                want, size_of = weights @ vs * 0.5, weights @ vs.abs() * 0.5
+                got = result[row, head].double().cpu()
+                bound = OUT_EPS[q_dtype] * (want.abs() + size_of) + 1e-4 * (1 + size_of)
+                assert ((got - want).abs() <= bound).all(), (row, head, got - want)
+                given = float(lse[row, head])
+                assert given == want_lse or abs(given - want_lse) < 1e-4 * (1 + abs(want_lse))
+
+    def decode_is_repeatable_and_independent_of_the_batch(self) -> None:
+        blocks, size, heads, dim = 600, 16, 2, 128
+        k, v = (self.randn(blocks, size, heads, dim).half().to(self.device) for _ in range(2))
+        q = self.randn(4, 8, dim).half().to(self.device)
+        table = torch.randperm(blocks)[: 4 * 150].reshape(4, 150).int().to(self.device)
+        lens = torch.tensor([2400, 1, 1000, 2399], dtype=torch.int32, device=self.device)
+
+        def run(rows: slice) -> torch.Tensor:
+            return kernels.paged_decode(
+                q[rows], k, v, table[rows], lens[rows], backend=self.backend
+            )
+
+        first = run(slice(None))
+        for _ in range(3 if self.quick else 50):
+            assert torch.equal(run(slice(None)), first)
+        for row in range(4):
+            assert torch.equal(run(slice(row, row + 1))[0], first[row])
+
+    def append(self) -> None:
+        for (dtype, kv_dtype), size in itertools.product(self.cache_dtypes(), (16, 5)):
+            blocks, heads, dim, tokens = 9, 3, 64, 37
+            cache = torch.zeros(2, blocks, heads, size, dim).to(kv_dtype).to(self.device)
+            rows = self.randn(2, tokens, heads, dim).to(dtype)
+            slots = torch.randperm(blocks * size, generator=self.generator)[:tokens]
+            slots[3] = -1
+            scale = 0.75 if dtype != kv_dtype else 1.0
+            kernels.append_kv(
+                *rows.to(self.device), *cache, slots.to(self.device), kv_layout="HND",
+                k_scale=scale, v_scale=scale, backend=self.backend,
+            )  # fmt: skip
+            want = torch.zeros(2, blocks, heads, size, dim)
+            for token, slot in enumerate(slots.tolist()):
+                if slot >= 0:
+                    want[:, slot // size, :, slot % size] = rows[:, token].float() / scale
+            assert torch.equal(cache.cpu().float(), want.to(kv_dtype).float())
+
+    def copies(self) -> None:
+        shape: dict[str, Any] = {"num_kv_heads": 4, "head_dim": 64, "num_layers": 3}
+        orders = ("LKBNHC", "LKBHNC", "BLKHNC", "LBHNKC")
+        for a, b in itertools.product(orders, orders[:2] if self.quick else orders):
+            for dtypes in (("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+                src = KVLayout.from_order(a, num_blocks=7, block_size=16, dtype=dtypes[0], **shape)
+                dst = KVLayout.from_order(b, num_blocks=30, block_size=5, dtype=dtypes[1], **shape)
+                # Random bytes would be NaNs, which conversions may renew: small integers of bfloat16.
+                memory = torch.randint(0, 99, (src.nbytes // 2,), generator=self.generator)
+                memory = memory.to(torch.bfloat16).view(torch.uint8)
+                results = []
+                for device, backend in ((self.device, self.backend), ("cpu", "reference")):
+                    out = torch.full((dst.nbytes,), 0x55, dtype=torch.uint8, device=device)
+                    kernels.copy_blocks(
+                        src, memory.to(device), dst, out, [6, 2, 3], list(range(20, 10, -1)),
+                        num_tokens=45, first_token=2, backend=backend, max_ctas=3,
+                    )  # fmt: skip
+                    results.append(out.cpu())
+                assert torch.equal(*results), (a, b, dtypes)
+
+    def merges(self) -> None:
+        for dtype in (torch.float32, *HALVES):
+            v = self.randn(2, 33, 5, 64).to(dtype)
+            lse = self.randn(2, 33, 5)
+            lse[0, 3] = lse[1, 4] = lse[:, 5] = -torch.inf
+            v[0, 3] = v[1, 4] = v[:, 5] = float("nan")
+            got, got_lse = kernels.merge_states(
+                v[0].to(self.device), lse[0].to(self.device), v[1].to(self.device),
+                lse[1].to(self.device), backend=self.backend,
+            )  # fmt: skip
+            want_lse = torch.logsumexp(lse.double(), 0)
+            weights = torch.exp(lse.double() - want_lse).nan_to_num(0)
+            want = (weights[..., None] * v.double().nan_to_num(0)).sum(0)
+            assert torch.allclose(got.cpu().double(), want, rtol=OUT_EPS[dtype], atol=1e-5)
+            assert torch.allclose(got_lse.cpu().double(), want_lse, atol=1e-5)
+
+    def graphs(self) -> None:
+        """A captured decode stays right when lengths change."""
+        if self.device.type != "cuda":
+            return
+        k, v = (self.randn(64, 16, 2, 64).half().to(self.device) for _ in range(2))
+        q = self.randn(2, 4, 64).half().to(self.device)
+        table = torch.arange(64, dtype=torch.int32, device=self.device).reshape(2, 32)
+        lens = torch.tensor([500, 12], dtype=torch.int32, device=self.device)
+        kernels.paged_decode(q, k, v, table, lens, backend=self.backend, split_size=64)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernels.paged_decode(q, k, v, table, lens, backend=self.backend, split_size=64)
+        for lengths in ([500, 12], [1, 511], [0, 512]):
+            lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+            graph.replay()
+            want = kernels.paged_decode(q, k, v, table, lens, backend=self.backend, split_size=64)
+            assert torch.equal(out, want), lengths
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few shapes, for compute-sanitizer")
+    parser.add_argument("--backend", action="append", choices=["cuda", "triton", "reference"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", help="the name of one check")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for backend in args.backend or ["cuda", "triton"]:
+        checks = Checks(args.device, backend, args.quick)
+        names = [name for name in vars(Checks) if not name.startswith("_")]
+        for name in names:
+            if name in ("randn", "cache_dtypes") or args.only not in (None, name):
+                continue
+            check: Callable[[], None] = getattr(checks, name)
+            started = time.perf_counter()
+            try:
+                check()
+                error = ""
+            except Exception as problem:  # noqa: BLE001 - every kernel is tried, whatever came before
+                error = f"{type(problem).__name__}: {problem}"
+            seconds = time.perf_counter() - started
+            rows.append({"backend": backend, "check": name, "error": error, "seconds": seconds})
+            print(
+                f"  {backend:9} {name:50} {'FAILED ' + error[:400] if error else 'ok'} ({seconds:.1f} s)"
+            )
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return any(row["error"] for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
