@@ -60,7 +60,7 @@ void TcpConnection::start() {
   }
 }
 
-bool TcpConnection::same_host() const noexcept { return tcp::same_host(lanes_[0]->fd.get()); }
+bool TcpConnection::same_host() const noexcept { return tcp::same_host(lanes_[0]->stream->fd()); }
 
 std::string TcpConnection::describe() const {
   return cat("tcp: ", peer_address(lanes_[0]->stream->fd()), ", 1 control lane + ",
