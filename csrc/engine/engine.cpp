@@ -168,6 +168,7 @@ RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
   region->require_lease = options.require_lease;
   region->shareable = options.shareable;
   region->pieces = {{segment.base, 0, nbytes}};
+  region->backing = std::move(segment.backing);
   region->memfd = std::move(segment.memfd);
   region->keep = std::move(segment.mapping);
   return add_region(std::move(region));
@@ -290,6 +291,13 @@ std::map<std::string, RemoteRegionPtr> Engine::regions_of(const Peer& peer) cons
 }
 
 std::string Engine::explain(const Peer& peer) const {
+  std::string memory;
+  {
+    std::lock_guard lock(mutex_);
+    for (auto& [id, region] : regions_)
+      if (!region->backing.text.empty())
+        memory += cat("  our region '", region->name, "': ", region->backing.text, "\n");
+  }
   std::lock_guard lock(peer.mutex);
   std::string out = cat("peer '", peer.identity.name, "' at ", peer.identity.address,
                         ", incarnation ", hex(peer.identity.incarnation),
@@ -304,7 +312,7 @@ std::string Engine::explain(const Peer& peer) const {
     for (auto& refusal : link->refusals) out += cat("  not ", refusal, "\n");
   }
   for (auto& reason : not_here_) out += cat("  not ", reason, "\n");
-  return out;
+  return out + memory;
 }
 
 void Totals::add(const Counters& c) noexcept {

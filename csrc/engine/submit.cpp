@@ -35,9 +35,11 @@ std::string describe(const Transfer& t, const Failure& failure) {
              hex(who.incarnation).substr(0, 8), ")");
   if (const char* name = t.transport.load()) out += cat(" over ", name);
   out += ": ";
-  if (failure.span != kNoSpan)
-    out += cat("span ", failure.span, ": expected at most ", failure.expected, ", given ",
-               failure.given, ": ");
+  if (failure.span != kNoSpan) {
+    out += cat("span ", failure.span, ": ");
+    if (failure.expected != 0 || failure.given != 0)
+      out += cat("expected at most ", failure.expected, ", given ", failure.given, ": ");
+  }
   out += failure.text;
   if (failure.err != 0) out += cat(" [errno ", failure.err, "]");
   return out + hint(failure.code);

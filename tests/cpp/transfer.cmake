@@ -11,3 +11,5 @@ set_tests_properties(transfer_shm PROPERTIES TIMEOUT 120 ENVIRONMENT "KVXFER_TES
 add_test(NAME transfer_shm_staged COMMAND test_transfer)
 set_tests_properties(transfer_shm_staged PROPERTIES TIMEOUT 120
                      ENVIRONMENT "KVXFER_TEST_TRANSPORT=shm;KVXFER_TEST_SHARE=never")
+add_test(NAME transfer_cma COMMAND test_transfer)
+set_tests_properties(transfer_cma PROPERTIES TIMEOUT 120 ENVIRONMENT "KVXFER_TEST_TRANSPORT=cma")
