@@ -42,9 +42,11 @@ std::string describe(const Transfer& t, const Failure& failure, bool agreed, boo
              hex(who.incarnation).substr(0, 8), ")");
   if (const char* name = t.transport.load()) out += cat(" over ", name);
   out += ": ";
-  if (failure.span != kNoSpan)
-    out += cat("span ", failure.span, ": expected at most ", failure.expected, ", given ",
-               failure.given, ": ");
+  if (failure.span != kNoSpan) {
+    out += cat("span ", failure.span, ": ");
+    if (failure.expected != 0 || failure.given != 0)
+      out += cat("expected at most ", failure.expected, ", given ", failure.given, ": ");
+  }
   out += failure.text;
   if (failure.err != 0) out += cat(" [errno ", failure.err, ", ", errno_text(failure.err), "]");
   if (t.op != Op::kNotify)

@@ -24,6 +24,7 @@ RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
   region->require_lease = options.require_lease;
   region->shareable = options.shareable;
   region->pieces = {{segment.base, 0, nbytes}};
+  region->backing = std::move(segment.backing);
   region->memfd = std::move(segment.memfd);
   region->keep = std::move(segment.mapping);
   return add_region(std::move(region));

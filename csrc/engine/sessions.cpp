@@ -101,11 +101,14 @@ PeerPtr Engine::connect(const std::string& address, double timeout_s) {
   const auto offers = decode_offers(established.offers);
   if (!offers) give_up(Code::kTransport, "malformed offers");
   std::vector<std::string> refusals;
+  size_t num_tried = 0;
   for (auto& [name, transport] : transports_) {
     auto offer = std::ranges::find(*offers, name, &Offer::transport);
     std::optional<std::string> refusal;
     if (offer == offers->end()) {
       refusal = "the peer does not offer it";
+    } else if (transport->is_spare() && refusals.size() < num_tried) {
+      refusal = "not needed: a better way is there";
     } else {
       try {
         refusal = transport->attach(session, offer->data, deadline_ns);
@@ -114,6 +117,7 @@ PeerPtr Engine::connect(const std::string& address, double timeout_s) {
       }
     }
     if (refusal) refusals.push_back(cat(name, ": ", *refusal));
+    ++num_tried;
   }
   bool usable;
   {

@@ -61,6 +61,13 @@ std::string paths_of(const Link& link) {
 }  // namespace
 
 std::string Engine::explain(const Peer& peer) const {
+  std::string memory;
+  {
+    std::lock_guard lock(mutex_);
+    for (auto& [id, region] : regions_)
+      if (!region->backing.text.empty())
+        memory += cat("  our region '", region->name, "': ", region->backing.text, "\n");
+  }
   std::lock_guard lock(peer.mutex);
   std::string out = cat("peer '", peer.identity.name, "' at ", peer.identity.address,
                         ", incarnation ", hex(peer.identity.incarnation),
@@ -77,7 +84,7 @@ std::string Engine::explain(const Peer& peer) const {
     for (auto& refusal : link->refusals) out += cat("  not ", refusal, "\n");
   }
   for (auto& reason : not_here_) out += cat("  not ", reason, "\n");
-  return out;
+  return out + memory;
 }
 
 void Totals::add(const Counters& c) noexcept {

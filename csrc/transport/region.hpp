@@ -88,6 +88,37 @@ struct Piece {
   uint64_t nbytes = 0;
 };
 
+// Calls emit(pointer, nbytes) for each contiguous run of [offset, offset + size), which the caller
+// has checked against the sum of the pieces.
+template <typename Emit>
+void resolve_pieces(const std::vector<Piece>& pieces, uint64_t offset, uint64_t size, Emit&& emit) {
+  size_t i = 0;
+  if (pieces.size() > 1) {
+    size_t low = 0, high = pieces.size();
+    while (high - low > 1) {
+      const size_t middle = (low + high) / 2;
+      (pieces[middle].offset <= offset ? low : high) = middle;
+    }
+    i = low;
+  }
+  while (size > 0) {
+    const Piece& piece = pieces[i++];
+    const uint64_t skip = offset - piece.offset;
+    const uint64_t n = size < piece.nbytes - skip ? size : piece.nbytes - skip;
+    if (n == 0) continue;
+    emit(piece.base + skip, static_cast<size_t>(n));
+    offset += n;
+    size -= n;
+  }
+}
+
+// What an allocated region is made of, for the user to see.
+struct Backing {
+  size_t page_nbytes = 0;  // 0: registered, not allocated by us
+  double gb_per_s = 0;     // at which its pages were filled
+  std::string text;        // both in words, and why no huge pages if there are none
+};
+
 struct Region {
   uint64_t id = 0;
   Key key{};
@@ -96,6 +127,7 @@ struct Region {
   bool writable = true;
   bool require_lease = false;
   bool shareable = true;        // false: share="never", no other process may map it
+  Backing backing;
   std::vector<Piece> pieces;    // in offset order, no gaps
   Fd memfd;                     // of an allocated region: sealed, so a peer can map it only to read
   std::shared_ptr<void> keep;   // the mapping, or the reference to the caller's buffer
@@ -107,28 +139,9 @@ struct Region {
   std::atomic<uint64_t> uses{0};
   std::atomic<bool> leaving{false};
 
-  // Calls emit(pointer, nbytes) for each contiguous run of [offset, offset + nbytes), which the
-  // caller has checked against nbytes.
   template <typename Emit>
   void resolve(uint64_t offset, uint64_t size, Emit&& emit) const {
-    size_t i = 0;
-    if (pieces.size() > 1) {
-      size_t low = 0, high = pieces.size();
-      while (high - low > 1) {
-        const size_t middle = (low + high) / 2;
-        (pieces[middle].offset <= offset ? low : high) = middle;
-      }
-      i = low;
-    }
-    while (size > 0) {
-      const Piece& piece = pieces[i++];
-      const uint64_t skip = offset - piece.offset;
-      const uint64_t n = size < piece.nbytes - skip ? size : piece.nbytes - skip;
-      if (n == 0) continue;
-      emit(piece.base + skip, static_cast<size_t>(n));
-      offset += n;
-      size -= n;
-    }
+    resolve_pieces(pieces, offset, size, std::forward<Emit>(emit));
   }
   bool contains(uint64_t offset, uint64_t size) const noexcept {
     return size <= nbytes && offset <= nbytes - size;  // no sum that could overflow

@@ -5,6 +5,7 @@
 #include <functional>
 #include <utility>
 
+#include "transport/cma/transport.hpp"
 #include "transport/faulty/transport.hpp"
 #include "transport/shm/transport.hpp"
 #include "transport/tcp/attached.hpp"
@@ -19,6 +20,8 @@ const std::vector<std::pair<std::string, Maker>>& makers() {
   static const std::vector<std::pair<std::string, Maker>> list = {
       {"shm",
        [](const TransportConfig& config) { return std::make_unique<shm::ShmTransport>(config); }},
+      {"cma",
+       [](const TransportConfig& config) { return std::make_unique<cma::CmaTransport>(config); }},
   };
   return list;
 }

@@ -280,6 +280,8 @@ class Transport {
   // attach (the name of a Unix socket, ...), sent inside the authenticated session.
   virtual void start(Host& host) = 0;
   virtual void stop() noexcept = 0;
+  // Attaches to a session only when no better one could: it would carry nothing beside it.
+  virtual bool is_spare() const noexcept { return false; }
   virtual Bytes offer() const { return {}; }
 
   // Connecting side, on the thread that called connect(); may block until deadline_ns. Either

@@ -19,3 +19,5 @@ set_tests_properties(transfer_shm_pool PROPERTIES TIMEOUT 120
 add_test(NAME transfer_shm_staged_pool COMMAND test_transfer)
 set_tests_properties(transfer_shm_staged_pool PROPERTIES TIMEOUT 120
                      ENVIRONMENT "KVXFER_TEST_TRANSPORT=shm;KVXFER_TEST_SHARE=never;KVXFER_TEST_COPY_THREADS=4")
+add_test(NAME transfer_cma COMMAND test_transfer)
+set_tests_properties(transfer_cma PROPERTIES TIMEOUT 120 ENVIRONMENT "KVXFER_TEST_TRANSPORT=cma")

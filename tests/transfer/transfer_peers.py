@@ -68,7 +68,12 @@ class Agent:
             region = self.engine.allocate(nbytes, name, require_lease=require_lease)
         else:
             buffer = np.zeros(nbytes, np.uint8)
-            region = self.engine.register(buffer, name, require_lease=require_lease)
+            region = self.engine.register(
+                buffer,
+                name,
+                require_lease=require_lease,
+                share="never" if kind == "private" else "auto",
+            )
         self.regions[name] = region
 
     def drop_region(self, name: str) -> None:
@@ -164,6 +169,44 @@ class Agent:
                     return
 
         threading.Thread(target=run, daemon=True).start()
+
+    def region_names(self) -> list[str]:
+        return list(self.regions)
+
+    def start_endless_reads(
+        self, name: str, remote: str, lease: bytes | None, forbidden: int
+    ) -> None:
+        """Reads all of a region again and again until one fails; counts those that are done, and
+        those of them that show a byte they must not."""
+        region, source = self.regions[name], self._peer().regions[remote]
+        self.num_reads, self.num_dirty, self.read_error = 0, 0, ""
+        self.one_more_read = threading.Condition()
+
+        def run() -> None:
+            while True:
+                try:
+                    self.engine.read(region, source, 0, 0, region.nbytes, lease=lease).wait(
+                        TIMEOUT_S
+                    )
+                except KvxferError as error:
+                    self.read_error = type(error).__name__
+                    return
+                dirty = bool((region.array == forbidden).any())
+                with self.one_more_read:
+                    self.num_reads += 1
+                    self.num_dirty += dirty
+                    self.one_more_read.notify_all()
+
+        self.reading = threading.Thread(target=run, daemon=True)
+        self.reading.start()
+
+    def wait_reads(self, n: int) -> None:
+        with self.one_more_read:
+            assert self.one_more_read.wait_for(lambda: self.num_reads >= n, TIMEOUT_S)
+
+    def end_of_reads(self) -> tuple[int, int, str]:
+        self.reading.join(TIMEOUT_S)
+        return self.num_reads, self.num_dirty, self.read_error
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()

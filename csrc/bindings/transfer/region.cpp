@@ -14,6 +14,12 @@ void register_regions(py::module_& m) {
       .def_property_readonly("writable", [](const RegionHandle& r) { return r.region->writable; })
       .def_property_readonly("allocated",
                              [](const RegionHandle& r) { return bool(r.region->memfd); })
+      .def_property_readonly("page_nbytes",
+                             [](const RegionHandle& r) { return r.region->backing.page_nbytes; })
+      .def_property_readonly("fill_gb_per_s",
+                             [](const RegionHandle& r) { return r.region->backing.gb_per_s; })
+      .def_property_readonly("backing",
+                             [](const RegionHandle& r) { return r.region->backing.text; })
       .def_property_readonly("piece_offsets",
                              [](const RegionHandle& r) {
                                std::vector<uint64_t> out;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 #ifndef MADV_POPULATE_READ  // Linux 5.14; on older ones pages are mapped as they are touched
@@ -55,14 +56,19 @@ namespace {
 class Populating {
  public:
   explicit Populating(std::shared_ptr<Mapping> mapping) : mapping_(std::move(mapping)) {
-    if (mapping_->size() <= kPart)
+    if (mapping_->size() <= kPart) {
       part(0);
-    else
+      return;
+    }
+    try {
       thread_ = std::thread([this] {
         for (size_t at = 0; at < mapping_->size() && !stop_.load(std::memory_order_relaxed);
              at += kPart)
           if (!part(at)) return;
       });
+    } catch (const std::system_error&) {
+      // No thread to be had: the pages are mapped as they are touched, only slower.
+    }
   }
   ~Populating() {
     stop_.store(true, std::memory_order_relaxed);  // advice: the join orders everything

@@ -47,8 +47,6 @@ class PeerMemory {
   virtual ChunkLimit limit() const noexcept { return {}; }
   // At most one chunk. A failure names the span; what was pulled before it may be anything.
   virtual std::optional<Failure> pull(std::span<const Pull> pulls, const Watch& watch) noexcept = 0;
-
- protected:
   static Failure ended(bool lease);  // a watched word has changed
 
  private:

@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kMaxJoining = 64;  // strangers of our own user that have not proved anything yet
 constexpr double kJoinTimeoutSeconds = 2.0;
 
-struct JoinRequest {
+struct JoinRequest {  // then the introduction
   uint32_t version = kVersion;
   uint32_t reserved = 0;
   Key session{};
@@ -37,9 +37,11 @@ struct JoinReply {  // then, when refused, the reason as text
 };
 
 // Two labels, so that neither side can answer with what it was sent.
-Digest prove(const Session& session, std::string_view role, const JoinRequest& join) {
-  return hmac_sha256(session.key, {as_bytes_view("kvxfer shm join "), as_bytes_view(role),
-                                   ByteView(join.session), ByteView(join.nonce)});
+Digest prove(const Session& session, std::string_view transport, std::string_view role,
+             const JoinRequest& join, ByteView introduction) {
+  return hmac_sha256(session.key, {as_bytes_view("kvxfer "), as_bytes_view(transport),
+                                   as_bytes_view(" join "), as_bytes_view(role),
+                                   ByteView(join.session), ByteView(join.nonce), introduction});
 }
 
 Fd make_bell() {
@@ -99,14 +101,18 @@ struct ShmTransport::Joining final : FdHandler {
   std::string join(ByteView message, std::vector<Fd>& fds) {
     Reader reader(message);
     const auto request = reader.get<JoinRequest>();
-    if (!reader.finished() || request.version != kVersion || fds.size() != 2)
-      return "a malformed join, or another version of the shm transport";
+    if (!reader.ok() || request.version != kVersion || fds.size() != 2)
+      return "a malformed join, or another version of the transport";
+    const ByteView introduction = reader.take(reader.remaining());
     const auto session = transport.host_->session(request.session);
-    if (!session || !equal_constant_time(request.proof, prove(*session, "client", request)))
+    if (!session || !equal_constant_time(request.proof, prove(*session, transport.name(), "client",
+                                                              request, introduction)))
       return "the join names no session of ours, or does not prove that it belongs to it";
 
     ShmConnection::Parts parts;
     std::string reason;
+    parts.reach = transport.meet(socket.get(), session->peer, introduction, reason);
+    if (!parts.reach) return reason;
     Segment control = make_shared("kvxfer-control", sizeof(Control));
     parts.me = 1;
     parts.staging = make_owned("kvxfer-staging", kStageBytes);
@@ -116,9 +122,9 @@ struct ShmTransport::Joining final : FdHandler {
     parts.my_bell = make_bell();
     parts.peer_bell = std::move(fds[1]);
     parts.control = control.mapping;
-    parts.reach = make_mapped_reach();
 
-    const JoinReply reply{.proof = prove(*session, "server", request)};
+    const JoinReply reply{.proof =
+                              prove(*session, transport.name(), "server", request, introduction)};
     const int given[3] = {control.fd.get(), parts.staging.fd.get(), parts.my_bell.get()};
     parts.socket = Fd(::dup(socket.get()));
     if (!parts.socket) return cat("dup failed: ", errno_text(errno));
@@ -194,6 +200,7 @@ Bytes ShmTransport::offer() const {
   writer.u32(kVersion);
   writer.text(host_->self().host.boot_id);
   writer.text(socket_name_);
+  writer.raw(introduction());
   return bytes;
 }
 
@@ -201,13 +208,14 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
                                                 int64_t deadline_ns) {
   Reader reader(offer);
   const uint32_t version = reader.u32();
-  const std::string boot_id = reader.text(128), name = reader.text(96);
-  if (!reader.finished() || version != kVersion)
+  const std::string boot_id = reader.text(128), socket_name = reader.text(96);
+  const ByteView theirs = reader.take(reader.remaining());
+  if (!reader.ok() || version != kVersion)
     return cat("the peer offers version ", version, " of it, we speak ", kVersion);
   const HostIdentity& self = host_->self().host;
   if (boot_id != self.boot_id) return "the peer runs on another machine (other boot id)";
   int err = 0;
-  Fd socket = connect_abstract(name, err);
+  Fd socket = connect_abstract(socket_name, err);
   if (!socket)
     return cat("its Unix socket cannot be reached: ", errno_text(err),
                err == ECONNREFUSED ? " (another network namespace?)" : "");
@@ -215,14 +223,22 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
   if (!uid || *uid != self.uid) return uid_reason(uid.value_or(0), self.uid);
 
   ShmConnection::Parts parts;
+  std::string reason;
+  // Before the join: once the peer has taken us, giving up would end the whole session.
+  parts.reach = meet(socket.get(), session.peer, theirs, reason);
+  if (!parts.reach) return reason;
   parts.me = 0;
   parts.staging = make_owned("kvxfer-staging", kStageBytes);
   parts.my_bell = make_bell();
   JoinRequest request{.session = session.id, .nonce = random_bytes<32>()};
-  request.proof = prove(session, "client", request);
+  const Bytes ours = introduction();
+  request.proof = prove(session, name(), "client", request, ours);
   const int given[2] = {parts.staging.fd.get(), parts.my_bell.get()};
-  if (!send(socket.get(), view_of(request), given))
-    return cat("joining failed: ", errno_text(errno));
+  Bytes join;
+  Writer writer(join);
+  writer.put(request);
+  writer.raw(ours);
+  if (!send(socket.get(), join, given)) return cat("joining failed: ", errno_text(errno));
   if (!wait_readable(socket.get(), std::min(deadline_ns, deadline_after(kJoinTimeoutSeconds))))
     return "the peer did not answer the join in time";
   Bytes message;
@@ -237,21 +253,27 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
     return cat("the peer refused the join: ",
                std::string_view(reinterpret_cast<const char*>(text.data()), text.size()));
   }
-  if (fds.size() != 3 || !equal_constant_time(reply.proof, prove(session, "server", request)))
+  if (fds.size() != 3 ||
+      !equal_constant_time(reply.proof, prove(session, name(), "server", request, ours)))
     return "the Unix socket is not the peer's: its proof is wrong";
-  std::string reason;
   parts.control = map_peer_shared(fds[0].get(), sizeof(Control), reason);
   if (parts.control) parts.peer_staging = map_peer_readonly(fds[1].get(), kStageBytes, reason);
   if (!parts.peer_staging) return reason;
   if (!make_nonblocking(fds[2].get())) return "its bell is no event descriptor";
   parts.peer_bell = std::move(fds[2]);
   parts.socket = std::move(socket);
-  parts.reach = make_mapped_reach();
   auto connection = std::make_shared<ShmConnection>(*host_, std::move(parts));
   host_->adopt(session.id, connection);
   keep(connection);
   connection->start();
   return {};
+}
+
+std::unique_ptr<Reach> ShmTransport::meet(int, const PeerIdentity&, ByteView introduction,
+                                          std::string& reason) const {
+  if (introduction.empty()) return make_mapped_reach();
+  reason = "a malformed introduction";
+  return nullptr;
 }
 
 void ShmTransport::keep(const std::shared_ptr<ShmConnection>& connection) {

@@ -14,7 +14,7 @@
 
 namespace kvxfer::shm {
 
-class ShmTransport final : public Transport {
+class ShmTransport : public Transport {
  public:
   explicit ShmTransport(const TransportConfig& config) : config_(config) {}
   std::string_view name() const noexcept override { return "shm"; }
@@ -25,6 +25,16 @@ class ShmTransport final : public Transport {
   std::optional<std::string> attach(const Session& session, ByteView offer,
                                     int64_t deadline_ns) override;
   void withdraw(Region& region) noexcept override;
+
+ protected:
+  // What another way of reaching memory (cma) does otherwise.
+  // Travels to the peer inside the offer and the join.
+  virtual Bytes introduction() const { return {}; }
+  // The way to the peer at the other end of `socket`, tried once; empty and `reason` set when it
+  // cannot be gone.
+  virtual std::unique_ptr<Reach> meet(int socket, const PeerIdentity& peer, ByteView introduction,
+                                      std::string& reason) const;
+  const TransportConfig& config() const noexcept { return config_; }
 
  private:
   struct Listener;

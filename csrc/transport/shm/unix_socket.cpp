@@ -17,7 +17,7 @@ namespace kvxfer::shm {
 
 namespace {
 
-constexpr size_t kMaxMessageBytes = 512;
+constexpr size_t kMaxMessageBytes = 32 * 1024;  // a region of many pieces is the longest
 constexpr size_t kMaxFds = 8;
 
 socklen_t fill(sockaddr_un& address, const std::string& name) noexcept {
@@ -55,6 +55,12 @@ std::optional<uint32_t> peer_uid(int fd) noexcept {
   socklen_t size = sizeof(credentials);
   if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) return {};
   return credentials.uid;
+}
+
+int peer_pid(int fd) noexcept {
+  ucred credentials{};
+  socklen_t size = sizeof(credentials);
+  return ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &size) == 0 ? credentials.pid : 0;
 }
 
 Received receive(int fd, Bytes& message, std::vector<Fd>& fds, size_t max_fds) noexcept {

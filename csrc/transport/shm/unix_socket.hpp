@@ -19,6 +19,8 @@ namespace kvxfer::shm {
 Fd listen_abstract(const std::string& name);                      // throws Error
 Fd connect_abstract(const std::string& name, int& err) noexcept;  // invalid Fd and err on failure
 std::optional<uint32_t> peer_uid(int fd) noexcept;
+// As our pid namespace knows it; 0 when it does not.
+int peer_pid(int fd) noexcept;
 
 enum class Received : uint8_t { kMessage, kAgain, kClosed, kBroken };
 

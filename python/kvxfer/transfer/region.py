@@ -43,6 +43,21 @@ class Region:
         """Where each of the registered buffers begins in the region's offset space."""
         return tuple(self._core.piece_offsets)
 
+    @property
+    def page_nbytes(self) -> int:
+        """Size of the pages of allocated memory, 0 of registered memory."""
+        return self._core.page_nbytes
+
+    @property
+    def fill_gb_per_s(self) -> float:
+        """The rate at which the pages of allocated memory were filled."""
+        return self._core.fill_gb_per_s
+
+    @property
+    def backing(self) -> str:
+        """What allocated memory is made of, in words, and why not of huge pages; else empty."""
+        return self._core.backing
+
     @cached_property
     def array(self) -> npt.NDArray[np.uint8]:
         """The bytes, as a view that keeps the memory alive; a region of one buffer only."""

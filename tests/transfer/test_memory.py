@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""What allocated memory is made of: huge pages where the pool has some, and it says so."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, wait_for
+
+from kvxfer.transfer import TransferEngine
+
+POOL = Path("/proc/sys/vm/nr_hugepages")
+
+
+def _meminfo(key: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+@pytest.fixture
+def huge_page_nbytes() -> Iterator[int]:
+    """A pool with 16 free huge pages, for as long as the test runs."""
+    size = _meminfo("Hugepagesize") * 1024
+    if size == 0:
+        pytest.skip("this kernel has no huge pages")
+    missing = 16 - (_meminfo("HugePages_Free") - _meminfo("HugePages_Rsvd"))
+    before = int(POOL.read_text())
+    if missing > 0:
+        try:
+            POOL.write_text(str(before + missing))
+        except OSError as error:
+            pytest.skip(f"vm.nr_hugepages cannot be raised: {error}")
+        if int(POOL.read_text()) < before + missing:
+            POOL.write_text(str(before))
+            pytest.skip("the kernel found no contiguous memory for 16 huge pages")
+    yield size
+    if missing > 0:
+        POOL.write_text(str(before))
+
+
+@pytest.fixture
+def local_engine() -> Iterator[TransferEngine]:
+    with TransferEngine("memory", transports=("tcp",), secret=SECRET) as engine:
+        yield engine
+
+
+def test_memory_says_how_fast_it_was_filled(local_engine: TransferEngine) -> None:
+    region = local_engine.allocate(64 << 20)
+    assert region.fill_gb_per_s > 0
+    assert f"{region.page_nbytes // 1024} KiB pages, filled at" in region.backing
+    assert local_engine.register(np.zeros(10, np.uint8)).page_nbytes == 0
+
+
+def test_small_memory_says_why_it_has_no_huge_pages(local_engine: TransferEngine) -> None:
+    region = local_engine.allocate(10_000)
+    assert region.page_nbytes == mmap.PAGESIZE
+    assert "no huge pages: " in region.backing
+
+
+def test_an_empty_pool_is_a_reason(local_engine: TransferEngine) -> None:
+    size = _meminfo("Hugepagesize") * 1024
+    if size == 0:
+        pytest.skip("this kernel has no huge pages")
+    free = _meminfo("HugePages_Free")
+    region = local_engine.allocate((free + 1) * size)
+    assert region.page_nbytes == mmap.PAGESIZE
+    assert "free in the pool" in region.backing
+
+
+def test_huge_pages_are_used_shared_and_given_back(
+    huge_page_nbytes: int, transport: str, engine: TransferEngine, own_peer: PeerProcess
+) -> None:
+    nbytes = 2 * huge_page_nbytes + 12_345  # rounded up to three pages
+    region = engine.allocate(nbytes, "kv")
+    assert region.page_nbytes == huge_page_nbytes
+    assert "no huge pages" not in region.backing
+    assert region.nbytes == nbytes
+
+    own_peer.call("add_region", "theirs", nbytes, "allocated")
+    peer = engine.connect(own_peer.address)
+    assert f"our region 'kv': {huge_page_nbytes // 1024} KiB pages" in engine.explain(peer)
+    region.array[:] = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
+    engine.write(region, peer.regions["theirs"], 0, 0, nbytes).wait(TIMEOUT_S)
+    assert own_peer.call("bytes_of", "theirs") == region.array.tobytes()
+    copy = region.array.copy()
+    region.array[:] = 0
+    engine.read(region, peer.regions["theirs"], 0, 0, nbytes).wait(TIMEOUT_S)
+    np.testing.assert_array_equal(region.array, copy)
+
+    own_peer.call("drop_region", "theirs")
+    engine.deregister(region)
+    del region
+    own_peer.kill()  # what we had mapped of it goes when it is lost
+    wait_for(engine, lambda: any(event.kind == "lost" for event in engine.peer_events()))
+    maps = Path("/proc/self/maps").read_text()  # huge pages can only be unmapped whole
+    assert "kvxfer:kv" not in maps
+    assert "kvxfer:theirs" not in maps
+
+
+def test_nobody_else_can_write_or_cut_huge_pages(
+    huge_page_nbytes: int, local_engine: TransferEngine
+) -> None:
+    region = local_engine.allocate(huge_page_nbytes, "sealed")
+    assert region.page_nbytes == huge_page_nbytes
+    region.array[:] = 3
+    fds = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            if "kvxfer:sealed" in os.readlink(f"/proc/self/fd/{name}"):
+                fds.append(int(name))
+    assert len(fds) == 1
+    with pytest.raises(PermissionError):
+        mmap.mmap(fds[0], huge_page_nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fds[0], 0)
+    with mmap.mmap(fds[0], huge_page_nbytes, mmap.MAP_SHARED, mmap.PROT_READ) as view:
+        assert view[:1] == b"\x03"
