@@ -9,6 +9,8 @@
 namespace kvxfer {
 namespace {
 
+constexpr double kEndingS = 1.0;  // far more than it takes; a bound all the same
+
 const char* verb(Op op) {
   return op == Op::kWrite ? "write" : op == Op::kRead ? "read" : "notification";
 }
@@ -57,6 +59,13 @@ std::string describe(const Transfer& t, const Failure& failure, bool agreed, boo
 }
 
 }  // namespace
+
+void Engine::cancel(const TransferPtr& t) noexcept {
+  stop(t, State::kCancelled);
+  // Another thread may be about to say how it ended, or be inside post() and carry out our wish:
+  // both within one call that does not block.
+  if (!reactor_.on_thread()) t->wait(deadline_after(kEndingS));
+}
 
 void Engine::stop(const TransferPtr& t, State why) noexcept {
   if (t->claimed.load(std::memory_order_acquire)) return;

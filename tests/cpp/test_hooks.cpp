@@ -236,3 +236,28 @@ TEST_CASE("the writer closes while the owner's copier is parked, then the owner"
   std::memset(pair.at_b(0), 0xee, kBytes);  // the owner's alone now
   CHECK(all_equal(pair.at_b(0), kBytes, 0xee));
 }
+
+TEST_CASE("spans of a lease that is not quiet are quarantined: counted, and not granted again") {
+  Pair pair;
+  Park park(Point::kBeforeAccept);
+  LeasePtr lease = pair.grant(100, 1000);
+  TransferPtr t = pair.move(Op::kWrite, 0, 100, 10, under(lease));
+  REQUIRE(park.wait_parked());
+  pair.b->begin_revoke(lease);
+  CHECK_FALSE(lease->gate.quiet());
+  CHECK(pair.b->stats().quarantined_nbytes == 1000);
+  std::string message;
+  try {
+    pair.grant(1099, 10);
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  CHECK(message.find("bytes 1099 to 1109 of region 'kv' are quarantined") != std::string::npos);
+  pair.grant(1100, 10);  // beside it
+  pair.grant(0, 100);
+  park.release();
+  REQUIRE(lease->gate.wait_quiet(deadline_after(20)) == Woken::kNotified);
+  pair.grant(100, 1000);  // at once
+  CHECK(pair.b->stats().quarantined_nbytes == 0);
+  REQUIRE(t->wait(deadline_after(20)) == Woken::kNotified);
+}

@@ -7,11 +7,12 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
-from transfer_peers import TIMEOUT_S, PeerProcess, wait_for
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, wait_for
 
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import TransferEngine, probe_transports
 
 # An engine that connects to argv[1] and keeps the pipe full. Prints what its child reports.
 _PARENT = """
@@ -98,13 +99,24 @@ signal.pause()
 )
 
 
+WORKING = [name for name, reason in probe_transports() if reason is None]
+
+
+@pytest.fixture(params=WORKING)
+def driver(request: pytest.FixtureRequest) -> Iterator[tuple[TransferEngine, str]]:
+    """An engine, and the name of the transport that the script is to use."""
+    with TransferEngine("driver", transports=(request.param,), secret=SECRET) as engine:
+        engine.allocate(8 << 20, "kv")
+        yield engine, request.param
+
+
 def run(script: str, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_handles_are_dead_in_a_forked_child(engine: TransferEngine, transport: str) -> None:
-    engine.allocate(8 << 20, "kv")
+def test_handles_are_dead_in_a_forked_child(driver: tuple[TransferEngine, str]) -> None:
+    engine, transport = driver
     parent = run(_CHILD_CALLS, engine.address, transport)
     out, _ = parent.communicate(timeout=2 * TIMEOUT_S)
     assert out == "done\n"
@@ -113,12 +125,12 @@ def test_handles_are_dead_in_a_forked_child(engine: TransferEngine, transport: s
 
 @pytest.mark.parametrize("how", ["fork", "syscall"])
 def test_death_of_a_parent_is_seen_though_its_child_lives(
-    engine: TransferEngine, transport: str, how: str
+    driver: tuple[TransferEngine, str], how: str
 ) -> None:
     """A bare system call skips the handler that closes sockets: there the pidfd must speak."""
     if how == "syscall" and platform.machine() != "x86_64":
         pytest.skip("the number of SYS_fork is that of x86-64")
-    engine.allocate(8 << 20, "kv")
+    engine, transport = driver
     parent = run(_CHILD_LIVES, engine.address, transport, how)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "child\n"
