@@ -219,6 +219,8 @@ bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {
     }
     kick(peer);
   }
+  // Who waits for a region of the peer sleeps on Engine::fileno().
+  if (!std::holds_alternative<Credit>(*message)) signal();
   return true;
 }
 

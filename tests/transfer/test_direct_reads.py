@@ -122,6 +122,8 @@ def test_expired_lease_refuses_the_rest_of_the_reads(
 def test_reads_take_the_direct_way_where_there_is_one(
     engine: TransferEngine, own_peer: PeerProcess, transport: str, kind: str
 ) -> None:
+    if transport == "faulty":
+        pytest.skip("which way it goes is its wrapped transport's business")
     own_peer.call("add_region", "pool", NBYTES, kind)
     local = engine.allocate(NBYTES, "sink")
     peer = engine.connect(own_peer.address)
@@ -142,5 +144,5 @@ def test_memory_that_is_not_shared_is_read_through_its_owner(
     engine.read(local, peer.regions["pool"], 0, 0, NBYTES).wait(TIMEOUT_S)
     assert (local.array == OLD).all()
     engine.write(local, peer.regions["pool"], 0, 0, NBYTES).wait(TIMEOUT_S)
-    if transport != "tcp":
+    if transport in ("shm", "cma"):
         assert "0 of our regions shown to the peer, 0 of its to us" in engine.explain(peer)

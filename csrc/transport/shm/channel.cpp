@@ -58,6 +58,8 @@ void Channel::message(Type type, std::initializer_list<ByteView> parts) {
   for (ByteView part : parts) body.insert(body.end(), part.begin(), part.end());
   {
     std::lock_guard lock(mutex_);
+    // An honest peer has a handful under way for each slot, and reads them.
+    if (queued_.size() >= kMaxQueued) return broken_.store(true, std::memory_order_relaxed);
     queued_.push_back({type, std::move(body)});
   }
   flush();  // the room may have come between the two

@@ -24,7 +24,11 @@ inline constexpr uint32_t kNumSlots = 1024;  // requests in flight, per directio
 inline constexpr uint32_t kStageSlotBytes = 64 * 1024;
 inline constexpr uint32_t kNumStageSlots = 32;  // 2 MiB: stays in a core's cache
 inline constexpr uint64_t kStageBytes = uint64_t{kStageSlotBytes} * kNumStageSlots;
-inline constexpr uint32_t kMaxSpansPerRecord = 1024;  // 24 KiB
+inline constexpr uint32_t kMaxSpansPerRecord = 1024;
+inline constexpr size_t kMaxReadSpans =
+    4 * kMaxSpansPerRecord;  // of one staged read, not yet served
+inline constexpr size_t kMaxQueued =
+    8 * kNumSlots;  // messages that wait for room in the ring  // 24 KiB
 
 // What the two sides agree on about a request. Both write it, by CAS from kPosted, so that exactly
 // one of "accepted" and "cancelled" happened, also when either side stops or dies in between:

@@ -124,6 +124,10 @@ bool Incoming::on_request(ByteView body) {
       head.op > static_cast<uint32_t>(Op::kNotify) || head.notify_nbytes > kMaxNotificationBytes ||
       jobs_.contains(head.ticket.slot))
     return false;
+  // A notification is admitted by its lease alone, so it must bring nothing that would be copied.
+  if (head.op == static_cast<uint32_t>(Op::kNotify) &&
+      (head.nbytes != 0 || head.num_spans != 0 || (head.flags & kMapped) != 0))
+    return false;
   auto job = std::make_shared<Job>();
   job->ticket = head.ticket;
   job->op = static_cast<Op>(head.op);
@@ -173,7 +177,7 @@ bool Incoming::on_request(ByteView body) {
     finish(job);
   } else if (job->op == Op::kRead) {
     job->spans.assign(spans.begin(), spans.end());
-    serving_.push_back(job);
+    if (!spans.empty()) serving_.push_back(job);
   } else if (inlined) {
     job->window = std::move(spans);
     if (job->source) copying_.push_back(job);

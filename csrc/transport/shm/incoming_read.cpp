@@ -12,7 +12,7 @@ bool Incoming::on_read_part(ByteView body) {
   Reader reader(body);
   const auto head = reader.get<PartHead>();
   std::vector<SpanRecord> spans;
-  if (!reader.ok() || !read_spans(reader, head.num_spans, spans)) return false;
+  if (!reader.ok() || !read_spans(reader, head.num_spans, spans) || spans.empty()) return false;
   const JobPtr job = find(head.ticket);
   if (!job) return head.ticket.slot < kNumSlots;  // ended meanwhile
   const uint64_t sum = total_bytes(spans);
@@ -27,6 +27,7 @@ bool Incoming::on_read_part(ByteView body) {
     grant(*job);
     return true;
   }
+  if (job->spans.size() + spans.size() > kMaxReadSpans) return false;
   const bool idle = job->spans.empty();
   job->spans.insert(job->spans.end(), spans.begin(), spans.end());
   if (idle) serving_.push_back(job);

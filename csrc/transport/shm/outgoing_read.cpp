@@ -15,6 +15,8 @@ namespace {
 // A read asks for more spans when less than this is still to come: keeps the owner busy, bounds
 // what it must remember.
 constexpr uint64_t kReadAhead = kStageBytes / 2;
+// The same in spans, for short ones; one record more stays within the owner's limit.
+constexpr size_t kReadAheadSpans = kMaxReadSpans - kMaxSpansPerRecord;
 }  // namespace
 
 void Outgoing::ask(Ticket ticket, const Request& request, Flight& flight) {
@@ -22,7 +24,8 @@ void Outgoing::ask(Ticket ticket, const Request& request, Flight& flight) {
   // fills the ring.
   const auto wants_more = [&flight] {
     return flight.memory ? flight.asked_spans == flight.granted
-                         : flight.asked - flight.landed < kReadAhead;
+                         : flight.asked - flight.landed < kReadAhead &&
+                               flight.asked_spans - flight.span < kReadAheadSpans;
   };
   while (flight.asked_spans < request.spans.size() && wants_more()) {
     const std::span<const Span> spans = spans_from(request, flight.asked_spans);

@@ -96,6 +96,9 @@ inline bool read_spans(Reader& reader, uint64_t count, std::vector<SpanRecord>& 
   out.resize(count);
   const ByteView bytes = reader.take(count * sizeof(SpanRecord));
   if (count > 0) std::memcpy(out.data(), bytes.data(), bytes.size());
+  // An empty span would cost memory and move nothing, so any number of them would be taken.
+  for (const SpanRecord& span : out)
+    if (span.nbytes == 0) return false;
   return reader.finished();
 }
 

@@ -196,7 +196,7 @@ size_t TcpConnection::enter_out(Lane& lane, iovec* iov, std::span<Frame*> frames
     frame->inside = false;
     if (frame->landing.region != nullptr && frame->poison == Code::kOk) {
       frame->inside = frame->landing.enter();
-      if (!frame->inside) frame->spoil(Code::kLease);
+      if (!frame->inside) frame->spoil(frame->landing.closed().code);
     }
     if (frame->flight) ++frame->flight->busy;
     frames[num_frames++] = frame.get();
