@@ -126,7 +126,7 @@ struct Region {
   uint64_t nbytes = 0;
   bool writable = true;
   bool require_lease = false;
-  bool shareable = true;        // false: share="never", no other process may map it
+  bool shareable = true;  // false: share="never", no other process may map it
   Backing backing;
   std::vector<Piece> pieces;    // in offset order, no gaps
   Fd memfd;                     // of an allocated region: sealed, so a peer can map it only to read
