@@ -51,9 +51,11 @@ struct Parking {
 TransferPtr write(Engine& from, const RegionPtr& local, const RemoteRegionPtr& remote,
                   int64_t offset, int64_t nbytes) {
   const int64_t into = 0;
-  return from.submit(Op::kWrite, local, remote,
-                     {{&offset, 1, true}, {&into, 1, true}, {&nbytes, 1, true}, {}, false},
-                     {.notify = {}, .lease = {}, .deadline_ns = deadline_after(60)});
+  SubmitOptions options;
+  options.deadline_ns = deadline_after(60);
+  return from.submit(
+      Op::kWrite, local, remote,
+      SpanArguments{{&offset, 1, true}, {&into, 1, true}, {&nbytes, 1, true}, {}, false}, options);
 }
 
 }  // namespace
