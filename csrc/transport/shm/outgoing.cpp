@@ -263,10 +263,12 @@ void Outgoing::end_all(const Failure& cause) {
     for (uint32_t slot = 0; slot < kNumSlots; ++slot) {
       Flight& flight = flights_[slot];
       if (!flight.request) continue;
-      // If the peer died after it accepted, the bytes are where they belong: done.
-      const bool accepted = flight.request->op != Op::kRead &&
-                            channel_.my_slot(slot).load(std::memory_order_acquire) ==
-                                slot_word(flight.generation, Slot::kAccepted);
+      // Taken back, since a peer that lives may still find it in its ring. If it accepted before,
+      // the bytes are where they belong: done.
+      uint64_t word = slot_word(flight.generation, Slot::kPosted);
+      channel_.my_slot(slot).compare_exchange_strong(
+          word, slot_word(flight.generation, Slot::kCancelled), std::memory_order_acq_rel);
+      const bool accepted = word == slot_word(flight.generation, Slot::kAccepted);
       if (!flight.cancelled) left.emplace_back(flight.request, accepted);
       release(slot);
     }
@@ -275,9 +277,11 @@ void Outgoing::end_all(const Failure& cause) {
   }
   for (auto& [request, accepted] : left) {
     Completion completion;
-    completion.ok = accepted;
-    completion.nbytes = accepted ? request->nbytes : 0;
-    if (!accepted) completion.failure = cause;
+    // An accepted read was sent, but its last bytes have not been stored here.
+    completion.ok = accepted && request->op != Op::kRead;
+    completion.agreed = completion.ok || !accepted;
+    completion.nbytes = completion.ok ? request->nbytes : 0;
+    if (!completion.ok) completion.failure = cause;
     host_.ended(connection_, request, std::move(completion));
   }
 }
