@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-# Builds and runs the C++ tests: cpp_tests.sh [plain] [asan] [tsan]. Warnings are errors here.
+# Builds and runs the C++ tests: cpp_tests.sh [plain] [shim] [asan] [tsan]. Warnings are errors here. `shim` is the part of
+# plain that runs the CUDA kernels' sources on the CPU; SHIM=OFF leaves it out of the others.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! printf '#include <doctest/doctest.h>\n' | "${CXX:-c++}" -x c++ -fsyntax-only - 2>/dev/null; then
@@ -12,15 +13,17 @@ command -v cmake >/dev/null || PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 command -v cmake >/dev/null || { echo "The C++ tests need cmake. Debian, Ubuntu: apt-get install cmake" >&2; exit 1; }
 for kind in "$@"; do
   case $kind in
-    plain) sanitize="" ;;
+    plain | shim) sanitize="" ;;
     asan) sanitize=address,undefined ;;
     tsan) sanitize=thread ;;
-    *) echo "unknown kind '$kind': plain, asan or tsan" >&2; exit 2 ;;
+    *) echo "unknown kind '$kind': plain, shim, asan or tsan" >&2; exit 2 ;;
   esac
   echo "==> C++ tests: $kind"
   cmake -S . -B "build/cpp-$kind" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVXFER_SANITIZE="$sanitize" \
-    -DKVXFER_TESTS=ON -DKVXFER_PYTHON=OFF -DKVXFER_CUDA=OFF -DKVXFER_WERROR=ON >"build-$kind.log" || { cat "build-$kind.log"; exit 1; }
-  cmake --build "build/cpp-$kind" --parallel "${JOBS:-2}"
+    -DKVXFER_CUDA_SHIM="${SHIM:-ON}" -DKVXFER_TESTS=ON -DKVXFER_PYTHON=OFF -DKVXFER_CUDA=OFF -DKVXFER_WERROR=ON >"build-$kind.log" || { cat "build-$kind.log"; exit 1; }
+  target=all tests=.
+  [ "$kind" = shim ] && target=cuda_shim_all tests=tests/cpp/cuda_shim
+  cmake --build "build/cpp-$kind" --parallel "${JOBS:-2}" --target "$target"
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
-    ctest --test-dir "build/cpp-$kind" --output-on-failure --timeout 300
+    ctest --test-dir "build/cpp-$kind/$tests" --output-on-failure --timeout 300
 done

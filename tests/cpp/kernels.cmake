@@ -7,9 +7,10 @@ set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_isa_wide.cpp PROPE
 add_test(NAME kernels COMMAND test_kernels)
 set_tests_properties(kernels PROPERTIES TIMEOUT 120)
 
+option(KVXFER_CUDA_SHIM "Test the CUDA kernels' own sources on the CPU" ON)
 # The CUDA sources run on the CPU: one thread that switches stacks, which TSan has nothing to say on.
 if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   message(STATUS "kvxfer: tests of the CUDA kernels on the CPU: left out: their fibers are written for x86-64")
-elseif(NOT KVXFER_SANITIZE MATCHES "thread")
+elseif(KVXFER_CUDA_SHIM AND NOT KVXFER_SANITIZE MATCHES "thread")
   add_subdirectory(${CMAKE_CURRENT_LIST_DIR}/cuda_shim)
 endif()
