@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checksums of what blocks hold: sums of row hashes, so the order in which threads meet the rows
 // does not matter.
+#include "kernels/checksum.hpp"
+
 #include <algorithm>
 #include <vector>
 
@@ -15,26 +17,17 @@ namespace {
 constexpr int64_t kBytesPerItem = 1 << 18;
 constexpr int64_t kWorthWaking = 1 << 18;
 
-// The finaliser of splitmix64.
-uint64_t mix(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
 uint64_t sum_tokens(const Checksum& p, int64_t layer, int64_t begin, int64_t end) {
   const IsaTable& table = isa();
   const char* base = reinterpret_cast<const char*>(p.bases[layer]);
-  const uint64_t place =
-      static_cast<uint64_t>(p.part_id) << 60 | static_cast<uint64_t>(p.layers[layer]) << 48;
   uint64_t sum = 0;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t block = p.block_ids[token / p.block_size];
     for (int64_t head = 0; head < p.num_heads; ++head) {
       const char* row = base + row_offset(p.strides, block, token % p.block_size, head);
-      const uint64_t at =
-          place | static_cast<uint64_t>(p.first_head + head) << 32 | static_cast<uint64_t>(token);
-      sum += mix(table.hash_row(row, p.row_bytes, p.keys) ^ mix(at));
+      sum += hash_row(table.sum_pairs(row, p.row_bytes, p.keys), static_cast<uint64_t>(p.part_id),
+                      static_cast<uint64_t>(p.layers[layer]),
+                      static_cast<uint64_t>(p.first_head + head), static_cast<uint64_t>(token));
     }
   }
   return sum;

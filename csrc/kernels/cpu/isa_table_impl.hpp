@@ -24,6 +24,6 @@ constexpr int kMaxDecodeRows = KVXFER_SIMD_BYTES == 64 ? 4 : 2;
 
 extern const IsaTable kTable;
 const IsaTable kTable = {KVXFER_SIMD_NAME, decode_scratch, decode,  finish, prefill_scratch,
-                         prefill,          convert,        largest, merge,  hash_row};
+                         prefill,          convert,        largest, merge,  sum_pairs};
 
 }  // namespace kvxfer::kernels::cpu::KVXFER_SIMD_NAMESPACE

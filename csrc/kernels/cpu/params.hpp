@@ -131,8 +131,8 @@ struct IsaTable {
                   float multiplier, float divisor);
   float (*largest)(const void* src, DType dtype, int64_t n);  // magnitude; a NaN counts as 0
   void (*merge)(const Merge&, int64_t row);
-  // NH over the row's 32-bit words, filled up with zeros to a pair of them.
-  uint64_t (*hash_row)(const void* row, int64_t nbytes, const uint32_t* keys);
+  // Of hash_pair (kernels/checksum.hpp) over the row, filled up with zeros to whole pairs.
+  uint64_t (*sum_pairs)(const void* row, int64_t nbytes, const uint32_t* keys);
 };
 
 }  // namespace kvxfer::kernels::cpu

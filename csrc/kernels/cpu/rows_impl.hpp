@@ -228,7 +228,7 @@ KVXFER_INLINE Vq multiply_pairs(Vu words) {
 #endif
 }
 
-uint64_t hash_row(const void* row, int64_t nbytes, const uint32_t* keys) {
+uint64_t sum_pairs(const void* row, int64_t nbytes, const uint32_t* keys) {
   const auto* bytes = static_cast<const unsigned char*>(row);
   Vq sums{};
   int64_t at = 0;

@@ -22,10 +22,9 @@ bool Incoming::held_back() noexcept {
 }
 
 bool Incoming::on_check(ByteView body) {
-  Reader reader(body);
-  const auto head = reader.get<PartHead>();
+  PartHead head;
   std::vector<SpanRecord> spans;
-  if (!reader.ok() || !read_spans(reader, head.num_spans, spans)) return false;
+  if (!read_part(body, head, spans)) return false;
   const JobPtr job = find(head.ticket);
   if (!job) return true;
   const uint64_t sum = total_bytes(spans);
@@ -37,10 +36,9 @@ bool Incoming::on_check(ByteView body) {
 
 bool Incoming::on_spans(ByteView body, bool& finished) {
   finished = true;
-  Reader reader(body);
-  const auto head = reader.get<PartHead>();
+  PartHead head;
   std::vector<SpanRecord> spans;
-  if (!reader.ok() || !read_spans(reader, head.num_spans, spans)) return false;
+  if (!read_part(body, head, spans)) return false;
   const JobPtr job = find(head.ticket);
   if (!job) return true;
   const uint64_t sum = total_bytes(spans);

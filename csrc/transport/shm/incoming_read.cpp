@@ -9,10 +9,9 @@
 namespace kvxfer::shm {
 
 bool Incoming::on_read_part(ByteView body) {
-  Reader reader(body);
-  const auto head = reader.get<PartHead>();
+  PartHead head;
   std::vector<SpanRecord> spans;
-  if (!reader.ok() || !read_spans(reader, head.num_spans, spans) || spans.empty()) return false;
+  if (!read_part(body, head, spans) || spans.empty()) return false;
   const JobPtr job = find(head.ticket);
   if (!job) return head.ticket.slot < kNumSlots;  // ended meanwhile
   const uint64_t sum = total_bytes(spans);

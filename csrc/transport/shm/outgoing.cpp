@@ -94,17 +94,22 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   return {};
 }
 
+bool Outgoing::take_back(uint32_t slot) noexcept {
+  const uint32_t generation = flights_[slot].generation;
+  uint64_t word = slot_word(generation, Slot::kPosted);
+  channel_.my_slot(slot).compare_exchange_strong(word, slot_word(generation, Slot::kCancelled),
+                                                 std::memory_order_acq_rel);
+  return word != slot_word(generation, Slot::kAccepted);
+}
+
 Cancelled Outgoing::cancel(const RequestPtr& request) noexcept {
   std::lock_guard lock(mutex_);
   const auto found = by_id_.find(request->id);
   if (found == by_id_.end()) return {Agreement::kEnding, true};
   const uint32_t slot = found->second;
   Flight& flight = flights_[slot];
-  uint64_t posted = slot_word(flight.generation, Slot::kPosted);
-  const bool ours = channel_.my_slot(slot).compare_exchange_strong(
-      posted, slot_word(flight.generation, Slot::kCancelled), std::memory_order_acq_rel);
   Agreement agreement = Agreement::kStopped;
-  if (!ours && posted == slot_word(flight.generation, Slot::kAccepted))
+  if (!take_back(slot))
     // An accepted read has been sent, but its last bytes may not have been stored here.
     agreement = request->op == Op::kRead ? Agreement::kUnknown : Agreement::kAlreadyAccepted;
   flight.cancelled = true;
@@ -265,10 +270,7 @@ void Outgoing::end_all(const Failure& cause) {
       if (!flight.request) continue;
       // Taken back, since a peer that lives may still find it in its ring. If it accepted before,
       // the bytes are where they belong: done.
-      uint64_t word = slot_word(flight.generation, Slot::kPosted);
-      channel_.my_slot(slot).compare_exchange_strong(
-          word, slot_word(flight.generation, Slot::kCancelled), std::memory_order_acq_rel);
-      const bool accepted = word == slot_word(flight.generation, Slot::kAccepted);
+      const bool accepted = !take_back(slot);
       if (!flight.cancelled) left.emplace_back(flight.request, accepted);
       release(slot);
     }

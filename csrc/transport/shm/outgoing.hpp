@@ -61,6 +61,8 @@ class Outgoing {
   // The flight of this ticket, if it is still the same one; mutex_ held.
   Flight* find(Ticket ticket) noexcept;
   void release(uint32_t slot) noexcept;  // mutex_ held
+  // The owner cannot accept what this slot posted any more; false: it has. mutex_ held.
+  bool take_back(uint32_t slot) noexcept;
   RequestPtr enter(Ticket ticket) noexcept;
   void leave(Ticket ticket, Request& request) noexcept;
   static std::span<const Span> spans_from(const Request& request, size_t first);  // of one record

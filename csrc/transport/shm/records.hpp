@@ -102,4 +102,11 @@ inline bool read_spans(Reader& reader, uint64_t count, std::vector<SpanRecord>& 
   return reader.finished();
 }
 
+// A record of further spans of a request; false: malformed.
+inline bool read_part(ByteView body, PartHead& head, std::vector<SpanRecord>& out) {
+  Reader reader(body);
+  head = reader.get<PartHead>();
+  return reader.ok() && read_spans(reader, head.num_spans, out);
+}
+
 }  // namespace kvxfer::shm

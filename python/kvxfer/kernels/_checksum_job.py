@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError, LayoutError
 from kvxfer.kernels._arrays import Array
-from kvxfer.kernels._sides import ITEMSIZE, Side, block_ids_of, locate_layers
+from kvxfer.kernels._sides import ITEMSIZE, Side, block_ids_of, locate_layers, token_range
 
 __all__ = [
     "MAX_ROW_BYTES",
@@ -68,14 +68,8 @@ def make_checksum_job(
     """Resolve a checksum; every mistake is refused here."""
     layout = side.layout
     ids = block_ids_of("block_ids", block_ids)
-    held = len(ids) * layout.block_size
-    end = held if num_tokens is None else int(num_tokens)
-    if not 0 <= first_token <= end <= held:
-        raise InvalidArgumentError(
-            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(ids)} blocks hold), "
-            f"given first_token {first_token}, num_tokens {end}"
-        )
-    used = slice(first_token // layout.block_size, -(-end // layout.block_size))
+    begin, end = token_range(layout, ids, num_tokens, first_token)
+    used = slice(begin // layout.block_size, -(-end // layout.block_size))
     wrong = (ids[used] < 0) | (ids[used] >= layout.num_blocks)
     if wrong.any():
         at = used.start + int(wrong.argmax())
@@ -113,7 +107,7 @@ def make_checksum_job(
         block_ids=ids,
         block_size=layout.block_size,
         num_blocks=layout.num_blocks,
-        first_token=int(first_token),
+        first_token=begin,
         num_tokens=end,
         first_head=int(first),
         num_heads=int(last - first),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvxfer._kernels_cpu import merge_states, set_num_threads
 from kvxfer.kernels._arrays import CACHE_DTYPES
 from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys
 from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._mla import mla_by_decode
 from kvxfer.kernels._sides import ITEMSIZE
 
 __all__ = [
@@ -34,8 +36,6 @@ __all__ = [
 
 TAKES_NUMPY = True
 SCALES = True
-
-NpArray = npt.NDArray[Any]
 
 # DType of csrc/kernels/dtype.hpp.
 _DTYPE_TAG = {name: tag for tag, name in enumerate(CACHE_DTYPES)}
@@ -65,38 +65,7 @@ def paged_prefill(*arrays: Any, **options: Any) -> None:
     _kernels_cpu.paged_prefill(*arrays, **_native(options))
 
 
-def mla_decode(
-    q_latent: NpArray,
-    q_rope: NpArray,
-    latent_cache: NpArray,
-    block_table: NpArray,
-    seq_lens: NpArray,
-    out: NpArray,
-    lse: npt.NDArray[np.float32] | None,
-    *,
-    sm_scale: float,
-    kv_scale: float,
-    split_size: int | None,
-    cache_dtype: str,
-) -> None:
-    """All heads over one KV head whose value is the front of its key."""
-    rows = latent_cache[:, :, None, :]
-    paged_decode(
-        np.concatenate([q_latent, q_rope], axis=2),
-        rows,
-        rows[..., : q_latent.shape[2]],
-        block_table,
-        seq_lens,
-        out,
-        lse,
-        sm_scale=sm_scale * kv_scale,
-        v_scale=kv_scale,
-        window_left=-1,
-        logits_soft_cap=0.0,
-        sinks=None,
-        split_size=split_size,
-        cache_dtype=cache_dtype,
-    )
+mla_decode = partial(mla_by_decode, paged_decode)
 
 
 def _native(options: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import importlib.util
 import logging
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, device_of
@@ -86,42 +86,39 @@ def _load(backend: str) -> ModuleType | str:
         return f"{name} cannot be imported: {error}"
 
 
-def _why_not(
-    backend: str,
-    op: str,
-    device: str,
-    cache_dtype: str | None = None,
-    scaled: bool = False,
-    call: Operands | None = None,
-) -> str | None:
+class Needs(NamedTuple):
+    """What a call asks of a backend beyond op and device."""
+
+    cache_dtype: str | None = None
+    scaled: bool = False
+    call: Operands | None = None
+
+
+_NOTHING = Needs()
+
+
+def _why_not(backend: str, op: str, device: str, needs: Needs = _NOTHING) -> str | None:
     module = _load(backend)
     if isinstance(module, str):
         return module
     if not hasattr(module, op):
         return f"the {backend} backend has no {op}"
-    if cache_dtype is not None:
+    if needs.cache_dtype is not None:
         known: tuple[str, ...] = getattr(module, "CACHE_DTYPES", FLOAT_DTYPES)
-        if cache_dtype not in known:
-            return f"its caches are {', '.join(known)}, not {cache_dtype}"
-    if scaled and not getattr(module, "SCALES", False):
+        if needs.cache_dtype not in known:
+            return f"its caches are {', '.join(known)}, not {needs.cache_dtype}"
+    if needs.scaled and not getattr(module, "SCALES", False):
         return f"its {op} knows no scales but k_scale and v_scale"
     reason: str | None = module.unavailable(op, device)
-    if reason is None and call is not None and hasattr(module, "refuses"):
-        reason = module.refuses(op, call)
+    if reason is None and needs.call is not None and hasattr(module, "refuses"):
+        reason = module.refuses(op, needs.call)
     return reason
 
 
-def _auto_why_not(
-    backend: str,
-    op: str,
-    device: str,
-    cache_dtype: str | None = None,
-    scaled: bool = False,
-    call: Operands | None = None,
-) -> str | None:
+def _auto_why_not(backend: str, op: str, device: str, needs: Needs = _NOTHING) -> str | None:
     if backend == "triton" and device == "cpu":
         return "on CPU arrays Triton means its interpreter, which auto never takes"
-    return _why_not(backend, op, device, cache_dtype, scaled, call)
+    return _why_not(backend, op, device, needs)
 
 
 def choose(
@@ -143,11 +140,12 @@ def choose(
         InvalidArgumentError: no such backend.
         UnavailableError: it cannot run here; carries the reason.
     """
+    needs = Needs(cache_dtype, scaled, call)
     if backend != "auto":
         if backend not in BACKENDS:
             names = ", ".join(["auto", *BACKENDS])
             raise InvalidArgumentError(f"backend: expected one of {names}, given {backend!r}")
-        reason = _why_not(backend, op, device, cache_dtype, scaled, call)
+        reason = _why_not(backend, op, device, needs)
         if reason is not None:
             raise UnavailableError(
                 f"{op}: backend {backend!r} is unavailable: {reason}", reason=reason
@@ -155,7 +153,7 @@ def choose(
         return _loaded(backend)
     reasons: dict[str, str] = {}
     for name in BACKENDS:
-        reason = _auto_why_not(name, op, device, cache_dtype, scaled, call)
+        reason = _auto_why_not(name, op, device, needs)
         if reason is None:
             if name == "reference":
                 _say_slow(op, reasons["cpu"])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import Array, as_numpy, device_of, is_torch
-from kvxfer.kernels._scales import ScalesLike
+from kvxfer.kernels._scales import ScaledLike
 
 __all__ = [
     "ITEMSIZE",
@@ -27,6 +27,7 @@ __all__ = [
     "block_ids_of",
     "locate_layers",
     "make_side",
+    "token_range",
 ]
 
 ITEMSIZE = {
@@ -59,7 +60,7 @@ class PartLike(Protocol):
     def bases(self) -> Sequence[int]: ...
 
 
-class LayoutLike(Protocol):
+class LayoutLike(ScaledLike, Protocol):
     """What a copy reads of a KVLayout."""
 
     @property
@@ -76,14 +77,6 @@ class LayoutLike(Protocol):
     def format(self) -> str: ...
     @property
     def atom(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def scales(self) -> ScalesLike | None: ...
 
 
 @dataclass(frozen=True)
@@ -122,6 +115,20 @@ def _flat_bytes(name: str, array: Array) -> Array:
             f"{name}: expected a C-contiguous array, given strides {list(array.strides)}"
         )
     return array.reshape(-1).view(np.uint8)
+
+
+def token_range(
+    layout: LayoutLike, block_ids: Any, num_tokens: int | None, first_token: int
+) -> tuple[int, int]:
+    """Check and fill in the tokens of a sequence that its blocks hold: ``(first, end)``."""
+    held = len(block_ids) * layout.block_size
+    end = held if num_tokens is None else int(num_tokens)
+    if not 0 <= first_token <= end <= held:
+        raise InvalidArgumentError(
+            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(block_ids)} blocks "
+            f"hold), given first_token {first_token}, num_tokens {end}"
+        )
+    return int(first_token), end
 
 
 def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:

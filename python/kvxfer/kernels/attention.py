@@ -86,7 +86,8 @@ def paged_decode(
     options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
     options["split_size"] = split_size
     arrays = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
-    return _attend("paged_decode", call, arrays, out, return_lse, options, backend)
+    width = call.views["v_cache"].shape[3]
+    return attend("paged_decode", call, arrays, width, out, return_lse, options, backend)
 
 
 def paged_prefill(
@@ -146,7 +147,8 @@ def paged_prefill(
     options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
     options["causal"] = causal
     arrays = ("q", "k_cache", "v_cache", "cu_seqlens_q", "block_table", "seq_lens")
-    return _attend("paged_prefill", call, arrays, out, return_lse, options, backend)
+    width = call.views["v_cache"].shape[3]
+    return attend("paged_prefill", call, arrays, width, out, return_lse, options, backend)
 
 
 def merge_states(
@@ -289,24 +291,32 @@ def _options(
         "v_scale": scales["v_scale"],
         "window_left": int(window_left),
         "logits_soft_cap": float(logits_soft_cap),
+        "sinks": None,
     }
 
 
-def _attend(
+def attend(
     op: str,
     call: Operands,
     arrays: tuple[str, ...],
+    width: int,
     out: Array | None,
     return_lse: bool,
     options: dict[str, Any],
     backend: str,
 ) -> Any:
-    """Allocate what is missing and run; returns what the public function returns."""
+    """Allocate what is missing and run; returns what the public function returns.
+
+    Args:
+        arrays: in the backend's order: a query first, a cache third, nothing that ``out`` may share up to there.
+        width: channels of ``out``.
+    """
     views = call.views
-    shape = (*views["q"].shape[:2], views["v_cache"].shape[3])
+    dtype, cache_dtype = call.dtypes[arrays[0]], call.dtypes[arrays[2]]
+    shape = (*views[arrays[0]].shape[:2], width)
     if out is not None:
-        call.add("out", out, shape, (call.dtypes["q"],))
-        for name in ("q", "k_cache", "v_cache"):
+        call.add("out", out, shape, (dtype,))
+        for name in arrays[:3]:
             if same_memory(views["out"], views[name]):
                 raise InvalidArgumentError(f"out: expected memory of its own, given some of {name}")
         if not getattr(views["out"], "flags", _WRITABLE).writeable:
@@ -315,27 +325,26 @@ def _attend(
         op,
         call.device,
         backend,
-        cache_dtype=call.dtypes["k_cache"],
+        cache_dtype=cache_dtype,
         scaled="k_scale_cache" in views,
         call=call,
     )
     if out is None:
-        call.given["out"], views["out"] = call.allocate(shape, call.dtypes["q"])
+        call.given["out"], views["out"] = call.allocate(shape, dtype)
     lse = lse_view = None
     if return_lse:
         lse, lse_view = call.allocate(shape[:2], "float32")
     numpy = takes_numpy(module)
     source = call.source(numpy)
-    for name in ("k_scale_cache", "v_scale_cache"):
+    for name in ("k_scale_cache", "v_scale_cache", "sinks"):
         if name in source:
             options[name] = source[name]
     if numpy:
-        options["cache_dtype"] = call.dtypes["k_cache"]
+        options["cache_dtype"] = cache_dtype
     getattr(module, op)(
         *[source[name] for name in arrays],
         source["out"],
         lse_view if numpy else lse,
-        sinks=source.get("sinks"),
         **options,
     )
     result = call.given["out"]

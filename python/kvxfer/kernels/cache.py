@@ -15,7 +15,7 @@ from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, is_torch
 from kvxfer.kernels._copy_job import make_job, wire_side
 from kvxfer.kernels._dispatch import choose, takes_numpy
-from kvxfer.kernels._sides import LayoutLike, Side, make_side
+from kvxfer.kernels._sides import LayoutLike, Side, make_side, token_range
 from kvxfer.kernels.attention import add_caches, add_scale_caches
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the block list of a packed buffer, which starts at first_token
@@ -161,7 +161,7 @@ def pack_blocks(
         num_tokens, first_token, layers, max_ctas: as in :func:`copy_blocks`.
     """
     side = make_side("tensors", layout, tensors)
-    first, end = _token_range(layout, block_ids, num_tokens, first_token)
+    first, end = token_range(layout, block_ids, num_tokens, first_token)
     wire = out_layout or _wire(layout, end - first, layers, heads)
     if out is None:
         out = _allocate(tensors, wire)
@@ -187,7 +187,7 @@ def unpack_blocks(
 ) -> None:
     """Scatter what :func:`pack_blocks` gathered into the blocks of a cache. Arguments as there."""
     side = make_side("tensors", layout, tensors)
-    first, end = _token_range(layout, block_ids, num_tokens, first_token)
+    first, end = token_range(layout, block_ids, num_tokens, first_token)
     wire = src_layout or _wire(layout, end - first, layers, heads)
     source = make_side("src", wire, src)
     _check_wire(wire, source, end - first, "src")
@@ -233,19 +233,6 @@ def _run(
             raise InvalidArgumentError("dst: expected writable memory, given a read-only array")
     if job.nbytes:
         module.copy_blocks(job)
-
-
-def _token_range(
-    layout: LayoutLike, block_ids: Any, num_tokens: int | None, first_token: int
-) -> tuple[int, int]:
-    held = len(block_ids) * layout.block_size
-    end = held if num_tokens is None else int(num_tokens)
-    if not 0 <= first_token <= end <= held:
-        raise InvalidArgumentError(
-            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(block_ids)} blocks "
-            f"hold), given first_token {first_token}, num_tokens {end}"
-        )
-    return int(first_token), end
 
 
 def _wire(

@@ -7,12 +7,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels._arrays import CACHE_DTYPES, FLOAT_DTYPES, Array, Operands, same_memory
-from kvxfer.kernels._dispatch import choose, takes_numpy
-from kvxfer.kernels.attention import name_bytes
+from kvxfer.kernels._arrays import CACHE_DTYPES, FLOAT_DTYPES, Array, Operands
+from kvxfer.kernels.attention import attend, name_bytes
 
 __all__ = ["mla_decode"]
 
@@ -79,34 +76,6 @@ def mla_decode(
     for name, value in (("sm_scale", sm_scale), ("kv_scale", kv_scale)):
         if not math.isfinite(value):
             raise InvalidArgumentError(f"{name}: expected a finite value, given {value}")
-    if out is not None:
-        call.add("out", out, (batch, num_q_heads, latent_dim), (dtype,))
-        for name in ("q_latent", "q_rope", "latent_cache"):
-            if same_memory(call.views["out"], call.views[name]):
-                raise InvalidArgumentError(f"out: expected memory of its own, given some of {name}")
-        view = call.views["out"]
-        if isinstance(view, np.ndarray) and not view.flags.writeable:
-            raise InvalidArgumentError("out: expected a writable array, given a read-only one")
-    cache_dtype = call.dtypes["latent_cache"]
-    module = choose("mla_decode", call.device, backend, cache_dtype=cache_dtype)
-    if out is None:
-        call.given["out"], call.views["out"] = call.allocate(
-            (batch, num_q_heads, latent_dim), dtype
-        )
-    lse = lse_view = None
-    if return_lse:
-        lse, lse_view = call.allocate((batch, num_q_heads), "float32")
-    numpy = takes_numpy(module)
-    source = call.source(numpy)
-    names = ("q_latent", "q_rope", "latent_cache", "block_table", "seq_lens", "out")
-    options: dict[str, Any] = {"cache_dtype": cache_dtype} if numpy else {}
-    module.mla_decode(
-        *[source[name] for name in names],
-        lse_view if numpy else lse,
-        sm_scale=float(sm_scale),
-        kv_scale=float(kv_scale),
-        split_size=split_size,
-        **options,
-    )
-    result = call.given["out"]
-    return (result, lse) if return_lse else result
+    options = {"sm_scale": float(sm_scale), "kv_scale": float(kv_scale), "split_size": split_size}
+    arrays = ("q_latent", "q_rope", "latent_cache", "block_table", "seq_lens")
+    return attend("mla_decode", call, arrays, latent_dim, out, return_lse, options, backend)

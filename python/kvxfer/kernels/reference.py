@@ -7,6 +7,7 @@ Written to be read, not to be fast. Inputs are normalised by the public function
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvxfer.kernels._arrays import CACHE_DTYPES
 from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys, splitmix64
 from kvxfer.kernels._copy_job import CopyJob, PartCopy
 from kvxfer.kernels._float8 import LARGEST, float8_values, to_float8
+from kvxfer.kernels._mla import mla_by_decode
 from kvxfer.kernels._sides import ITEMSIZE
 
 __all__ = [
@@ -197,38 +199,7 @@ def paged_prefill(
                 lse[first:end, head] = head_lse
 
 
-def mla_decode(
-    q_latent: NpArray,
-    q_rope: NpArray,
-    latent_cache: NpArray,
-    block_table: NpArray,
-    seq_lens: NpArray,
-    out: NpArray,
-    lse: F32 | None,
-    *,
-    sm_scale: float,
-    kv_scale: float,
-    split_size: int | None,
-    cache_dtype: str,
-) -> None:
-    """All heads over one KV head whose value is the front of its key."""
-    rows = latent_cache[:, :, None, :]
-    paged_decode(
-        np.concatenate([q_latent, q_rope], axis=2),
-        rows,
-        rows[..., : q_latent.shape[2]],
-        block_table,
-        seq_lens,
-        out,
-        lse,
-        sm_scale=sm_scale * kv_scale,
-        v_scale=kv_scale,
-        window_left=-1,
-        logits_soft_cap=0.0,
-        sinks=None,
-        split_size=split_size,
-        cache_dtype=cache_dtype,
-    )
+mla_decode = partial(mla_by_decode, paged_decode)
 
 
 def _softmax(logits: F32, sink: np.float32 | None) -> tuple[F32, F32]:
