@@ -159,6 +159,7 @@ void register_decode(py::module_& m) {
       .value("block_size", &D::block_size)
       .value("num_splits", &D::num_splits)
       .value("split_size", &D::split_size)
+      .value("min_split", &D::min_split)
       .value("window_left", &D::window_left)
       .value("sm_scale", &D::sm_scale)
       .value("v_scale", &D::v_scale)
@@ -168,6 +169,9 @@ void register_decode(py::module_& m) {
   m.def("paged_decode",
         [](const D& p, uintptr_t stream) { cuda::paged_decode(p, pointer<CUstream_st>(stream)); });
   m.def("decode_refuses", &cuda::decode_refuses);
+  m.def("decode_slots", &cuda::decode_slots);
+  m.def("capture_id",
+        [](uintptr_t stream) { return cuda::capture_id(pointer<CUstream_st>(stream)); });
   m.attr("DECODE_TILE") = cuda::kDecodeTile;
 }
 

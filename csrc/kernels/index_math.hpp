@@ -14,6 +14,24 @@
 
 namespace kvxfer::kernels {
 
+// n / divisor for 0 <= n < 2^31 without a division: the multiplier is found once, on the host.
+// Source: Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (1994).
+struct Divisor {
+  uint32_t multiplier = 1, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int32_t divisor) {  // >= 1
+    const auto d = static_cast<uint32_t>(divisor);
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d) / d + 1);
+  }
+  KVXFER_HOST_DEVICE int32_t quotient(int32_t n) const {
+    const uint64_t product = uint64_t{static_cast<uint32_t>(n)} * multiplier;
+    const auto high = static_cast<uint32_t>(product >> 32);
+    return static_cast<int32_t>((high + static_cast<uint32_t>(n)) >> shift);
+  }
+};
+
 struct SlotPosition {
   int64_t block, offset;
 };

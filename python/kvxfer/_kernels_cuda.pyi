@@ -79,6 +79,7 @@ class Decode:
     block_size: int
     num_splits: int
     split_size: int
+    min_split: int
     window_left: int
     sm_scale: float
     v_scale: float
@@ -88,6 +89,8 @@ class Decode:
 
 def paged_decode(params: Decode, stream: int) -> None: ...
 def decode_refuses(params: Decode) -> str | None: ...
+def decode_slots(params: Decode) -> int: ...
+def capture_id(stream: int) -> int: ...
 
 class Merge:
     v_a: int

@@ -33,6 +33,21 @@ TEST_CASE("offsets past 2^33 are exact") {
   CHECK(at.offset < 24);
 }
 
+TEST_CASE("a divisor found once divides as a division does") {
+  std::mt19937 random(3);
+  for (int32_t d = 1; d <= 4096; d += d < 300 ? 1 : 77) {
+    const Divisor by(d);
+    for (const int32_t n : {0, 1, d - 1, d, d + 1, 2 * d - 1, INT32_MAX - 1, INT32_MAX}) {
+      REQUIRE(by.quotient(n) == n / d);
+    }
+    for (int round = 0; round < 200; ++round) {
+      const auto n = static_cast<int32_t>(random() >> 1);
+      REQUIRE(by.quotient(n) == n / d);
+      REQUIRE(by.quotient(n / d * d) == n / d);
+    }
+  }
+}
+
 TEST_CASE("a window begins at its first key, and never before 0") {
   CHECK(window_begin(100, -1) == 0);
   CHECK(window_begin(100, 0) == 100);

@@ -1,170 +1,397 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU kernels against bounds measured in the same run; writes bench/results/gpu-NAME.json.
+"""The GPU kernels against bounds and peers of the same run; writes bench/results/gpu-NAME.json.
 
-Every call is captured in a CUDA graph, and replays of ours, of the bound and of torch take turns; ratios are
-medians of per-round ratios. Between calls other memory is touched, so that the L2 cache is cold. The bounds:
-a device copy of as many bytes (copies, append), a sum over as many bytes (decode).
+Bounds: a large copy, a large sum (reads), a large matrix product. Peers: torch, and FlashInfer where it is
+installed. Ways take turns; every ratio is the median of the rounds' ratios (timing.py). Rows are written as they
+come, and no row is begun after --budget-s.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import kernels_only  # noqa: F401 - before anything of kvxfer
 import torch
+import triton
+from cases import (
+    DECODE,
+    PREFILL,
+    DecodeCase,
+    attention_error,
+    blocks_of,
+    decode_case,
+    make_pool,
+    prefill_case,
+)  # fmt: skip
+from timing import Call, graph_of, measure, median, num_sets, speed_ratio
 
 from kvxfer import kernels
 from kvxfer.layout import KVLayout
 
-Call = Callable[[], Any]
-ROUNDS = 15
+Row = dict[str, Any]
+Ways = dict[str, Callable[[], list[Call]]]
+KV_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def graph_of(call: Call) -> torch.cuda.CUDAGraph:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
+class Bench:
+    def __init__(self, path: Path, facts: Row, budget_s: float, quick: bool) -> None:
+        self._path, self._facts, self.quick = path, facts, quick
+        self._until = time.monotonic() + budget_s
+        self._rows: list[Row] = []
+        self._skipped: list[str] = []
+        self.peers: Any = None
+        self.bounds: dict[str, float] = {}
 
+    def row(self, op: str, case: str, make: Callable[[], Row]) -> None:
+        if time.monotonic() > self._until:
+            self._skipped.append(f"{op}, {case}: out of time")
+            return
+        try:
+            row = {"op": op, "case": case, **make()}
+        except Exception as error:  # noqa: BLE001 - one row failing must not end the run, and is in the results
+            row = {"op": op, "case": case, "error": f"{type(error).__name__}: {error}"[:400]}
+        self._rows.append(row)
+        numbers = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
+        print(f"  {op:14} {case:52} " + "  ".join(numbers) + row.get("error", ""), flush=True)
+        torch.cuda.empty_cache()
+        self.write()
 
-def measure(calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Microseconds per call and round."""
-    graphs = {name: graph_of(call) for name, call in calls.items()}
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) * 1e3)
-    return times
+    def write(self) -> None:
+        summary = summarise(self._rows)
+        content = {"facts": self._facts, "bounds": self.bounds, "summary": summary, "skipped": self._skipped, "rows": self._rows}  # fmt: skip
+        self._path.write_text(json.dumps(content, indent=1) + "\n")
 
+    @property
+    def failed(self) -> bool:
+        return any("error" in row for row in self._rows)
 
-def ratio(times: dict[str, list[float]], ours: str, other: str) -> float:
-    return statistics.median(b / a for a, b in zip(times[ours], times[other], strict=True))
-
-
-def decode_rows() -> list[dict[str, Any]]:
-    rows = []
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        for batch, context in ((1, 1024), (1, 32768), (32, 4096), (64, 8192)):
-            blocks = batch * context // 16
-            k, v = (
-                torch.randn(blocks, 16, 8, 128, device="cuda", dtype=torch.bfloat16).to(dtype)
-                for _ in range(2)
-            )
-            q = torch.randn(batch, 32, 128, device="cuda", dtype=torch.bfloat16)
-            table = torch.randperm(blocks, device="cuda").int().reshape(batch, -1)
-            lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-            flat = torch.ones((k.nbytes + v.nbytes) // 4, device="cuda")
-
-            def run(
-                backend: str, q: Any = q, k: Any = k, v: Any = v, t: Any = table, n: Any = lens
-            ) -> Any:
-                return kernels.paged_decode(q, k, v, t, n, backend=backend)
-
-            calls: dict[str, Call] = {"cuda": lambda run=run: run("cuda"), "read": flat.sum}  # type: ignore[misc]
-            if dtype == torch.bfloat16:
-                calls["triton"] = lambda run=run: run("triton")  # type: ignore[misc]
-            times = measure(calls)
-            rows.append(
-                {
-                    "op": "paged_decode",
-                    "case": f"{str(dtype)[6:]} b{batch} ctx{context} 32q/8kv d128 block 16",
-                    "us": statistics.median(times["cuda"]),
-                    "gb_per_s": (k.nbytes + v.nbytes) / statistics.median(times["cuda"]) / 1e3,
-                    "of_read": ratio(times, "cuda", "read"),
-                    "times_triton": ratio(times, "cuda", "triton") if "triton" in times else None,
-                }
-            )
-    return rows
-
-
-def copy_rows() -> list[dict[str, Any]]:
-    """Whole caches of Llama-3-8B's shape from one order to another; the job's tables are made in the call."""
-    rows = []
-    shape: dict[str, Any] = {
-        "num_kv_heads": 8,
-        "head_dim": 128,
-        "dtype": "bfloat16",
-        "num_layers": 8,
-    }
-    for a, b in (("LKBNHC", "LKBNHC"), ("LKBNHC", "LKBHNC"), ("LBHNKC", "BLKHNC")):
-        src, dst = (KVLayout.from_order(o, num_blocks=512, block_size=16, **shape) for o in (a, b))
-        memory = [
-            torch.zeros(n, dtype=torch.uint8, device="cuda") for n in (src.nbytes, dst.nbytes)
-        ]
-        ids = list(range(512))
-        event = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        ours, bound = [], []
-        for _ in range(ROUNDS):
-            event[0].record()
-            kernels.copy_blocks(src, memory[0], dst, memory[1], ids, ids[::-1], backend="cuda")
-            event[1].record()
-            event[2].record()
-            memory[1].copy_(memory[0])
-            event[3].record()
-            torch.cuda.synchronize()
-            ours.append(event[0].elapsed_time(event[1]) * 1e3)
-            bound.append(event[2].elapsed_time(event[3]) * 1e3)
-        rows.append(
-            {
-                "op": "copy_blocks",
-                "case": f"{a} to {b}, {src.nbytes >> 20} MiB",
-                "us": statistics.median(ours),
-                "gb_per_s": 2 * src.nbytes / statistics.median(ours) / 1e3,
-                "of_copy": statistics.median(y / x for x, y in zip(ours, bound, strict=True)),
-            }
-        )
-    return rows
-
-
-def append_rows() -> list[dict[str, Any]]:
-    rows = []
-    for tokens in (8, 8192):
-        cache = torch.zeros(2, 1024, 16, 8, 128, device="cuda", dtype=torch.bfloat16)
-        new = torch.randn(2, tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
-        slots = torch.randperm(1024 * 16, device="cuda")[:tokens]
-        target = torch.empty_like(new)
-        flat = cache.reshape(2, -1, 8, 128)
-
-        def torch_append(flat: Any = flat, slots: Any = slots, new: Any = new) -> None:
-            flat[0].index_copy_(0, slots, new[0])
-            flat[1].index_copy_(0, slots, new[1])
-
+    def ceilings(self) -> None:
+        nbytes = 1 << (30 if self.quick else 32)
+        a = torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_()
+        b = torch.empty_like(a)
+        flat = a.view(torch.float32).normal_()
+        total = torch.empty((), device="cuda")
+        x, y = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        z = torch.empty_like(x)
         times = measure(
             {
-                "cuda": lambda c=cache, n=new, s=slots: kernels.append_kv(
-                    *n, *c, s, backend="cuda"
-                ),  # type: ignore[misc]
-                "copy": lambda t=target, n=new: t.copy_(n),  # type: ignore[misc]
-                "torch": torch_append,
+                "copy": [lambda: b.copy_(a)],
+                "read": [lambda: torch.sum(flat, dim=0, out=total)],
+                "matmul": [lambda: torch.mm(x, y, out=z)],
             }
         )
-        rows.append(
-            {
-                "op": "append_kv",
-                "case": f"bfloat16 {tokens} tokens 8 heads d128",
-                "us": statistics.median(times["cuda"]),
-                "of_copy": ratio(times, "cuda", "copy"),
-                "times_torch": ratio(times, "cuda", "torch"),
-            }
-        )
-    return rows
+        self.bounds = {
+            "copy_gb_per_s": 2 * nbytes / median(times, "copy") / 1e3,
+            "read_gb_per_s": nbytes / median(times, "read") / 1e3,
+            "matmul_tflop_per_s": 2 * 8192**3 / median(times, "matmul") / 1e6,
+        }
+        print("  bounds: " + "  ".join(f"{k} {v:.4g}" for k, v in self.bounds.items()), flush=True)
+
+    def decode(self) -> None:
+        cases = DECODE[::4] if self.quick else DECODE
+        most = max(blocks_of(lengths) for _, lengths in cases)
+        for dtype_name, dtype in KV_DTYPES.items():
+            pool = make_pool(dtype, max(most, 1 << 16))
+            for name, lengths in cases:
+                case = decode_case(name, pool, lengths)
+                self.row(
+                    "paged_decode", f"{dtype_name}, {name}", lambda case=case: self._decode(case)
+                )  # type: ignore[misc]
+            del pool, case
+            torch.cuda.empty_cache()
+
+    def _decode(self, case: DecodeCase) -> Row:
+        plan = kernels.plan_decode(
+            case.lengths, num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim, block_size=case.block_size, balanced=True, device="cuda",
+        )  # fmt: skip
+
+        def ours(backend: str, plan: Any = None) -> list[Call]:
+            return [
+                lambda pages=pages, out=out: kernels.paged_decode(  # type: ignore[misc]
+                    case.q,
+                    case.k,
+                    case.v,
+                    pages.table,
+                    case.lens,
+                    out=out,
+                    plan=plan,
+                    backend=backend,
+                )
+                for pages, out in zip(case.sets, case.outs, strict=True)
+            ]
+
+        ways: Ways = {
+            "planned": lambda: ours("cuda", plan),
+            "unplanned": lambda: ours("cuda"),
+            "triton": lambda: ours("triton"),
+        }
+        if self.peers is not None:
+            ways |= self.peers.decode(case)
+        row, times, errors = run_ways(ways, case, 1)
+        row["gb_per_s"] = case.kv_nbytes / median(times, "planned") / 1e3
+        row["of_read"] = row["gb_per_s"] / self.bounds["read_gb_per_s"]
+        return finish(row, times, errors, "planned")
+
+    def prefill(self) -> None:
+        cases = PREFILL[:2] if self.quick else PREFILL
+        for dtype_name, dtype in KV_DTYPES.items():
+            pool = make_pool(dtype, max(blocks_of(lengths) for _, _, lengths in cases))
+            for name, new, lengths in cases:
+                case = prefill_case(name, pool, new, lengths)
+                self.row(
+                    "paged_prefill", f"{dtype_name}, {name}", lambda case=case: self._prefill(case)
+                )  # type: ignore[misc]
+            del pool, case
+            torch.cuda.empty_cache()
+
+    def _prefill(self, case: Any) -> Row:
+        def ours() -> list[Call]:
+            return [
+                lambda: kernels.paged_prefill(
+                    case.q, case.k, case.v, case.cu_seqlens_q, case.sets[0].table, case.lens,
+                    out=case.outs[0], backend="triton",
+                )
+            ]  # fmt: skip
+
+        ways: Ways = {"triton": ours}
+        if self.peers is not None:
+            ways |= self.peers.prefill(case)
+        row, times, errors = run_ways(ways, case, min(case.new[-1], 256))
+        row["tflop_per_s"] = case.flops / median(times, "triton") / 1e6
+        row["of_matmul"] = row["tflop_per_s"] / self.bounds["matmul_tflop_per_s"]
+        return finish(row, times, errors, "triton")
+
+    def copies(self) -> None:
+        shape: Row = {"num_kv_heads": 8, "head_dim": 128, "num_layers": 32}
+        pairs = [
+            (f"{a} to {b}", a, b, "bfloat16", "bfloat16")
+            for a, b in (
+                ("LKBNHC", "LKBNHC"), ("LKBNHC", "LKBHNC"), ("LKBHNC", "LKBNHC"), ("LKBHNC", "LKBHNC"),
+                ("LBHNKC", "BLKHNC"), ("BLHNKC", "LKBNHC"),
+            )
+        ]  # fmt: skip
+        pairs += [
+            ("LKBNHC, quantised", "LKBNHC", "LKBNHC", "bfloat16", "float8_e4m3"),
+            ("LKBNHC to LKBHNC, dequantised", "LKBNHC", "LKBHNC", "float8_e4m3", "bfloat16"),
+        ]
+        for blocks in (32,) if self.quick else (32, 512):
+            for name, a, b, src_dtype, dst_dtype in pairs:
+                src = KVLayout.from_order(
+                    a, num_blocks=blocks, block_size=16, dtype=src_dtype, **shape
+                )
+                dst = KVLayout.from_order(
+                    b, num_blocks=blocks, block_size=16, dtype=dst_dtype, **shape
+                )
+                self.row(
+                    "copy_blocks",
+                    f"{name}, {src.nbytes >> 20} MiB",
+                    lambda s=src, d=dst: copy_row(s, d),
+                )  # type: ignore[misc]
+            cache = KVLayout.from_order(
+                "LKBNHC", num_blocks=blocks, block_size=16, dtype="bfloat16", **shape
+            )
+            for op in ("pack_blocks", "unpack_blocks"):
+                self.row(
+                    op, f"LKBNHC, {cache.nbytes >> 20} MiB", lambda c=cache, op=op: pack_row(c, op)
+                )  # type: ignore[misc]
+
+    def small(self) -> None:
+        for tokens in (8, 256, 8192):
+            for dtype_name, dtype in KV_DTYPES.items():
+                self.row(
+                    "append_kv",
+                    f"{dtype_name}, {tokens} tokens",
+                    lambda n=tokens, d=dtype: append_row(n, d),
+                )  # type: ignore[misc]
+        self.row("checksum_blocks", "LKBNHC, 1 GiB", lambda: checksum_row(self.bounds["read_gb_per_s"]))  # fmt: skip
+
+
+def run_ways(
+    ways: Ways, case: Any, checked_rows: int
+) -> tuple[Row, dict[str, list[float]], dict[str, str]]:
+    """Those that run; what does not is in the errors. Each way's result is compared with float32."""
+    calls: dict[str, list[Call]] = {}
+    errors: dict[str, str] = {}
+    wrong: dict[str, float] = {}
+    for name, make in ways.items():
+        try:
+            made = make()
+            case.outs[0].fill_(float("nan"))
+            made[0]()
+            wrong[name] = attention_error(case, checked_rows, case.outs[0])
+            graph_of(made[:1])
+            calls[name] = made
+        except Exception as error:
+            if not name.startswith(("flashinfer", "torch")):
+                raise
+            errors[name] = f"{type(error).__name__}: {error}"[:200]
+    for name, error in wrong.items():
+        if not error < 0.02:
+            raise AssertionError(f"{name} differs from float32 by {error}")
+    times = measure(calls)
+    row: Row = {
+        "us": {name: median(times, name) for name in times},
+        "relative_error": wrong,
+        "not_run": errors,
+    }
+    return row, times, errors
+
+
+def finish(row: Row, times: dict[str, list[float]], errors: dict[str, str], ours: str) -> Row:
+    peers = [name for name in times if name.startswith("flashinfer")]
+    if peers:
+        best = min(peers, key=lambda name: median(times, name))
+        row["best_peer"] = best
+        row["times_best_peer"] = speed_ratio(times, ours, best)
+        if "unplanned" in times:
+            row["unplanned_times_best_peer"] = speed_ratio(times, "unplanned", best)
+    if "triton" in times and ours != "triton":
+        row["times_triton"] = speed_ratio(times, ours, "triton")
+    return row
+
+
+def bound_of(nbytes: int, sets: int) -> list[Call]:
+    """A copy that reads and writes `nbytes` in all, in as many sets."""
+    pairs = [
+        (torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda"),
+         torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda"))
+        for _ in range(sets)
+    ]  # fmt: skip
+    return [lambda a=a, b=b: b.copy_(a) for a, b in pairs]  # type: ignore[misc]
+
+
+def copy_row(src: KVLayout, dst: KVLayout) -> Row:
+    sets = num_sets(src.nbytes + dst.nbytes, 8)
+    memory = [
+        (torch.randint(0, 100, (src.nbytes,), dtype=torch.uint8, device="cuda"),
+         torch.empty(dst.nbytes, dtype=torch.uint8, device="cuda"))
+        for _ in range(sets)
+    ]  # fmt: skip
+    ids = torch.randperm(src.num_blocks).tolist()
+
+    def ours(a: torch.Tensor, b: torch.Tensor) -> None:
+        kernels.copy_blocks(src, a, dst, b, ids, ids[::-1], backend="cuda")
+
+    times = measure(
+        {
+            "cuda": [lambda a=a, b=b: ours(a, b) for a, b in memory],  # type: ignore[misc]
+            "copy": bound_of(src.nbytes + dst.nbytes, sets),
+        }
+    )
+    return _copy_result(times, src.nbytes + dst.nbytes)
+
+
+def pack_row(cache: KVLayout, op: str) -> Row:
+    sets = num_sets(2 * cache.nbytes, 8)
+    memory = [
+        (torch.randint(0, 100, (cache.nbytes,), dtype=torch.uint8, device="cuda"),
+         torch.empty(cache.nbytes, dtype=torch.uint8, device="cuda"))
+        for _ in range(sets)
+    ]  # fmt: skip
+    ids = torch.randperm(cache.num_blocks).tolist()
+
+    def ours(a: torch.Tensor, b: torch.Tensor) -> None:
+        if op == "pack_blocks":
+            kernels.pack_blocks(cache, a, ids, b, backend="cuda")
+        else:
+            kernels.unpack_blocks(b, cache, a, ids, backend="cuda")
+
+    times = measure(
+        {
+            "cuda": [lambda a=a, b=b: ours(a, b) for a, b in memory],  # type: ignore[misc]
+            "copy": bound_of(2 * cache.nbytes, sets),
+        }
+    )
+    return _copy_result(times, 2 * cache.nbytes)
+
+
+def _copy_result(times: dict[str, list[float]], nbytes: int) -> Row:
+    return {
+        "us": {name: median(times, name) for name in times},
+        "gb_per_s": nbytes / median(times, "cuda") / 1e3,
+        "of_copy": speed_ratio(times, "cuda", "copy"),
+    }
+
+
+def append_row(tokens: int, dtype: torch.dtype) -> Row:
+    cache = torch.zeros(2, 1024, 16, 8, 128, device="cuda", dtype=dtype)
+    new = torch.randn(2, tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
+    slots = torch.randperm(1024 * 16, device="cuda")[:tokens]
+    flat = cache.view(torch.uint8 if dtype != torch.bfloat16 else dtype).reshape(
+        2, 1024 * 16, 8, -1
+    )
+
+    def with_torch() -> None:
+        rows = new.to(dtype).view(flat.dtype)
+        flat[0].index_copy_(0, slots, rows[0])
+        flat[1].index_copy_(0, slots, rows[1])
+
+    times = measure(
+        {
+            "cuda": [lambda: kernels.append_kv(*new, *cache, slots, backend="cuda")],
+            "triton": [lambda: kernels.append_kv(*new, *cache, slots, backend="triton")],
+            "torch": [with_torch],
+        }
+    )
+    return {
+        "us": {name: median(times, name) for name in times},
+        "times_torch": speed_ratio(times, "cuda", "torch"),
+        "times_triton": speed_ratio(times, "cuda", "triton"),
+    }
+
+
+def checksum_row(read_gb_per_s: float) -> Row:
+    """The call waits for its result, so it is timed as a whole, tables and all."""
+    cache = KVLayout.from_order(
+        "LKBNHC", num_blocks=512, block_size=16, dtype="bfloat16", num_kv_heads=8, head_dim=128, num_layers=32
+    )  # fmt: skip
+    memory = torch.randint(0, 100, (cache.nbytes,), dtype=torch.uint8, device="cuda")
+    ids = list(range(512))
+    seconds = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        kernels.checksum_blocks(cache, memory, ids, backend="cuda")
+        seconds.append(time.perf_counter() - began)
+    rate = cache.nbytes / statistics.median(seconds) / 1e9
+    return {
+        "us": {"cuda": statistics.median(seconds) * 1e6},
+        "gb_per_s": rate,
+        "of_read": rate / read_gb_per_s,
+    }
+
+
+def summarise(rows: list[Row]) -> Row:
+    summary: Row = {}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['op']}, {row['case'].split(',')[0]}", []).append(row)
+    for name, group in groups.items():
+        for key in ("times_best_peer", "unplanned_times_best_peer", "of_copy"):
+            values = [row[key] for row in group if key in row]
+            if values:
+                geometric = math.exp(statistics.fmean(map(math.log, values)))
+                summary[f"{name}: {key}"] = {"geometric_mean": geometric, "least": min(values), "rows": len(values)}  # fmt: skip
+    return summary
+
+
+def suites(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield "decode", bench.decode
+    yield "copies", bench.copies
+    yield "prefill", bench.prefill
+    yield "small", bench.small
 
 
 def main() -> int:
@@ -174,28 +401,45 @@ def main() -> int:
     parser.add_argument(
         "--checks", type=Path, help="the JSON of checks.py, to be kept with the results"
     )
+    parser.add_argument(
+        "--suite", action="append", choices=["decode", "copies", "prefill", "small"]
+    )
+    parser.add_argument("--budget-s", type=float, default=110.0, help="no row is begun later")
+    parser.add_argument("--quick", action="store_true", help="few rows")
+    parser.add_argument("--out", type=Path, help="default: bench/results/gpu-NAME.json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench: torch finds no CUDA device; nothing was measured", file=sys.stderr)
         return 3
-    rows = [*decode_rows(), *copy_rows(), *append_rows()]
-    for row in rows:
-        numbers = [f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float)]
-        print(f"  {row['op']:13} {row['case']:50} " + "  ".join(numbers))
     name = torch.cuda.get_device_name()
-    facts = {
+    facts: Row = {
         "command": "make gpu-check",
         "gpu": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "cuda": torch.version.cuda,
+        "checks": json.loads(args.checks.read_text()) if args.checks else [],
     }
-    checks = json.loads(args.checks.read_text()) if args.checks else []
     slug = name.lower().removeprefix("nvidia ").replace(" ", "-")
-    path = Path(__file__).resolve().parents[2] / "bench" / "results" / f"gpu-{slug}.json"
-    path.write_text(json.dumps({"facts": facts, "checks": checks, "rows": rows}, indent=1) + "\n")
+    path = args.out or ROOT / "bench" / "results" / f"gpu-{slug}.json"
+    bench = Bench(path, facts, args.budget_s, args.quick)
+    try:
+        from flashinfer_peers import Peers
+
+        bench.peers = Peers()
+        facts["flashinfer"] = bench.peers.version
+    except ImportError as error:
+        facts["flashinfer"] = f"not measured: {error}"
+    print(f"  FlashInfer: {facts['flashinfer']}")
+    bench.ceilings()
+    torch.cuda.empty_cache()
+    for suite, run in suites(bench):
+        if args.suite is None or suite in args.suite:
+            run()
+    bench.write()
     print(f"written: {path}")
-    return 0
+    return int(bench.failed)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,7 @@ __global__ void __launch_bounds__(kCopyThreads) copy_bytes(const __grid_constant
 
 int64_t num_ctas(const Copy& p) {
   const int64_t tiles = int64_t{p.num_parts} * p.num_layers * p.num_segments;
-  int device = 0, sms = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  const int64_t limit = p.max_ctas > 0 ? p.max_ctas : int64_t{std::max(sms, 1)} * kCtasPerSm;
+  const int64_t limit = p.max_ctas > 0 ? p.max_ctas : int64_t{num_sms()} * kCtasPerSm;
   return std::min(tiles, limit);
 }
 
@@ -64,6 +61,14 @@ void copy_rows(const Copy& p, cudaStream_t stream) {
       launch("copy_blocks", &copy_bytes<decltype(access)>, num_ctas(p), kCopyThreads, 0, stream, p);
     });
   }
+}
+
+uint64_t capture_id(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
+  if (error != cudaSuccess) fail(Code::kInternal, "capture_id: ", cudaGetErrorString(error));
+  return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 int device_count() {

@@ -1,21 +1,36 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Which decode kernel runs a call.
+#include <type_traits>
+
 #include "kernels/cuda/decode_variants.hpp"
 #include "kernels/cuda/device.cuh"
 
 namespace kvxfer::kernels::cuda {
 namespace {
 
-template <class KV>
-void with_dim(const Decode& p, cudaStream_t stream) {
+// Calls body(KV{}, width) with the dtype of the cache and the width of a head as types.
+template <class KV, class Body>
+auto with_dim(const Decode& p, Body body) {
   switch (p.head_dim) {
     case 64:
-      return decode_with<KV, 64>(p, stream);
+      return body(KV{}, std::integral_constant<int, 64>{});
     case 128:
-      return decode_with<KV, 128>(p, stream);
+      return body(KV{}, std::integral_constant<int, 128>{});
     default:
-      return decode_with<KV, 256>(p, stream);
+      return body(KV{}, std::integral_constant<int, 256>{});
+  }
+}
+
+template <class Body>
+auto with_variant(const Decode& p, Body body) {
+  switch (p.kv_type) {
+    case Element::kFloat16:
+      return with_dim<__half>(p, body);
+    case Element::kBFloat16:
+      return with_dim<__nv_bfloat16>(p, body);
+    default:
+      return with_dim<E4m3>(p, body);
   }
 }
 
@@ -49,22 +64,28 @@ const char* decode_refuses(const Decode& p) {
   return nullptr;
 }
 
-void paged_decode(const Decode& p, cudaStream_t stream) {
-  if (const char* reason = decode_refuses(p))
+void paged_decode(const Decode& params, cudaStream_t stream) {
+  if (const char* reason = decode_refuses(params))
     fail(Code::kInvalidArgument, "paged_decode: ", reason);
-  if (p.split_size <= 0 || p.split_size % kDecodeTile != 0) {
-    fail(Code::kInvalidArgument, "split_size: expected a multiple of ", kDecodeTile, ", given ",
-         p.split_size);
+  const bool adaptive = params.split_size == 0;
+  const int32_t size = adaptive ? params.min_split : params.split_size;
+  if (size <= 0 || size % kDecodeTile != 0) {
+    fail(Code::kInvalidArgument, adaptive ? "min_split" : "split_size", ": expected a multiple of ",
+         kDecodeTile, ", given ", size);
   }
-  if (p.num_items == 0 || p.num_kv_heads == 0) return;
-  switch (p.kv_type) {
-    case Element::kFloat16:
-      return with_dim<__half>(p, stream);
-    case Element::kBFloat16:
-      return with_dim<__nv_bfloat16>(p, stream);
-    default:
-      return with_dim<E4m3>(p, stream);
+  if (params.num_splits <= 0 || params.block_size <= 0) {
+    fail(Code::kInvalidArgument, "num_splits, block_size: expected > 0, given ", params.num_splits,
+         " and ", params.block_size);
   }
+  if (params.num_items == 0 || params.num_kv_heads == 0) return;
+  Decode p = params;
+  p.by_block_size = Divisor(p.block_size);
+  with_variant(p, [&](auto kv, auto dim) { decode_with<decltype(kv), dim()>(p, stream); });
+}
+
+int64_t decode_slots(const Decode& p) {
+  return with_variant(p,
+                      [&](auto kv, auto dim) { return decode_slots_with<decltype(kv), dim()>(p); });
 }
 
 }  // namespace kvxfer::kernels::cuda

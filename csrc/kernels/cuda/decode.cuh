@@ -94,14 +94,20 @@ __device__ inline DecodeWork decode_work(const Decode& p) {
   const int head_tile = static_cast<int>(blockIdx.x % head_tiles);
   w.kv_head = head_tile / group_tiles;
   w.group_tile = head_tile % group_tiles;
-  w.sequence = p.items ? p.items[item * 2] : static_cast<int>(item / p.num_splits);
-  w.split = p.items ? p.items[item * 2 + 1] : static_cast<int>(item % p.num_splits);
+  // The first splits of all sequences come first: those that long sequences alone have, last.
+  w.sequence = p.items ? p.items[item * 2] : static_cast<int>(item % p.batch);
+  w.split = p.items ? p.items[item * 2 + 1] : static_cast<int>(item / p.batch);
   const int length = p.seq_lens[w.sequence * p.len_step];
   const int visible = length > 0 ? static_cast<int>(window_begin(length - 1, p.window_left)) : 0;
-  w.first_split = visible / p.split_size;
-  w.last_split = (length + p.split_size - 1) / p.split_size;
-  w.begin = max(visible, w.split * p.split_size);
-  w.end = min(length, w.split * p.split_size + p.split_size);
+  int size = p.split_size;
+  if (size == 0) {
+    const int even = (length + p.num_splits - 1) / p.num_splits;
+    size = max(p.min_split, (even + kDecodeTile - 1) / kDecodeTile * kDecodeTile);
+  }
+  w.first_split = visible / size;
+  w.last_split = (length + size - 1) / size;
+  w.begin = max(visible, w.split * size);
+  w.end = min(length, w.split * size + size);
   w.first_head = w.kv_head * group + w.group_tile * kDecodeRows;
   w.num_rows = min(kDecodeRows, group - w.group_tile * kDecodeRows);
   return w;
@@ -142,6 +148,10 @@ class DecodeBlock {
     k_ = static_cast<const char*>(p.k) + w.kv_head * p.k_strides.head;
     v_ = static_cast<const char*>(p.v) + w.kv_head * p.v_strides.head;
     table_ = p.block_table + w.sequence * p.table_row;
+    scale_ = p.soft_cap > 0 ? p.sm_scale / p.soft_cap : p.sm_scale * kLog2e;
+    // What this lane copies of a tile: one chunk of every (32 / kChunks)th row.
+    lane_row_ = lane_ / Shape::kChunks;
+    lane_chunk_ = lane_ % Shape::kChunks;
   }
 
   __device__ void load_queries() {
@@ -167,6 +177,7 @@ class DecodeBlock {
       if (first + ahead < last) issue(first + ahead, ahead);
       cp_async_commit();
     }
+    load_queries();  // while the first tiles are under way
     int stage = 0, free_stage = Shape::kStages - 1;
     for (int tile = first; tile < last; ++tile) {
       cp_async_wait<Shape::kStages - 2>();
@@ -175,7 +186,7 @@ class DecodeBlock {
       if (tile + Shape::kStages - 1 < last) issue(tile + Shape::kStages - 1, free_stage);
       cp_async_commit();
       const int token = first_token(tile);
-      if (token < w_.end && token + kDecodeRows > w_.begin) use(token, tile_memory(stage));
+      if (any_wanted(token)) use(token, tile_memory(stage));
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
       free_stage = free_stage + 1 == Shape::kStages ? 0 : free_stage + 1;
     }
@@ -197,6 +208,7 @@ class DecodeBlock {
         maxima[row] = highest_[half];
         totals[row] = total_[half];
       }
+      if (lane_ / 4 + half * 8 >= w_.num_rows) continue;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
@@ -244,19 +256,50 @@ class DecodeBlock {
     return *flag != 0;
   }
 
+  // Weights first, so that the loads of values depend on nothing and many are under way at once.
+  // The order of a sequence's sums follows from its length alone.
   __device__ void merge_splits() {
-    for (int at = threadIdx.x; at < w_.num_rows * kDim; at += kDecodeThreads) {
-      const int row = at / kDim, channel = at % kDim;
-      float highest = kLowest, total = 0, value = 0;
-      for (int split = w_.first_split; split < w_.last_split; ++split) {
-        highest = fmaxf(highest, __ldcg(p_.partial_lse + part(row, split)));
+    auto* maxima = reinterpret_cast<float*>(shared_memory());  // [row]
+    float* totals = maxima + kDecodeRows;                      // [row]
+    for (int row = warp_; row < w_.num_rows; row += kDecodeWarps) {
+      const float* lse = p_.partial_lse + part(row, 0);
+      float highest = kLowest, total = 0;
+      for (int split = w_.first_split + lane_; split < w_.last_split; split += 32) {
+        highest = fmaxf(highest, __ldcg(lse + split));
       }
-      for (int split = w_.first_split; split < w_.last_split; ++split) {
-        const float weight = exp2_fast(__ldcg(p_.partial_lse + part(row, split)) - highest);
-        total += weight;
-        value += __ldcg(p_.partial + part(row, split) * kDim + channel) * weight;
+      for (int mask = 16; mask > 0; mask /= 2) {
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
       }
-      finish_element(p_, w_, row, channel, highest, total, value);
+      for (int split = w_.first_split + lane_; split < w_.last_split; split += 32) {
+        total += exp2_fast(__ldcg(lse + split) - highest);
+      }
+      for (int mask = 16; mask > 0; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
+      if (lane_ == 0) {
+        maxima[row] = highest;
+        totals[row] = total;
+      }
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < w_.num_rows * (kDim / 4); at += kDecodeThreads) {
+      const int row = at / (kDim / 4), channel = at % (kDim / 4) * 4;
+      const float* lse = p_.partial_lse + part(row, 0);
+      const float* values = p_.partial + part(row, 0) * kDim + channel;
+      float4 sum = {0, 0, 0, 0};
+#pragma unroll 8
+      for (int split = w_.first_split; split < w_.last_split; ++split) {
+        const float weight = exp2_fast(__ldcg(lse + split) - maxima[row]);
+        const float4 value =
+            __ldcg(reinterpret_cast<const float4*>(values + int64_t{split} * kDim));
+        sum.x += value.x * weight;
+        sum.y += value.y * weight;
+        sum.z += value.z * weight;
+        sum.w += value.w * weight;
+      }
+      const float all[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        finish_element(p_, w_, row, channel + i, maxima[row], totals[row], all[i]);
+      }
     }
   }
 
@@ -307,49 +350,70 @@ class DecodeBlock {
     return shared_memory() + stage * 2 * Shape::kTileBytes + warp_ * kDecodeRows * Shape::kRowBytes;
   }
 
+  __device__ bool any_wanted(int token) const {  // of 16
+    return token < w_.end && token + kDecodeRows > w_.begin;
+  }
+  __device__ bool all_wanted(int token) const {
+    return token >= w_.begin && token + kDecodeRows <= w_.end;
+  }
+
   // The block id of this warp's page, or of the row that this lane looks after. Entries that hold
   // no wanted token are not looked at: they may be -1, or beyond the table.
   __device__ int look_up(int tile) const {
     const int token = first_token(tile) + (kWholePages ? 0 : lane_ % kDecodeRows);
-    const bool useful =
-        kWholePages ? token < w_.end && token + kDecodeRows > w_.begin : wanted(token);
-    return useful ? table_[token / p_.block_size] : 0;
+    const bool useful = kWholePages ? any_wanted(token) : wanted(token);
+    return useful ? table_[p_.by_block_size.quotient(token)] : 0;
   }
 
   // Starts the copies of a tile, whose ids block_ holds, and looks up the ids of the next one.
   __device__ void issue(int tile, int stage) {
     const int token = first_token(tile);
-    const int mine = token + (kWholePages ? 0 : lane_ % kDecodeRows);
-    const int64_t slot = mine % p_.block_size;
-    const int64_t k_offset = block_ * p_.k_strides.block + slot * p_.k_strides.token;
-    const int64_t v_offset = block_ * p_.v_strides.block + slot * p_.v_strides.token;
-    char* to = tile_memory(stage);
-#pragma unroll
-    for (int i = 0; i < Shape::kChunks / 2; ++i) {
-      const int row = i * (32 / Shape::kChunks) + lane_ / Shape::kChunks;
-      const int chunk = lane_ % Shape::kChunks;
-      const int64_t k_row =
-          kWholePages ? k_offset + row * p_.k_strides.token : __shfl_sync(~0u, k_offset, row);
-      const int64_t v_row =
-          kWholePages ? v_offset + row * p_.v_strides.token : __shfl_sync(~0u, v_offset, row);
-      // Rows that nobody wants become zeros: what memory holds there may be NaN, and 0 * NaN is.
-      char* place = to + Shape::place(row, chunk);
-      cp_async16(place, k_ + k_row + chunk * 16, wanted(token + row));
-      cp_async16(place + Shape::kTileBytes, v_ + v_row + chunk * 16, wanted(token + row));
+    if (kWholePages && all_wanted(token)) {
+      copy_rows<true>(token, tile_memory(stage));
+    } else if (!kWholePages || any_wanted(token)) {  // shuffles want no branch around them
+      copy_rows<false>(token, tile_memory(stage));
     }
     block_ = look_up(tile + 1);
+  }
+
+  template <bool kAll>
+  __device__ void copy_rows(int token, char* to) const {
+    const int mine = token + (kWholePages ? 0 : lane_ % kDecodeRows);
+    const int64_t slot = mine - p_.by_block_size.quotient(mine) * p_.block_size;
+    const int64_t k_offset = block_ * p_.k_strides.block + slot * p_.k_strides.token;
+    const int64_t v_offset = block_ * p_.v_strides.block + slot * p_.v_strides.token;
+    constexpr int kRowStep = 32 / Shape::kChunks;
+    const char* k = k_ + lane_chunk_ * 16;
+    const char* v = v_ + lane_chunk_ * 16;
+    if constexpr (kWholePages) {
+      k += k_offset + lane_row_ * p_.k_strides.token;
+      v += v_offset + lane_row_ * p_.v_strides.token;
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kChunks / 2; ++i) {
+      const int row = i * kRowStep + lane_row_;
+      const char* k_row = kWholePages ? k + i * (kRowStep * p_.k_strides.token)
+                                      : k + __shfl_sync(~0u, k_offset, row);
+      const char* v_row = kWholePages ? v + i * (kRowStep * p_.v_strides.token)
+                                      : v + __shfl_sync(~0u, v_offset, row);
+      // Rows that nobody wants become zeros: what memory holds there may be NaN, and 0 * NaN is.
+      const bool take = kAll || wanted(token + row);
+      char* place = to + Shape::place(row, lane_chunk_);
+      cp_async16(place, k_row, take);
+      cp_async16(place + Shape::kTileBytes, v_row, take);
+    }
   }
 
   __device__ void use(int token, const char* keys) {
     float s[2][4] = {};  // [8 tokens, fragment]
     multiply_keys(s, keys);
-    const bool inner = token >= w_.begin && token + kDecodeRows <= w_.end;
+    const bool inner = all_wanted(token);
     float raised[2] = {highest_[0], highest_[1]};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float x = s[j][i] * (p_.soft_cap > 0 ? p_.sm_scale / p_.soft_cap : p_.sm_scale * kLog2e);
+        float x = s[j][i] * scale_;
         if (p_.soft_cap > 0) x = p_.soft_cap * kLog2e * tanh_by_exp2(x);
         if (!inner && !wanted(token + j * 8 + lane_ % 4 * 2 + (i & 1))) x = -INFINITY;
         s[j][i] = x;
@@ -455,6 +519,8 @@ class DecodeBlock {
   const Decode& p_;
   const DecodeWork w_;
   const int warp_, lane_;
+  int lane_row_, lane_chunk_;
+  float scale_;  // of logits: to base 2, or to parts of the cap
   const char *k_, *v_;
   const int32_t* table_;
   int64_t block_;
@@ -476,20 +542,29 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const __grid_con
   }
   if (w.split < w.first_split || w.split >= w.last_split) return;
   DecodeBlock<KV, kDim, kWholePages> block(p, w);
-  block.load_queries();
   block.attend();
   block.merge_warps();
   if (w.last_split - w.first_split > 1 && block.is_last()) block.merge_splits();
 }
 
 template <class KV, int kDim>
+auto decode_kernel_for(const Decode& p) {
+  return p.block_size % kDecodeRows == 0 ? &decode_kernel<KV, kDim, true>
+                                         : &decode_kernel<KV, kDim, false>;
+}
+
+template <class KV, int kDim>
 void decode_with(const Decode& p, cudaStream_t stream) {
   const int64_t group_tiles = ceil_div(p.num_q_heads / p.num_kv_heads, kDecodeRows);
   const int64_t ctas = p.num_items * p.num_kv_heads * group_tiles;
-  const auto kernel = p.block_size % kDecodeRows == 0 ? &decode_kernel<KV, kDim, true>
-                                                      : &decode_kernel<KV, kDim, false>;
-  launch("paged_decode", kernel, ctas, kDecodeThreads, DecodeShape<KV, kDim>::kSharedBytes, stream,
-         p);
+  launch("paged_decode", decode_kernel_for<KV, kDim>(p), ctas, kDecodeThreads,
+         DecodeShape<KV, kDim>::kSharedBytes, stream, p);
+}
+
+template <class KV, int kDim>
+int64_t decode_slots_with(const Decode& p) {
+  return resident_ctas(decode_kernel_for<KV, kDim>(p), kDecodeThreads,
+                       DecodeShape<KV, kDim>::kSharedBytes);
 }
 
 }  // namespace kvxfer::kernels::cuda

@@ -6,5 +6,6 @@
 namespace kvxfer::kernels::cuda {
 
 template void decode_with<__nv_bfloat16, 64>(const Decode&, cudaStream_t);
+template int64_t decode_slots_with<__nv_bfloat16, 64>(const Decode&);
 
 }  // namespace kvxfer::kernels::cuda

@@ -10,4 +10,7 @@ namespace kvxfer::kernels::cuda {
 template <class KV, int kDim>
 void decode_with(const Decode& params, cudaStream_t stream);
 
+template <class KV, int kDim>
+int64_t decode_slots_with(const Decode& params);
+
 }  // namespace kvxfer::kernels::cuda

@@ -120,16 +120,37 @@ void with_access(int32_t nbytes, Body body) {
   }
 }
 
+// More than 48 KiB of shared memory has to be asked for.
+template <class... Params>
+void allow_shared(void (*kernel)(Params...), size_t nbytes) {
+  if (nbytes > (size_t{48} << 10)) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(nbytes));
+  }
+}
+
+inline int num_sms() {
+  int device = 0, sms = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  return std::max(sms, 1);
+}
+
+// Thread blocks of a kernel that the current device holds at once; at least 1.
+template <class... Params>
+int64_t resident_ctas(void (*kernel)(Params...), int threads, size_t shared_nbytes) {
+  allow_shared(kernel, shared_nbytes);
+  int per_sm = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_nbytes);
+  return int64_t{std::max(per_sm, 1)} * num_sms();
+}
+
 // Names the kernel where the launch is refused; whatever goes wrong later is the stream's.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t ctas, int threads,
             size_t shared_nbytes, cudaStream_t stream, const Args&... args) {
   if (ctas > INT32_MAX) fail(Code::kInvalidArgument, name, ": too large a grid: ", ctas, " blocks");
-  // More than 48 KiB has to be asked for.
-  if (shared_nbytes > (size_t{48} << 10)) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_nbytes));
-  }
+  allow_shared(kernel, shared_nbytes);
   cudaLaunchConfig_t config{};
   config.gridDim.x = static_cast<unsigned>(ctas);
   config.blockDim.x = static_cast<unsigned>(threads);

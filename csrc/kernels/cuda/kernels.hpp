@@ -67,14 +67,17 @@ struct Decode {
   const int32_t* block_table;  // [batch, max_blocks]
   const int32_t* seq_lens;     // [batch]
   const float* sinks;          // [num_q_heads] or null
-  const int32_t* items;        // [num_items, 2]: sequence, split; null: all of batch x num_splits
+  const int32_t* items;        // [num_items, 2]: sequence, split; null: all of num_splits x batch
   float* partial;      // [batch, num_q_heads, num_splits, head_dim]; unused where num_splits is 1
   float* partial_lse;  // [batch, num_q_heads, num_splits], base 2
   uint32_t* arrived;   // [batch, num_kv_heads, tiles of 16 of the group]: 0, and left 0
   int64_t q_batch, q_head, out_batch, out_head, table_row, len_step;
   int64_t num_items;
   int32_t batch, num_q_heads, num_kv_heads, head_dim, block_size;
-  int32_t num_splits, split_size;     // tokens, a multiple of kDecodeTile
+  // Tokens of a split, a multiple of kDecodeTile. 0: each sequence's own, as many as make
+  // num_splits splits of it, but at least min_split.
+  int32_t num_splits, split_size, min_split;
+  Divisor by_block_size;
   int32_t window_left;                // -1: none
   float sm_scale, v_scale, soft_cap;  // soft_cap 0: none; the scale of K is part of sm_scale
   Element q_type, kv_type;            // equal, or kv_type e4m3
@@ -113,10 +116,14 @@ struct Checksum {
 const char* decode_refuses(const Decode& params);
 
 void paged_decode(const Decode& params, cudaStream_t stream);
+// How many thread blocks of this call's kernel the current device holds at once.
+int64_t decode_slots(const Decode& params);
 void merge_states(const Merge& params, cudaStream_t stream);
 void checksum_blocks(const Checksum& params, cudaStream_t stream);
 void append_kv(const Append& params, cudaStream_t stream);
 void copy_rows(const Copy& params, cudaStream_t stream);
 int device_count();  // 0 also where there is no driver
+uint64_t capture_id(
+    cudaStream_t stream);  // of the graph that the stream is being captured into, or 0
 
 }  // namespace kvxfer::kernels::cuda

@@ -43,14 +43,20 @@ TAKES_NUMPY = False
 CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3")
 SCALES = True  # fixed ones, in copies
 
-# Fixed, so that a sequence's result depends neither on its batch nor on the machine.
-DEFAULT_SPLIT_SIZE = 512
-
 _DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3": 3}
 
 # Counters of finished splits, by device and stream: zeroed once, and left zero by every launch. Two streams
 # must not share them. A launch that was aborted may leave them dirty; so may nothing else.
 _arrived: dict[tuple[int, int], Array] = {}
+
+# CUDA graphs take theirs from one zeroed piece of memory per device, so that a replay has nothing to zero:
+# (counters, how many are given away). Given to a (device, stream, capture), whose launches follow one another.
+_spare: dict[int, tuple[Array, int]] = {}
+_captured: dict[tuple[int, int, int], Array] = {}
+_NUM_SPARE = 1 << 20
+
+# The tables of copies that CUDA graphs hold: a replay reads them again, and nobody says when the last one was.
+_kept: list[Array] = []
 
 
 def unavailable(op: str, device: str) -> str | None:
@@ -161,17 +167,17 @@ def paged_decode(
 ) -> None:
     """See :func:`kvxfer.kernels.paged_decode`. A split_size is rounded up to whole tiles of 64 tokens.
 
-    The grid follows from shapes alone (the table's width bounds the lengths), so that a CUDA graph of it
-    stays right when lengths change.
+    Without one, the number of splits follows from the batch's size and the device (:func:`choose_splits`), and
+    each sequence's split size on the device from its own length. The grid follows from shapes alone (the
+    table's width bounds the lengths), so that a CUDA graph of it stays right when lengths change.
     """
     torch = sys.modules["torch"]
     if _ids_are_checked():
         _check_block_table(block_table, seq_lens, window_left, *k_cache.shape[:2])
     p = _decode_params(q, k_cache, v_cache)
     tile = _kernels_cuda.DECODE_TILE
-    p.split_size = -(-(split_size or DEFAULT_SPLIT_SIZE) // tile) * tile
-    p.num_splits = max(1, -(-int(block_table.shape[1]) * p.block_size // p.split_size))
-    p.num_items = p.batch * p.num_splits
+    longest = int(block_table.shape[1]) * p.block_size
+    units = p.batch * p.num_kv_heads * -(-(p.num_q_heads // p.num_kv_heads) // 16)
     p.out, p.lse = out.data_ptr(), 0 if lse is None else lse.data_ptr()
     p.out_batch, p.out_head = out.stride()[:2]
     p.block_table, p.seq_lens = block_table.data_ptr(), seq_lens.data_ptr()
@@ -180,15 +186,49 @@ def paged_decode(
     p.sm_scale, p.v_scale = sm_scale, v_scale
     p.window_left, p.soft_cap = window_left, logits_soft_cap
     with torch.cuda.device(q.device):
+        if split_size is None:
+            p.split_size = 0
+            p.num_splits, p.min_split = choose_splits(units, _slots(q.device, p), longest)
+        else:
+            p.split_size = -(-split_size // tile) * tile
+            p.num_splits = max(1, -(-longest // p.split_size))
+        p.num_items = p.batch * p.num_splits
         stream = torch.cuda.current_stream().cuda_stream
         if p.num_splits > 1:
             rows = p.batch * p.num_q_heads * p.num_splits
             partial = torch.empty(rows * (p.head_dim + 1), dtype=torch.float32, device=q.device)
             p.partial = partial.data_ptr()
             p.partial_lse = p.partial + rows * p.head_dim * 4
-            tiles = -(-(p.num_q_heads // p.num_kv_heads) // 16)
-            p.arrived = _counters(q.device, stream, p.batch * p.num_kv_heads * tiles).data_ptr()
+            p.arrived = _counters(q.device, stream, units).data_ptr()
         _kernels_cuda.paged_decode(p, stream)
+
+
+def choose_splits(units: int, slots: int, longest: int) -> tuple[int, int]:
+    """Into how many splits each sequence falls, and the least tokens of one.
+
+    Few sequences are split until the device is full once; more would only add sums to merge. From an eighth of
+    the device on, four times its thread blocks, since lengths differ: a short sequence makes fewer of them, as
+    its splits have a least size. The rule was fitted to a sweep over split sizes (docs/gpu.md).
+
+    Args:
+        units: thread blocks of an unsplit call: sequences x KV heads x tiles of 16 query heads.
+        slots: thread blocks that the device holds at once.
+        longest: tokens that a row of the block table can hold.
+    """
+    least = min(max(2048 * units // slots // 64 * 64, 64), 1024)
+    wanted = slots // units if 8 * units <= slots else -(-4 * slots // units)
+    return max(1, min(wanted, -(-longest // least))), least
+
+
+# By device, cache dtype, head_dim and whether pages are multiples of 16.
+_slots_by_kernel: dict[tuple[int, int, int, bool], int] = {}
+
+
+def _slots(device: Any, params: Any) -> int:
+    key = (int(device.index), params.kv_type, params.head_dim, params.block_size % 16 == 0)
+    if key not in _slots_by_kernel:
+        _slots_by_kernel[key] = int(_kernels_cuda.decode_slots(params))
+    return _slots_by_kernel[key]
 
 
 def _decode_params(q: Array, k_cache: Array, v_cache: Array) -> Any:
@@ -206,15 +246,33 @@ def _decode_params(q: Array, k_cache: Array, v_cache: Array) -> Any:
 
 def _counters(device: Any, stream: int, count: int) -> Array:
     torch = sys.modules["torch"]
+    index = int(device.index)
     if torch.cuda.is_current_stream_capturing():
-        # Of the graph's own pool, and zeroed in the graph: it may be replayed on any stream.
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (int(device.index), stream)
-    held = _arrived.get(key)
+        return _counters_of_graph(index, stream, count)
+    if index not in _spare:
+        # Once per device, before graphs are captured: they may be replayed on any stream.
+        _spare[index] = torch.zeros(_NUM_SPARE, dtype=torch.int32, device=device), 0
+        torch.cuda.current_stream().synchronize()
+    held = _arrived.get((index, stream))
     if held is None or held.numel() < count:
         held = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _arrived[key] = held
+        _arrived[index, stream] = held
     return held
+
+
+def _counters_of_graph(index: int, stream: int, count: int) -> Array:
+    torch = sys.modules["torch"]
+    key = (index, stream, int(_kernels_cuda.capture_id(stream)))
+    held = _captured.get(key)
+    if held is not None and held.numel() >= count:
+        return held
+    spare, given = _spare.get(index, (None, 0))
+    if spare is None or given + count > spare.numel():
+        # Of the graph's own memory, and zeroed in it at every replay.
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{index}")
+    _spare[index] = spare, given + count
+    _captured[key] = spare[given : given + count]
+    return _captured[key]
 
 
 def _check_block_table(
@@ -293,12 +351,12 @@ def copy_blocks(job: CopyJob) -> None:
     kinds = sorted({part.converts for part in job.parts})
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
-        segments = torch.from_numpy(job.segments).to(device, non_blocking=True)
+        segments = _upload(job.segments, device)
         for kind in kinds:
             plan = plan_launch(job, kind)
-            bases = torch.from_numpy(plan["bases"]).to(device, non_blocking=True)
+            bases = _upload(plan["bases"], device)
             factors = plan["factors"]
-            scales = None if factors is None else torch.from_numpy(factors).to(device)
+            scales = None if factors is None else _upload(factors, device)
             src_dtype, dst_dtype = kind or ("float32", "float32")
             _kernels_cuda.copy_rows(
                 [_kernels_cuda.CopyPart(*part) for part in plan["parts"]],
@@ -315,6 +373,15 @@ def copy_blocks(job: CopyJob) -> None:
                 scales=0 if scales is None else scales.data_ptr(),
                 stream=stream,
             )
+
+
+def _upload(table: np.ndarray[Any, Any], device: Any) -> Array:
+    torch = sys.modules["torch"]
+    host = torch.from_numpy(table)
+    if torch.cuda.is_current_stream_capturing():
+        host = host.pin_memory()
+        _kept.append(host)
+    return host.to(device, non_blocking=True)
 
 
 def plan_launch(job: CopyJob, kind: tuple[str, ...]) -> dict[str, Any]:

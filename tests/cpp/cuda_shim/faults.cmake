@@ -23,10 +23,14 @@ set(decode "decode*")
 fault(decode_missing_wait cuda/decode.cuh cuda/decode_float16_64.cu
   "cp_async_wait<Shape::kStages - 2>();" "" "${decode}")
 fault(decode_off_by_one_page cuda/decode.cuh cuda/decode_float16_64.cu
-  "table_[token / p_.block_size]" "table_[(token + 1) / p_.block_size]" "${decode}")
+  "table_[p_.by_block_size.quotient(token)]" "table_[p_.by_block_size.quotient(token + 1)]" "${decode}")
 fault(decode_wrong_head_mapping cuda/decode.cuh cuda/decode_float16_64.cu
   "w.first_head = w.kv_head * group +" "w.first_head = w.kv_head +" "${decode}")
 fault(decode_missing_mask cuda/decode.cuh cuda/decode_float16_64.cu
   "if (!inner && !wanted(" "if (inner && !wanted(" "${decode}")
+fault(decode_copies_too_much_of_an_edge_tile cuda/decode.cuh cuda/decode_float16_64.cu
+  "kAll || wanted(token + row)" "true" "${decode}")
+fault(decode_split_sizes_that_leave_keys_out cuda/decode.cuh cuda/decode_float16_64.cu
+  "(length + p.num_splits - 1) / p.num_splits" "length / p.num_splits / 2" "${decode}")
 fault(decode_missing_barrier_in_the_merge cuda/decode.cuh cuda/decode_float16_64.cu
   "    __syncthreads();\n    for (int at" "    for (int at" "${decode}")

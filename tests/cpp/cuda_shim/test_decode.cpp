@@ -28,6 +28,8 @@ struct Case {
   std::vector<int> lengths;
   Element q_type = Element::kFloat16, kv_type = Element::kFloat16;
   int head_dim = 64, block_size = 16, num_kv_heads = 2, group = 4, split_size = 128;
+  int num_splits =
+      0;  // > 0: so many of each sequence, of at least 64 tokens; split_size is not used
   int window_left = -1;
   float soft_cap = 0, v_scale = 1;
   bool sinks = false, head_major = false, fused = false, items = false;
@@ -106,6 +108,11 @@ class World {
     p.block_size = c_.block_size;
     p.split_size = c_.split_size;
     p.num_splits = std::max(1, (columns_ * c_.block_size + c_.split_size - 1) / c_.split_size);
+    if (c_.num_splits > 0) {
+      p.split_size = 0;
+      p.num_splits = c_.num_splits;
+      p.min_split = 64;
+    }
     p.num_items = int64_t{batch_} * p.num_splits;
     p.window_left = c_.window_left;
     p.sm_scale = 1.0f / std::sqrt(static_cast<float>(c_.head_dim));
@@ -321,6 +328,18 @@ TEST_CASE("decode: many splits, summed in their order whatever the order of the 
   }
 }
 
+TEST_CASE("decode: splits of a size that follows from the sequence's own length") {
+  for (const int num_splits : {1, 3, 7}) {
+    for (const int window : {-1, 100}) {
+      Case c;
+      c.lengths = {0, 1, 64, 65, 192, 193, 449, 900};
+      c.num_splits = num_splits;
+      c.window_left = window;
+      check(c);
+    }
+  }
+}
+
 TEST_CASE("decode: a cache beyond 2^33 bytes is read where it is") {
   const int64_t heads = 1, dim = 64, block_size = 16, row = dim * 2;
   const RowStrides strides{block_size * heads * row, heads * row, row};
@@ -371,5 +390,11 @@ TEST_CASE("decode: what the kernels cannot run is refused with the reason") {
   CHECK(std::string(cuda::decode_refuses(p)).find("16 bytes") != std::string::npos);
   p = world.params();
   p.split_size = 100;
+  CHECK_THROWS(cuda::paged_decode(p, nullptr));
+  p.split_size = 0;
+  p.min_split = 100;
+  CHECK_THROWS(cuda::paged_decode(p, nullptr));
+  p.min_split = 64;
+  p.num_splits = 0;
   CHECK_THROWS(cuda::paged_decode(p, nullptr));
 }
