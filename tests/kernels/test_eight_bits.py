@@ -323,5 +323,5 @@ def test_a_backend_without_a_dtype_says_so() -> None:
     key = torch.zeros((1, 1, 16))
     with pytest.raises(UnavailableError, match="not int8"):
         kernels.append_kv(
-            key, key, cache, cache.clone(), torch.zeros(1, dtype=torch.int64), backend="triton"
+            key, key, cache, cache.clone(), torch.zeros(1, dtype=torch.int64), backend="cuda"
         )

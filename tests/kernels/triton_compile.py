@@ -20,13 +20,24 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvxfer.kernels.triton import append, attention_decode, attention_prefill, copy, merge
+from kvxfer.kernels.triton import (
+    append,
+    attention_decode,
+    attention_prefill,
+    checksum,
+    copy,
+    merge,
+    mla,
+)
+from kvxfer.kernels.triton._tiles import PrefillShape, PrefillTile, prefill_candidates
 
 ATTENTION = {
     "q": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "block_table": "*i32", "seq_lens": "*i32",
     "sinks": "*fp32", "out": "*bf16", "lse": "*fp32", "cu_seqlens_q": "*i32",
-    "partial": "*fp32", "partial_lse": "*fp32",
+    "partial": "*fp32", "partial_lse": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32",
+    "q_latent": "*bf16", "q_rope": "*bf16", "latent_cache": "*bf16",
 }  # fmt: skip
+CACHES = {"bf16": "*bf16", "e4m3": "*fp8e4nv", "e5m2": "*fp8e5", "int8": "*i8"}
 FLOATS = ("sm_scale", "v_scale", "k_scale", "cap")
 
 
@@ -74,29 +85,77 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]), int(found[3])
 
 
-def prefill(head_dim: int, rows: int, block_size: int, extras: bool) -> dict[str, Any]:
-    config = attention_prefill.prefill_config(head_dim, rows, wide=False)
+def pointers_of(kernel: Any, cache: str) -> dict[str, str]:
+    found = {name: kind for name, kind in ATTENTION.items() if name in kernel.arg_names}
+    return found | {name: CACHES[cache] for name in found if name.endswith("_cache")}
+
+
+def operand(cache: str) -> tl.dtype:
+    return tl.bfloat16 if cache == "bf16" else tl.float16
+
+
+def prefill(
+    tile: PrefillTile,
+    head_dim: int,
+    block_size: int,
+    *,
+    extras: bool = False,
+    cache: str = "bf16",
+    scaled: bool = False,
+) -> dict[str, Any]:
     constants = {
-        "GROUP": 4, "BLOCK_B": 8, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "GROUP": 4, "PACK": 4 if tile.packs_heads else 1, "BLOCK_B": 8,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "BLOCK_SIZE": block_size, "WIDTH_K": head_dim, "WIDTH_V": head_dim,
         "BLOCK_DK": head_dim, "BLOCK_DV": head_dim, "CAUSAL": True, "WINDOW": extras,
-        "SOFT_CAP": extras, "HAS_SINKS": extras, "HAS_LSE": True, "WIDEN": False,
-        "SCALAR_BLOCK": block_size % config.block_n == 0,
+        "SOFT_CAP": extras, "FOLD": not extras, "SCALED": scaled, "HAS_SINKS": extras, "HAS_LSE": True,
+        "OPERAND": operand(cache), "SCALAR_BLOCK": block_size % tile.block_n == 0,
     }  # fmt: skip
     kernel = attention_prefill.prefill_kernel
-    pointers = {name: kind for name, kind in ATTENTION.items() if name in kernel.arg_names}
-    return compiled(kernel, pointers, constants, config.num_warps, config.num_stages)
+    return compiled(kernel, pointers_of(kernel, cache), constants, tile.num_warps, tile.num_stages)
 
 
-def decode(head_dim: int, block_size: int, extras: bool) -> dict[str, Any]:
+def candidates(head_dim: int, rows: int, block_size: int, bits: int) -> tuple[PrefillTile, ...]:
+    return prefill_candidates(PrefillShape(head_dim, rows, 4, block_size, bits, wide=False))
+
+
+def decode(
+    head_dim: int,
+    block_size: int,
+    *,
+    extras: bool = False,
+    cache: str = "bf16",
+    scaled: bool = False,
+) -> dict[str, Any]:
     constants = {
         "GROUP": 4, "BLOCK_G": 16, "BLOCK_N": 64 if head_dim <= 128 else 32, "BLOCK_SIZE": block_size,
         "WIDTH_K": head_dim, "WIDTH_V": head_dim, "BLOCK_DK": head_dim, "BLOCK_DV": head_dim,
-        "SOFT_CAP": extras, "WINDOW": extras, "WIDEN": False,
+        "SOFT_CAP": extras, "FOLD": not extras, "SCALED": scaled, "WINDOW": extras,
+        "OPERAND": operand(cache),
     }  # fmt: skip
     kernel = attention_decode.decode_kernel
-    pointers = {name: kind for name, kind in ATTENTION.items() if name in kernel.arg_names}
-    return compiled(kernel, pointers, constants, 4, 3)
+    return compiled(kernel, pointers_of(kernel, cache), constants, 4, 3)
+
+
+def mla_decode(
+    block_size: int, cache: str = "bf16", how: tuple[int, int, int, int] = (64, 32, 8, 3)
+) -> dict[str, Any]:
+    block_h, block_n, num_warps, num_stages = how
+    constants = {
+        "BLOCK_H": block_h, "BLOCK_N": block_n, "BLOCK_SIZE": block_size, "LATENT": 512, "ROPE": 64,
+        "BLOCK_L": 256, "BLOCK_R": 64, "FOLD": True, "OPERAND": operand(cache),
+    }  # fmt: skip
+    kernel = mla.mla_kernel
+    return compiled(kernel, pointers_of(kernel, cache), constants, num_warps, num_stages)
+
+
+def checksum_blocks() -> dict[str, Any]:
+    pointers = dict.fromkeys(("bases", "layers", "block_ids", "keys", "sums"), "*i64")
+    constants = {
+        "PART": 1, "ROW_BYTES": 256, "BLOCK_SIZE": 16, "UNIT": 8, "LOADED": tl.uint64,
+        "BLOCK_R": 64, "BLOCK_P": 32,
+    }  # fmt: skip
+    return compiled(checksum.checksum_kernel, pointers, constants, 4, 3)
 
 
 def merge_splits() -> dict[str, Any]:
@@ -112,24 +171,28 @@ def merge_splits() -> dict[str, Any]:
     return compiled(kernel, pointers, constants, 4, 3)
 
 
-def append_kv() -> dict[str, Any]:
-    pointers = dict.fromkeys(("key", "value", "k_cache", "v_cache"), "*bf16") | {
-        "slot_mapping": "*i64"
-    }
+def append_kv(cache: str = "bf16", *, scale_rows: bool = False) -> dict[str, Any]:
+    kernel = append.append_kernel
+    pointers = {"key": "*bf16", "value": "*bf16", "slot_mapping": "*i64"}
+    pointers |= pointers_of(kernel, cache)
     constants = {
         "BLOCK_SIZE": 16, "WIDTH_K": 128, "WIDTH_V": 128, "BLOCK_H": 8, "BLOCK_DK": 128, "BLOCK_DV": 128,
-        "SCALE_K": False, "SCALE_V": True,
+        "DIVIDE_K": False, "DIVIDE_V": not scale_rows, "SCALE_ROWS": scale_rows,
     }  # fmt: skip
-    return compiled(append.append_kernel, pointers, constants, 4, 3)
+    return compiled(kernel, pointers, constants, 4, 3)
 
 
-def copy_blocks(*, converting: bool) -> dict[str, Any]:
-    types = (tl.float32, tl.bfloat16, 128, 16) if converting else (tl.int64, tl.int64, 32, 64)
+def copy_blocks(
+    types: tuple[tl.dtype, tl.dtype] = (tl.int64, tl.int64), *, scaled: bool = False
+) -> dict[str, Any]:
+    whole = types == (tl.int64, tl.int64)
+    width = 32 if whole else 128
     constants = {
-        "SRC": types[0], "DST": types[1], "WIDTH": types[2], "BLOCK_C": types[2], "BLOCK_R": types[3],
-        "ALIGNED": True, "HEADS_INSIDE": converting,
+        "SRC": types[0], "DST": types[1], "WIDTH": width, "BLOCK_C": width, "BLOCK_R": 2048 // width,
+        "ALIGNED": True, "SCALED": scaled, "HEADS_INSIDE": not whole,
     }  # fmt: skip
-    return compiled(copy.copy_kernel, {"bases": "*i64", "segments": "*i64"}, constants, 8, 3)
+    pointers = {"bases": "*i64", "segments": "*i64", "factors": "*fp32"}
+    return compiled(copy.copy_kernel, pointers, constants, 8, 3)
 
 
 def merge_states() -> dict[str, Any]:
@@ -143,22 +206,39 @@ def merge_states() -> dict[str, Any]:
 def main(which: str) -> None:
     made: dict[str, dict[str, Any]] = {}
     if which == "usual":
-        made["prefill 128"] = prefill(128, 1000, 16, False)
-        made["decode 128"] = decode(128, 16, False)
+        made["prefill 128"] = prefill(candidates(128, 1000, 16, 16)[0], 128, 16)
+        made["prefill 128, e4m3"] = prefill(candidates(128, 1000, 16, 8)[0], 128, 16, cache="e4m3")
+        made["decode 128"] = decode(128, 16)
+        made["decode 128, e4m3"] = decode(128, 16, cache="e4m3")
+        made["mla"] = mla_decode(64)
         made["merge_splits"] = merge_splits()
         made["append"] = append_kv()
-        made["copy"] = copy_blocks(converting=False)
-        made["convert"] = copy_blocks(converting=True)
+        made["append e4m3"] = append_kv("e4m3")
+        made["copy"] = copy_blocks()
+        made["convert"] = copy_blocks((tl.float32, tl.bfloat16))
+        made["quantise"] = copy_blocks((tl.bfloat16, tl.float8e4nv), scaled=True)
+        made["checksum"] = checksum_blocks()
         made["merge"] = merge_states()
     else:
         for head_dim in (64, 128, 256):
             for extras in (False, True):
                 for rows, block_size in ((1000, 16), (1000, 128), (10, 16)):
-                    name = f"prefill {head_dim}, {rows} rows, block {block_size}, extras {extras}"
-                    made[name] = prefill(head_dim, rows, block_size, extras)
+                    for tile in candidates(head_dim, rows, block_size, 16):
+                        name = f"prefill {head_dim}, {tile}, block {block_size}, extras {extras}"
+                        made[name] = prefill(tile, head_dim, block_size, extras=extras)
                 for block_size in (1, 16):
                     name = f"decode {head_dim}, block {block_size}, extras {extras}"
-                    made[name] = decode(head_dim, block_size, extras)
+                    made[name] = decode(head_dim, block_size, extras=extras)
+            for cache, scaled in (("e4m3", False), ("e5m2", False), ("int8", True)):
+                for tile in candidates(head_dim, 1000, 16, 8):
+                    name = f"prefill {head_dim}, {tile}, {cache}, scaled {scaled}"
+                    made[name] = prefill(tile, head_dim, 16, cache=cache, scaled=scaled)
+                name = f"decode {head_dim}, {cache}, scaled {scaled}"
+                made[name] = decode(head_dim, 16, cache=cache, scaled=scaled)
+        for cache in CACHES:
+            for block_size in (1, 64):
+                made[f"mla {cache}, block {block_size}"] = mla_decode(block_size, cache)
+            made[f"append {cache}, rows scaled"] = append_kv(cache, scale_rows=cache != "bf16")
     print(json.dumps(made))
 
 

@@ -9,22 +9,32 @@ of device-side ids (``KVXFER_CHECK_DEVICE_IDS=1``).
 
 from __future__ import annotations
 
+from kvxfer.kernels._arrays import CACHE_DTYPES
 from kvxfer.kernels.triton._common import describe, unavailable
 from kvxfer.kernels.triton.append import append_kv
 from kvxfer.kernels.triton.attention_decode import paged_decode
 from kvxfer.kernels.triton.attention_prefill import paged_prefill
+from kvxfer.kernels.triton.checksum import checksum_blocks
 from kvxfer.kernels.triton.copy import copy_blocks
 from kvxfer.kernels.triton.merge import merge_states
+from kvxfer.kernels.triton.mla import mla_decode
+from kvxfer.kernels.triton.tuning import tune_prefill
 
 TAKES_NUMPY = False
+SCALES = True
 
 __all__ = [
+    "CACHE_DTYPES",
+    "SCALES",
     "TAKES_NUMPY",
     "append_kv",
+    "checksum_blocks",
     "copy_blocks",
     "describe",
     "merge_states",
+    "mla_decode",
     "paged_decode",
     "paged_prefill",
+    "tune_prefill",
     "unavailable",
 ]

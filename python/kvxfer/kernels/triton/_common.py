@@ -8,24 +8,27 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.kernels.triton._numbers import INTERPRETED
 
 __all__ = [
     "INTERPRETED",
     "LOG2E",
     "check_block_table",
     "check_slots",
-    "dot_in_float32",
     "ids_are_checked",
-    "narrow",
     "need_tensors",
     "on_device_of",
     "padded_width",
+    "scale_arguments",
     "soft_cap",
+    "softmax_step",
+    "tensors_of",
     "unavailable",
 ]
 
@@ -33,7 +36,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def soft_cap(logits, cap):  # type: ignore[no-untyped-def]
     """``cap * tanh(logits / cap)``; tanh by exp2, because libdevice is not there under the interpreter."""
     # 64 is far past where tanh is 1 in float32, and keeps exp2 finite.
@@ -41,23 +44,30 @@ def soft_cap(logits, cap):  # type: ignore[no-untyped-def]
     return cap * (1.0 - 2.0 / (tl.exp2(doubled) + 1.0))
 
 
-# TRITON_INTERPRET decides at decoration, so this says how the kernels of this process were made.
-INTERPRETED: bool = type(soft_cap).__name__ == "InterpretedFunction"
-ROUND_BY_BITS = tl.constexpr(INTERPRETED)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
-def narrow(values, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``values`` as ``dtype``, to nearest even; the interpreter would cut float32 off to bfloat16."""
-    if ROUND_BY_BITS and dtype == tl.bfloat16:
-        wide = values.to(tl.float32)
-        bits = wide.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(wide == wide, rounded, (bits >> 16) | 0x40)
-        result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def softmax_step(logits, highest, total, factor, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile of an online softmax, in base 2: ``(weights, fade of what came before, total, highest)``.
+
+    With FOLD the logits still lack ``factor`` > 0: a maximum does not mind, and in the exponent it is part of
+    one fused multiply-add.
+    """
+    if FOLD:
+        raised = tl.maximum(highest, tl.max(logits, 1) * factor)
+        weights = tl.exp2(logits * factor - raised[:, None])
     else:
-        result = values.to(dtype)
-    return result
+        raised = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp2(logits - raised[:, None])
+    fade = tl.exp2(highest - raised)
+    return weights, fade, total * fade + tl.sum(weights, 1), raised
+
+
+def scale_arguments(
+    k_scales: torch.Tensor | None, v_scales: torch.Tensor | None, instead: torch.Tensor
+) -> tuple[Any, ...]:
+    """Both scale caches and their strides, or what stands for them where there are none."""
+    if k_scales is None or v_scales is None:
+        return instead, instead, 0, 0, 0, 0, 0, 0
+    return k_scales, v_scales, *k_scales.stride(), *v_scales.stride()
 
 
 def unavailable(op: str, device: str) -> str | None:
@@ -85,6 +95,17 @@ def need_tensors(name: str, array: Any) -> None:
         )
 
 
+def tensors_of(pieces: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The memory of a job, which comes as NumPy arrays where it is on the host."""
+    found = []
+    for piece in pieces:
+        if isinstance(piece, np.ndarray):
+            # torch has no read-only tensors and warns; a source that may not be written is copied.
+            piece = torch.from_numpy(piece if piece.flags.writeable else piece.copy())
+        found.append(piece)
+    return found
+
+
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Launches go to the current device: make it the tensors' own."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -97,14 +118,6 @@ def padded_width(name: str, width: int) -> int:
             f"{name}: the Triton attention kernels take at most {MAX_HEAD_DIM} channels, given {width}"
         )
     return max(16, 1 << (width - 1).bit_length())
-
-
-def dot_in_float32(q: torch.Tensor, cache: torch.Tensor) -> bool:
-    """Whether operands are widened before a dot: for float32, for mixed dtypes, and where bf16 is wrong."""
-    if q.dtype != cache.dtype or q.dtype == torch.float32:
-        return True
-    # The interpreter multiplies the bit patterns of bfloat16 as if they were integers.
-    return INTERPRETED and q.dtype == torch.bfloat16
 
 
 def ids_are_checked(tensor: torch.Tensor) -> bool:

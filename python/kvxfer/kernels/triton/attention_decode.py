@@ -11,15 +11,16 @@ import triton.language as tl
 from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
-    dot_in_float32,
-    narrow,
     need_tensors,
     on_device_of,
     padded_width,
+    scale_arguments,
     soft_cap,
+    softmax_step,
 )
+from kvxfer.kernels.triton._numbers import as_operand, narrow, operand_dtype, widen
 
-__all__ = ["DEFAULT_SPLIT_SIZE", "paged_decode"]
+__all__ = ["DEFAULT_SPLIT_SIZE", "merge_splits", "paged_decode", "partial_sums"]
 
 # Fixed, so that a sequence's result depends neither on its batch nor on the machine; 32k tokens make 64.
 DEFAULT_SPLIT_SIZE = 512
@@ -34,6 +35,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     seq_lens,  # int32 [batch]
     partial,  # float32 [batch, num_q_heads, num_splits, head_dim_v]
     partial_lse,  # float32 [batch, num_q_heads, num_splits], base 2
+    k_scales,  # float32 [num_blocks, block_size, num_kv_heads] by strides; used if SCALED
+    v_scales,
     sm_scale,
     cap,
     window_left,
@@ -48,6 +51,12 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     stride_v_block,
     stride_v_token,
     stride_v_head,
+    stride_ks_block,
+    stride_ks_token,
+    stride_ks_head,
+    stride_vs_block,
+    stride_vs_token,
+    stride_vs_head,
     stride_table,
     stride_table_block,
     stride_len,
@@ -60,8 +69,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FOLD: tl.constexpr,  # sm_scale > 0 and no cap: see softmax_step
+    SCALED: tl.constexpr,
     WINDOW: tl.constexpr,
-    WIDEN: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -82,8 +93,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             mask=in_group[:, None] & (dk < WIDTH_K)[None, :],
             other=0.0,
         )
-        if WIDEN:
-            query = query.to(tl.float32)
+        query = as_operand(query, OPERAND)
+        if not SOFT_CAP:
+            sm_scale = sm_scale * LOG2E
+        if SCALED:
+            k_scales += kv_head.to(tl.int64) * stride_ks_head
+            v_scales += kv_head.to(tl.int64) * stride_vs_head
+        peak = tl.full([], 1e-30, tl.float32)
         k_base = k_cache + kv_head.to(tl.int64) * stride_k_head
         v_base = v_cache + kv_head.to(tl.int64) * stride_v_head
         table = block_table + batch * stride_table
@@ -111,19 +127,32 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                 mask=seen[:, None] & (dv < WIDTH_V)[None, :],
                 other=0.0,
             )
-            if WIDEN:
-                keys, values = keys.to(tl.float32), values.to(tl.float32)
-            logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * sm_scale
+            keys, values = widen(keys, OPERAND), widen(values, OPERAND)
+            logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+            if SCALED:
+                scales_at = k_scales + block * stride_ks_block + slot * stride_ks_token
+                logits = logits * tl.load(scales_at, mask=seen, other=0.0)[None, :]
+            if not FOLD:
+                logits = logits * sm_scale
             if SOFT_CAP:
-                logits = soft_cap(logits, cap)
-            logits = tl.where(seen[None, :], logits * LOG2E, float("-inf"))
-            raised = tl.maximum(highest, tl.max(logits, 1))
-            weights = tl.exp2(logits - raised[:, None])
-            fade = tl.exp2(highest - raised)
-            total = total * fade + tl.sum(weights, 1)
+                logits = soft_cap(logits, cap) * LOG2E
+            logits = tl.where(seen[None, :], logits, float("-inf"))
+            weights, fade, total, highest = softmax_step(logits, highest, total, sm_scale, FOLD)
+            if SCALED:
+                # Weights stay at most 1 whatever the scales are, since float16 ends at 65504 and at 6e-8.
+                v_scale = tl.load(
+                    v_scales + block * stride_vs_block + slot * stride_vs_token,
+                    mask=seen,
+                    other=0.0,
+                )
+                top = tl.maximum(peak, tl.max(tl.abs(v_scale), 0))
+                weights = weights * (v_scale / top)[None, :]
+                fade = fade * (peak / top)
+                peak = top
             sums = sums * fade[:, None]
-            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-            highest = raised
+            sums = tl.dot(narrow(weights, OPERAND), values, sums, input_precision="ieee")
+        if SCALED:
+            sums = sums * peak
         place = (batch * num_q_heads + head) * num_splits + split
         tl.store(
             partial + place[:, None] * WIDTH_V + dv[None, :],
@@ -190,6 +219,43 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse + batch * num_q_heads + head, tl.where(total == 0.0, float("-inf"), merged))
 
 
+def partial_sums(
+    q: torch.Tensor, width: int, block_table: torch.Tensor, block_size: int, split_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for one partial output and LSE per split. Their number follows from the table's width, which bounds
+    all lengths, so that a CUDA graph stays right when lengths change.
+    """
+    num_splits = max(1, triton.cdiv(block_table.shape[1] * block_size, split_size))
+    shape = (*q.shape[:2], num_splits)
+    partial = torch.empty((*shape, width), dtype=torch.float32, device=q.device)
+    return partial, torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def merge_splits(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    v_scale: float,
+    window_left: int,
+    sinks: torch.Tensor | None,
+    split_size: int,
+) -> None:
+    """The splits of each sequence and head into its output, in their order."""
+    batch, num_q_heads, num_splits, width = partial.shape
+    merge_splits_kernel[(batch, num_q_heads)](
+        partial, partial_lse, seq_lens, partial_lse if sinks is None else sinks,
+        out, partial_lse if lse is None else lse,
+        v_scale, window_left, split_size, num_splits, num_q_heads,
+        seq_lens.stride(0), *out.stride()[:2],
+        WIDTH_V=width, BLOCK_DV=triton.next_power_of_2(width), WINDOW=window_left >= 0,
+        HAS_SINKS=sinks is not None, HAS_LSE=lse is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
 def paged_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -205,12 +271,10 @@ def paged_decode(
     logits_soft_cap: float,
     sinks: torch.Tensor | None,
     split_size: int | None,
+    k_scale_cache: torch.Tensor | None = None,
+    v_scale_cache: torch.Tensor | None = None,
 ) -> None:
-    """See :func:`kvxfer.kernels.paged_decode`.
-
-    The grid follows from shapes alone (the table's width bounds the lengths), so that a CUDA graph of it
-    stays right when lengths change.
-    """
+    """See :func:`kvxfer.kernels.paged_decode`."""
     need_tensors("q", q)
     batch, num_q_heads, width_k = q.shape
     num_blocks, block_size, num_kv_heads, width_v = v_cache.shape
@@ -219,34 +283,27 @@ def paged_decode(
     if not batch:
         return
     split = DEFAULT_SPLIT_SIZE if split_size is None else split_size
-    num_splits = max(1, triton.cdiv(block_table.shape[1] * block_size, split))
     group = num_q_heads // num_kv_heads
     block_dk, block_dv = padded_width("q", width_k), padded_width("v_cache", width_v)
     wide = max(block_dk, block_dv) * q.element_size()
-    partial = torch.empty(
-        (batch, num_q_heads, num_splits, width_v), dtype=torch.float32, device=q.device
-    )
-    partial_lse = torch.empty(
-        (batch, num_q_heads, num_splits), dtype=torch.float32, device=q.device
-    )
+    partial, partial_lse = partial_sums(q, width_v, block_table, block_size, split)
+    num_splits = partial.shape[2]
+    scales = scale_arguments(k_scale_cache, v_scale_cache, q)
     with on_device_of(q):
         decode_kernel[(batch, num_kv_heads, num_splits)](
-            q, k_cache, v_cache, block_table, seq_lens, partial, partial_lse,
+            q, k_cache, v_cache, block_table, seq_lens, partial, partial_lse, *scales[:2],
             sm_scale, logits_soft_cap, window_left, split, num_splits, num_q_heads,
-            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *scales[2:],
             *block_table.stride(), seq_lens.stride(0),
             GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)),
             BLOCK_N=64 if wide <= 256 else 32, BLOCK_SIZE=block_size,
             WIDTH_K=width_k, WIDTH_V=width_v, BLOCK_DK=block_dk, BLOCK_DV=block_dv,
-            SOFT_CAP=logits_soft_cap > 0, WINDOW=window_left >= 0, WIDEN=dot_in_float32(q, k_cache),
+            SOFT_CAP=logits_soft_cap > 0, FOLD=sm_scale > 0 and logits_soft_cap == 0,
+            SCALED=k_scale_cache is not None, WINDOW=window_left >= 0,
+            OPERAND=operand_dtype(q, k_cache),
             num_warps=4, num_stages=3,
         )  # fmt: skip
-        merge_splits_kernel[(batch, num_q_heads)](
-            partial, partial_lse, seq_lens, partial_lse if sinks is None else sinks,
-            out, partial_lse if lse is None else lse,
-            v_scale, window_left, split, num_splits, num_q_heads,
-            seq_lens.stride(0), *out.stride()[:2],
-            WIDTH_V=width_v, BLOCK_DV=block_dv, WINDOW=window_left >= 0,
-            HAS_SINKS=sinks is not None, HAS_LSE=lse is not None,
-            num_warps=4,
+        merge_splits(
+            partial, partial_lse, seq_lens, out, lse,
+            v_scale=v_scale, window_left=window_left, sinks=sinks, split_size=split,
         )  # fmt: skip

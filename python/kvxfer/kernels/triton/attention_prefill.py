@@ -3,12 +3,12 @@
 """paged_prefill: runs of new tokens over paged keys; one program per tile of rows and query head.
 
 Keys come in three stretches: tiles that the window cuts, tiles that every row sees whole (no mask at all),
-tiles that the diagonal or the length cuts. Plain tile loads; Triton emits wgmma from 64 rows on.
+tiles that the diagonal or the length cuts. Plain tile loads; Triton emits wgmma from 64 rows on. Where sequences
+bring fewer rows than a tile has, the heads of a GQA group share a tile, as rows of it. 8-bit caches become float16
+after the load (``_numbers.operand_dtype``). Tiles come from ``_tiles``, which can also be told to measure.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,41 +17,17 @@ import triton.language as tl
 from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
-    dot_in_float32,
-    narrow,
     need_tensors,
     on_device_of,
     padded_width,
+    scale_arguments,
     soft_cap,
+    softmax_step,
 )
+from kvxfer.kernels.triton._numbers import as_operand, narrow, operand_dtype, widen
+from kvxfer.kernels.triton._tiles import PrefillShape, PrefillTile, prefill_tile
 
-__all__ = ["PrefillConfig", "paged_prefill", "prefill_config"]
-
-
-@dataclass(frozen=True)
-class PrefillConfig:
-    """Tile of one program, and how Triton shall compile it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def prefill_config(head_dim: int, rows_per_sequence: int, *, wide: bool) -> PrefillConfig:
-    """Tiles that fit Hopper's registers without spilling (compiled for sm_90 and looked at; see the tests).
-
-    Three stages, because the block ids are an indirection that the pipeliner counts as one: with two they
-    would be plain loads in the critical path.
-    """
-    if wide:  # float32 dots have no tensor core path that keeps float32's precision
-        return PrefillConfig(32, 32, 4, 2)
-    short = rows_per_sequence <= 64
-    if head_dim > 128:
-        return PrefillConfig(64, 32, 8, 3) if short else PrefillConfig(128, 32, 8, 3)
-    if short:
-        return PrefillConfig(64, 64, 4, 3)
-    return PrefillConfig(128, 64, 8, 3) if head_dim > 64 else PrefillConfig(128, 128, 8, 3)
+__all__ = ["paged_prefill", "prefill_shape", "run_prefill"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -59,6 +35,7 @@ def _attend(  # type: ignore[no-untyped-def]
     sums,
     total,
     highest,
+    peak,
     query,
     position,
     begin,
@@ -66,6 +43,8 @@ def _attend(  # type: ignore[no-untyped-def]
     length,
     k_base,
     v_base,
+    k_scales,
+    v_scales,
     table,
     sm_scale,
     cap,
@@ -74,12 +53,18 @@ def _attend(  # type: ignore[no-untyped-def]
     stride_k_token,
     stride_v_block,
     stride_v_token,
+    stride_ks_block,
+    stride_ks_token,
+    stride_vs_block,
+    stride_vs_token,
     stride_table_block,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
-    WIDEN: tl.constexpr,
+    FOLD: tl.constexpr,
+    SCALED: tl.constexpr,
+    OPERAND: tl.constexpr,
     SCALAR_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -101,19 +86,15 @@ def _attend(  # type: ignore[no-untyped-def]
             # A tile lies in one block: one id, and rows at a constant distance.
             block = tl.load(table + (start // BLOCK_SIZE) * stride_table_block).to(tl.int64)
             slot = (start % BLOCK_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
-            k_rows = k_base + block * stride_k_block + slot * stride_k_token
-            v_rows = v_base + block * stride_v_block + slot * stride_v_token
         else:
             ids = table + (key // BLOCK_SIZE) * stride_table_block
             if MASKED:
-                blocks = tl.load(ids, mask=valid, other=0).to(tl.int64)
+                block = tl.load(ids, mask=valid, other=0).to(tl.int64)
             else:
-                blocks = tl.load(ids).to(tl.int64)
+                block = tl.load(ids).to(tl.int64)
             slot = (key % BLOCK_SIZE).to(tl.int64)
-            k_rows = k_base + blocks * stride_k_block + slot * stride_k_token
-            v_rows = v_base + blocks * stride_v_block + slot * stride_v_token
-        k_at = k_rows[:, None] + dk[None, :]
-        v_at = v_rows[:, None] + dv[None, :]
+        k_at = (k_base + block * stride_k_block + slot * stride_k_token)[:, None] + dk[None, :]
+        v_at = (v_base + block * stride_v_block + slot * stride_v_token)[:, None] + dv[None, :]
         # Rows past the length must be zeros, not what memory holds: 0 * NaN is NaN.
         if MASKED:
             keys = tl.load(k_at, mask=valid[:, None] & (dk < WIDTH_K)[None, :], other=0.0)
@@ -127,12 +108,15 @@ def _attend(  # type: ignore[no-untyped-def]
                 values = tl.load(v_at)
             else:
                 values = tl.load(v_at, mask=(dv < WIDTH_V)[None, :], other=0.0)
-        if WIDEN:
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
-        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * sm_scale
+        keys, values = widen(keys, OPERAND), widen(values, OPERAND)
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        if SCALED:
+            scales_at = k_scales + block * stride_ks_block + slot * stride_ks_token
+            logits = logits * tl.load(scales_at, mask=valid, other=0.0)[None, :]
+        if not FOLD:
+            logits = logits * sm_scale
         if SOFT_CAP:
-            logits = soft_cap(logits, cap)
-        logits = logits * LOG2E
+            logits = soft_cap(logits, cap) * LOG2E
         if MASKED:
             seen = valid[None, :]
             if CAUSAL:
@@ -140,14 +124,19 @@ def _attend(  # type: ignore[no-untyped-def]
             if WINDOW:
                 seen = seen & (key[None, :] >= position[:, None] - window_left)
             logits = tl.where(seen, logits, float("-inf"))
-        raised = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - raised[:, None])
-        fade = tl.exp2(highest - raised)
-        total = total * fade + tl.sum(weights, 1)
+        weights, fade, total, highest = softmax_step(logits, highest, total, sm_scale, FOLD)
+        if SCALED:
+            # Weights stay at most 1 whatever the scales are, since float16 ends at 65504 and at 6e-8.
+            v_scale = tl.load(
+                v_scales + block * stride_vs_block + slot * stride_vs_token, mask=valid, other=0.0
+            )
+            top = tl.maximum(peak, tl.max(tl.abs(v_scale), 0))
+            weights = weights * (v_scale / top)[None, :]
+            fade = fade * (peak / top)
+            peak = top
         sums = sums * fade[:, None]
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-        highest = raised
-    return sums, total, highest
+        sums = tl.dot(narrow(weights, OPERAND), values, sums, input_precision="ieee")
+    return sums, total, highest, peak
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -161,6 +150,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     sinks,  # float32 [num_q_heads]
     out,  # [num_tokens, num_q_heads, head_dim_v]
     lse,  # float32 [num_tokens, num_q_heads], natural logarithm
+    k_scales,  # float32 [num_blocks, block_size, num_kv_heads] by strides; used if SCALED
+    v_scales,
     sm_scale,
     v_scale,
     cap,
@@ -175,11 +166,18 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     stride_v_block,
     stride_v_token,
     stride_v_head,
+    stride_ks_block,
+    stride_ks_token,
+    stride_ks_head,
+    stride_vs_block,
+    stride_vs_token,
+    stride_vs_head,
     stride_table,
     stride_table_block,
     stride_out_token,
     stride_out_head,
     GROUP: tl.constexpr,
+    PACK: tl.constexpr,  # heads that share a tile: GROUP, or 1
     BLOCK_B: tl.constexpr,  # batch padded to a power of two
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,46 +189,53 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FOLD: tl.constexpr,  # sm_scale > 0 and no cap: see softmax_step
+    SCALED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    OPERAND: tl.constexpr,
     SCALAR_BLOCK: tl.constexpr,
 ):
     # Which sequence and which of its tiles: every program looks at all lengths, so that the grid needs
     # only the number of tokens and no length ever travels to the host.
-    sequences = tl.arange(0, BLOCK_B)
-    first_rows = tl.load(cu_seqlens_q + sequences, mask=sequences < batch, other=0)
-    end_rows = tl.load(cu_seqlens_q + sequences + 1, mask=sequences < batch, other=0)
-    tiles = (end_rows - first_rows + BLOCK_M - 1) // BLOCK_M
-    tile_ends = tl.cumsum(tiles, 0)
     tile = tl.program_id(0)
-    sequence = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+    index = tl.arange(0, BLOCK_B)
+    starts = tl.load(cu_seqlens_q + index, mask=index < batch, other=0)
+    ends = tl.load(cu_seqlens_q + index + 1, mask=index < batch, other=0)
+    tiles = tl.cdiv((ends - starts) * PACK, BLOCK_M)
+    tiles_until = tl.cumsum(tiles, 0)
+    sequence = tl.sum((tiles_until <= tile).to(tl.int32), 0)
     if sequence < batch:
-        sequence_end = tl.sum(tl.where(sequences == sequence, tile_ends, 0), 0)
-        first_row = tl.load(cu_seqlens_q + sequence)
-        num_rows = tl.load(cu_seqlens_q + sequence + 1) - first_row
+        start = tl.load(cu_seqlens_q + sequence)
+        num_rows = tl.load(cu_seqlens_q + sequence + 1) - start
         length = tl.load(seq_lens + sequence)
-        # The last tiles have the most keys: they start first.
-        first = (sequence_end - 1 - tile) * BLOCK_M
-        row = first + tl.arange(0, BLOCK_M)
-        inside = row < num_rows
+        # Longest tiles first, so that no long one starts when all others are done.
+        tile_in_sequence = tl.sum(tl.where(index == sequence, tiles_until, 0), 0) - 1 - tile
+        first = tile_in_sequence * BLOCK_M
+        at = first + tl.arange(0, BLOCK_M)
+        inside = at < num_rows * PACK
+        row = at // PACK
         position = length - num_rows + row
-        head = tl.program_id(1)
+        head = tl.program_id(1) * PACK + at % PACK
+        token = (start + row).to(tl.int64)
         dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
-        token = (first_row + row).to(tl.int64)
         query = tl.load(
-            q + token[:, None] * stride_q_token + head.to(tl.int64) * stride_q_head + dk[None, :],
+            q + (token * stride_q_token + head.to(tl.int64) * stride_q_head)[:, None] + dk[None, :],
             mask=inside[:, None] & (dk < WIDTH_K)[None, :],
             other=0.0,
         )
-        if WIDEN:
-            query = query.to(tl.float32)
-        kv_head = (head // GROUP).to(tl.int64)
+        query = as_operand(query, OPERAND)
+        kv_head = (tl.program_id(1) * PACK // GROUP).to(tl.int64)
         k_base = k_cache + kv_head * stride_k_head
         v_base = v_cache + kv_head * stride_v_head
+        if SCALED:
+            k_scales += kv_head * stride_ks_head
+            v_scales += kv_head * stride_vs_head
         table = block_table + sequence.to(tl.int64) * stride_table
-        lowest = length - num_rows + first
-        uppermost = length - num_rows + tl.minimum(first + BLOCK_M, num_rows) - 1
+        if not SOFT_CAP:
+            sm_scale = sm_scale * LOG2E
+        lowest = length - num_rows + first // PACK
+        uppermost = length - num_rows + (tl.minimum(first + BLOCK_M, num_rows * PACK) - 1) // PACK
         # Keys of [whole_begin, whole_end) are seen by every row; both ends and all between are tile ends.
         end = tl.cdiv(length, BLOCK_N) * BLOCK_N
         whole_end = length // BLOCK_N * BLOCK_N
@@ -247,23 +252,30 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         highest = tl.full([BLOCK_M], -1e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         sums = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        peak = tl.full([], 1e-30, tl.float32)
         if WINDOW:
-            sums, total, highest = _attend(
-                sums, total, highest, query, position, begin, whole_begin, length, k_base, v_base, table,
-                sm_scale, cap, window_left, stride_k_block, stride_k_token, stride_v_block, stride_v_token,
-                stride_table_block, True, CAUSAL, WINDOW, SOFT_CAP, WIDEN, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
+            sums, total, highest, peak = _attend(
+                sums, total, highest, peak, query, position, begin, whole_begin, length,
+                k_base, v_base, k_scales, v_scales, table, sm_scale, cap, window_left,
+                stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                stride_ks_block, stride_ks_token, stride_vs_block, stride_vs_token, stride_table_block,
+                True, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
                 WIDTH_K, WIDTH_V, BLOCK_DK, BLOCK_DV,
             )  # fmt: skip
-        sums, total, highest = _attend(
-            sums, total, highest, query, position, whole_begin, whole_end, length, k_base, v_base, table,
-            sm_scale, cap, window_left, stride_k_block, stride_k_token, stride_v_block, stride_v_token,
-            stride_table_block, False, CAUSAL, WINDOW, SOFT_CAP, WIDEN, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
+        sums, total, highest, peak = _attend(
+            sums, total, highest, peak, query, position, whole_begin, whole_end, length,
+            k_base, v_base, k_scales, v_scales, table, sm_scale, cap, window_left,
+            stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+            stride_ks_block, stride_ks_token, stride_vs_block, stride_vs_token, stride_table_block,
+            False, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
             WIDTH_K, WIDTH_V, BLOCK_DK, BLOCK_DV,
         )  # fmt: skip
-        sums, total, highest = _attend(
-            sums, total, highest, query, position, whole_end, end, length, k_base, v_base, table,
-            sm_scale, cap, window_left, stride_k_block, stride_k_token, stride_v_block, stride_v_token,
-            stride_table_block, True, CAUSAL, WINDOW, SOFT_CAP, WIDEN, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
+        sums, total, highest, peak = _attend(
+            sums, total, highest, peak, query, position, whole_end, end, length,
+            k_base, v_base, k_scales, v_scales, table, sm_scale, cap, window_left,
+            stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+            stride_ks_block, stride_ks_token, stride_vs_block, stride_vs_token, stride_table_block,
+            True, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
             WIDTH_K, WIDTH_V, BLOCK_DK, BLOCK_DV,
         )  # fmt: skip
         if HAS_SINKS:
@@ -274,10 +286,12 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             total = total * fade + tl.exp2(sink - raised)
             highest = raised
         safe = tl.where(total == 0.0, 1.0, total)
+        if SCALED:
+            v_scale = v_scale * peak
         values = sums / safe[:, None] * v_scale
-        target = out + token[:, None] * stride_out_token + head.to(tl.int64) * stride_out_head
+        target = out + token * stride_out_token + head.to(tl.int64) * stride_out_head
         tl.store(
-            target + dv[None, :],
+            target[:, None] + dv[None, :],
             narrow(values, out.dtype.element_ty),
             mask=inside[:, None] & (dv < WIDTH_V)[None, :],
         )
@@ -303,13 +317,13 @@ def paged_prefill(
     window_left: int,
     logits_soft_cap: float,
     sinks: torch.Tensor | None,
+    k_scale_cache: torch.Tensor | None = None,
+    v_scale_cache: torch.Tensor | None = None,
 ) -> None:
     """See :func:`kvxfer.kernels.paged_prefill`."""
     need_tensors("q", q)
-    num_tokens, num_q_heads, width_k = q.shape
-    num_blocks, block_size, num_kv_heads, width_v = v_cache.shape
-    batch = seq_lens.shape[0]
-    if not num_tokens or not batch:
+    num_blocks, block_size = k_cache.shape[:2]
+    if not q.shape[0] or not seq_lens.shape[0]:
         return
     cu_seqlens_q, seq_lens = cu_seqlens_q.contiguous(), seq_lens.contiguous()
     rows = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
@@ -318,23 +332,76 @@ def paged_prefill(
     check_block_table(
         block_table, first_keys, torch.where(rows > 0, seq_lens, 0), num_blocks, block_size
     )
-    block_dk, block_dv = padded_width("q", width_k), padded_width("v_cache", width_v)
-    wide = dot_in_float32(q, k_cache)
-    config = prefill_config(max(block_dk, block_dv), num_tokens // batch, wide=wide)
+    tile = prefill_tile(prefill_shape(q, k_cache, v_cache, seq_lens.shape[0]))
+    run_prefill(
+        tile, q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens, out, lse,
+        causal=causal, sm_scale=sm_scale, v_scale=v_scale, window_left=window_left,
+        logits_soft_cap=logits_soft_cap, sinks=sinks,
+        k_scale_cache=k_scale_cache, v_scale_cache=v_scale_cache,
+    )  # fmt: skip
+
+
+def prefill_shape(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: int
+) -> PrefillShape:
+    """What the choice of a tile looks at. Lengths are on the device, so rows count by their mean."""
+    return PrefillShape(
+        head_dim=max(
+            padded_width("q", q.shape[2]),
+            padded_width("v_cache", v_cache.shape[3]),
+        ),
+        rows=q.shape[0] // batch,
+        group=q.shape[1] // k_cache.shape[2],
+        block_size=k_cache.shape[1],
+        cache_bits=8 * k_cache.element_size(),
+        wide=operand_dtype(q, k_cache) == tl.float32,
+    )
+
+
+def run_prefill(
+    tile: PrefillTile,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    causal: bool,
+    sm_scale: float,
+    v_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: torch.Tensor | None,
+    k_scale_cache: torch.Tensor | None = None,
+    v_scale_cache: torch.Tensor | None = None,
+) -> None:
+    """One launch with this tile."""
+    num_tokens, num_q_heads, width_k = q.shape
+    _, block_size, num_kv_heads, width_v = v_cache.shape
+    batch = seq_lens.shape[0]
+    group = num_q_heads // num_kv_heads
+    pack = group if tile.packs_heads else 1
+    scales = scale_arguments(k_scale_cache, v_scale_cache, q)
     # Each sequence rounds its tiles up, by less than one.
-    num_tiles = num_tokens // config.block_m + batch
+    num_tiles = num_tokens * pack // tile.block_m + batch
     with on_device_of(q):
-        prefill_kernel[(num_tiles, num_q_heads)](
+        prefill_kernel[(num_tiles, num_q_heads // pack)](
             q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens,
             q if sinks is None else sinks, out, q if lse is None else lse,
+            *scales[:2],
             sm_scale, v_scale, logits_soft_cap, window_left, batch, num_q_heads,
-            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *scales[2:],
             *block_table.stride(), *out.stride()[:2],
-            GROUP=num_q_heads // num_kv_heads, BLOCK_B=triton.next_power_of_2(batch),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_SIZE=block_size,
-            WIDTH_K=width_k, WIDTH_V=width_v, BLOCK_DK=block_dk, BLOCK_DV=block_dv,
+            GROUP=group, PACK=pack, BLOCK_B=triton.next_power_of_2(batch),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=block_size,
+            WIDTH_K=width_k, WIDTH_V=width_v,
+            BLOCK_DK=padded_width("q", width_k), BLOCK_DV=padded_width("v_cache", width_v),
             CAUSAL=causal, WINDOW=window_left >= 0, SOFT_CAP=logits_soft_cap > 0,
-            HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, WIDEN=wide,
-            SCALAR_BLOCK=block_size % config.block_n == 0,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            FOLD=sm_scale > 0 and logits_soft_cap == 0, SCALED=k_scale_cache is not None,
+            HAS_SINKS=sinks is not None, HAS_LSE=lse is not None,
+            OPERAND=operand_dtype(q, k_cache), SCALAR_BLOCK=block_size % tile.block_n == 0,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -17,11 +17,11 @@ import triton.language as tl
 
 from kvxfer.kernels._copy_job import CopyJob, PartCopy
 from kvxfer.kernels._sides import ITEMSIZE
-from kvxfer.kernels.triton._common import narrow, on_device_of
+from kvxfer.kernels.triton._common import on_device_of, tensors_of
+from kvxfer.kernels.triton._numbers import TRITON_DTYPES, narrow, widen
 
 __all__ = ["copy_blocks"]
 
-_FLOATS = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16}
 _UNITS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 _CTAS_PER_SM = 8
 
@@ -30,6 +30,7 @@ _CTAS_PER_SM = 8
 def copy_kernel(  # type: ignore[no-untyped-def]
     bases,  # int64 [num_bases, 2]: addresses of (source, destination), one pair per layer
     segments,  # int64 [num_segments, 5]: source block, slot, destination block, slot, tokens
+    factors,  # float32 [num_bases, num_heads, 2], if SCALED: written = read * first / second
     num_segments,
     num_tiles,  # num_bases * num_segments
     num_heads,
@@ -45,6 +46,7 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     SRC: tl.constexpr,
     DST: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts at a multiple of 16 bytes on both sides
+    SCALED: tl.constexpr,
     HEADS_INSIDE: tl.constexpr,  # walk a token's heads before the next token: as the destination lies
 ):
     column = tl.arange(0, BLOCK_C)
@@ -69,30 +71,27 @@ def copy_kernel(  # type: ignore[no-untyped-def]
             if ALIGNED:
                 # Addresses out of a table tell the compiler nothing; with this, accesses are 16 bytes.
                 source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
+            if SCALED:
+                pair = factors + ((tile // num_segments).to(tl.int64) * num_heads + head) * 2
+                times = tl.load(pair, mask=inside, other=1.0)
+                over = tl.load(pair + 1, mask=inside, other=1.0)
             for start in range(0, WIDTH, BLOCK_C):
                 at = start + column
                 mask = inside[:, None] & (at < WIDTH)[None, :]
                 values = tl.load(source[:, None] + at[None, :], mask=mask)
+                if SCALED:
+                    # Rounded once each, as the reference: true division, no reciprocal.
+                    values = tl.div_rn(widen(values, tl.float32) * times[:, None], over[:, None])
                 tl.store(target[:, None] + at[None, :], narrow(values, DST), mask=mask)
 
 
 def copy_blocks(job: CopyJob) -> None:
     """See :func:`kvxfer.kernels.copy_blocks`; the job is resolved and checked."""
-    src, dst = _tensors(job.src_pieces), _tensors(job.dst_pieces)
+    src, dst = tensors_of(job.src_pieces), tensors_of(job.dst_pieces)
     segments = torch.from_numpy(job.segments).to(dst[0].device)
     with on_device_of(dst[0]):
         for part in job.parts:
             _copy_part(job, part, src, dst, segments)
-
-
-def _tensors(pieces: tuple[Any, ...]) -> list[torch.Tensor]:
-    found = []
-    for piece in pieces:
-        if isinstance(piece, np.ndarray):
-            # torch has no read-only tensors and warns; a source that may not be written is copied.
-            piece = torch.from_numpy(piece if piece.flags.writeable else piece.copy())
-        found.append(piece)
-    return found
 
 
 def _copy_part(
@@ -111,8 +110,8 @@ def _copy_part(
     )
     src_unit, dst_unit = ITEMSIZE[part.src_dtype], ITEMSIZE[part.dst_dtype]
     width = part.width
-    types = (_FLOATS.get(part.src_dtype), _FLOATS.get(part.dst_dtype))
-    if part.src_dtype == part.dst_dtype:
+    types = (TRITON_DTYPES.get(part.src_dtype), TRITON_DTYPES.get(part.dst_dtype))
+    if not part.converts:
         src_unit = dst_unit = _unit(part, src_unit, addresses)
         types = (_UNITS[src_unit], _UNITS[src_unit])
         width = part.width * ITEMSIZE[part.src_dtype] // src_unit
@@ -121,6 +120,7 @@ def _copy_part(
     copy_kernel[(_programs(job, num_tiles, dst[0]),)](
         torch.from_numpy(addresses).to(dst[0].device),
         segments,
+        segments if part.factors is None else torch.from_numpy(part.factors).to(dst[0].device),
         len(segments),
         num_tiles,
         job.num_heads,
@@ -132,6 +132,7 @@ def _copy_part(
         SRC=types[0],
         DST=types[1],
         ALIGNED=_row_alignment(part, addresses) == 16,
+        SCALED=part.factors is not None,
         HEADS_INSIDE=part.dst_strides[2] <= part.dst_strides[1],
         num_warps=8,
     )

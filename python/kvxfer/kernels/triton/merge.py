@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvxfer.kernels.triton._common import narrow, need_tensors, on_device_of
+from kvxfer.kernels.triton._common import need_tensors, on_device_of
+from kvxfer.kernels.triton._numbers import narrow
 
 __all__ = ["merge_states"]
 

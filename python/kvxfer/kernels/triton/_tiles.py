@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile a prefill takes: a table for Hopper, and what ``tune_prefill`` has measured in this process.
+
+Nothing is ever measured on the way of a call: a call looks its shape up, so a CUDA graph captures what a plain call
+runs, and results change only when someone tunes (another tile sums in another order).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PrefillShape", "PrefillTile", "prefill_candidates", "prefill_tile", "remember"]
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """Tile of one program, and how Triton shall compile it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    packs_heads: bool = False  # the heads of a GQA group are rows of one tile
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """What the choice of a tile looks at."""
+
+    head_dim: int  # the wider one of K and V, padded to a power of two
+    rows: int  # per sequence, on average
+    group: int  # query heads per KV head
+    block_size: int
+    cache_bits: int
+    wide: bool  # dots in float32
+
+    @property
+    def key(self) -> PrefillShape:
+        """Shapes of one key share a measurement: rows to the next power of two, up to 4096."""
+        rows = min(1 << max(0, self.rows - 1).bit_length(), 4096)
+        return PrefillShape(
+            self.head_dim, rows, self.group, self.block_size, self.cache_bits, self.wide
+        )
+
+
+_measured: dict[PrefillShape, PrefillTile] = {}
+
+
+def prefill_candidates(shape: PrefillShape) -> tuple[PrefillTile, ...]:
+    """Tiles that fit Hopper's registers without spilling (compiled for sm_90 and looked at; see the tests).
+
+    The first is the default. Three stages, because the block ids are an indirection that the pipeliner counts as
+    one: with two they would be plain loads in the critical path.
+    """
+    if shape.wide:  # float32 dots have no tensor core path that keeps float32's precision
+        return (PrefillTile(32, 32, 4, 2),)
+    # Fewer rows than a tile has would leave most of it empty: then the heads of a group share one.
+    packs = shape.group > 1 and shape.rows < 64
+    short = packs or shape.rows <= 64
+    if shape.head_dim > 128:
+        small = PrefillTile(64, 32, 8, 3, packs)
+        large = PrefillTile(128, 32, 8, 3, packs)
+        return (small,) if short else (large, small)
+    small = PrefillTile(64, 64, 4, 3, packs)
+    if short:
+        return small, PrefillTile(128, 64, 8, 3, packs)
+    usual, large = PrefillTile(128, 64, 8, 3), PrefillTile(128, 128, 8, 3)
+    return (usual, small, large) if shape.head_dim > 64 else (large, usual, small)
+
+
+def prefill_tile(shape: PrefillShape) -> PrefillTile:
+    """The tile for a shape: the measured one where ``tune_prefill`` was asked, else the table's."""
+    return _measured.get(shape.key) or prefill_candidates(shape)[0]
+
+
+def remember(shape: PrefillShape, tile: PrefillTile | None) -> None:
+    """Take this tile from now on; None: the table's again."""
+    if tile is None:
+        _measured.pop(shape.key, None)
+    else:
+        _measured[shape.key] = tile
