@@ -6,6 +6,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -63,10 +65,11 @@ struct CopyPart {
   int32_t width;
 };
 
-void copy_rows(const std::vector<CopyPart>& parts, uintptr_t bases, int32_t num_layers,
-               uintptr_t segments, int64_t num_segments, int32_t num_heads, int32_t access,
-               int32_t max_ctas, bool convert, int from, int to, uintptr_t scales,
-               uintptr_t stream) {
+// tables: bases int64, segments int64 and, where the copy is scaled, scales float32, one behind the
+// other; at: their address on the device, or 0: they travel with the launch.
+void copy_rows(const std::vector<CopyPart>& parts, const py::bytes& tables, uintptr_t at,
+               int32_t num_layers, int64_t num_segments, int32_t num_heads, int32_t access,
+               int32_t max_ctas, bool convert, bool scaled, int from, int to, uintptr_t stream) {
   if (parts.size() > cuda::kMaxParts) {
     kvxfer::fail(Code::kInvalidArgument, "parts: expected at most ", cuda::kMaxParts, ", given ",
                  parts.size());
@@ -75,8 +78,6 @@ void copy_rows(const std::vector<CopyPart>& parts, uintptr_t bases, int32_t num_
   for (size_t i = 0; i < parts.size(); ++i) {
     p.part[i] = {strides_of(parts[i].src), strides_of(parts[i].dst), parts[i].width};
   }
-  p.bases = pointer<int64_t>(bases);
-  p.segments = pointer<int64_t>(segments);
   p.num_parts = static_cast<int32_t>(parts.size());
   p.num_layers = num_layers;
   p.num_heads = num_heads;
@@ -84,9 +85,23 @@ void copy_rows(const std::vector<CopyPart>& parts, uintptr_t bases, int32_t num_
   p.access = access;
   p.max_ctas = max_ctas;
   p.convert = convert;
-  p.scales = pointer<float>(scales);
+  p.scaled = scaled;
   p.from = static_cast<Element>(from);
   p.to = static_cast<Element>(to);
+  const std::string_view content = tables;
+  const size_t expected =
+      static_cast<size_t>(num_segments) * 5 * sizeof(int64_t) +
+      parts.size() * static_cast<size_t>(num_layers) *
+          (2 * sizeof(int64_t) + (scaled ? static_cast<size_t>(num_heads) * 2 * sizeof(float) : 0));
+  if (content.size() != expected || (at == 0 && expected > cuda::kInlineTables)) {
+    kvxfer::fail(Code::kInvalidArgument, "tables: expected ", expected, " bytes, at most ",
+                 cuda::kInlineTables, " where they are not on the device, given ", content.size());
+  }
+  if (at != 0) {
+    cuda::place_tables(p, pointer<void>(at));
+  } else {
+    std::memcpy(p.tables, content.data(), content.size());
+  }
   cuda::copy_rows(p, pointer<CUstream_st>(stream));
 }
 
@@ -241,10 +256,11 @@ PYBIND11_MODULE(_kernels_cuda, m) {
   m.def("append_kv", &append_kv, py::arg("key"), py::arg("value"), py::kw_only(), py::arg("slots"),
         py::arg("num_tokens"), py::arg("num_kv_heads"), py::arg("block_size"),
         py::arg("from_dtype"), py::arg("to_dtype"), py::arg("stream"));
-  m.def("copy_rows", &copy_rows, py::arg("parts"), py::kw_only(), py::arg("bases"),
-        py::arg("num_layers"), py::arg("segments"), py::arg("num_segments"), py::arg("num_heads"),
-        py::arg("access"), py::arg("max_ctas"), py::arg("convert"), py::arg("from_dtype"),
-        py::arg("to_dtype"), py::arg("scales"), py::arg("stream"));
+  m.def("copy_rows", &copy_rows, py::arg("parts"), py::kw_only(), py::arg("tables"), py::arg("at"),
+        py::arg("num_layers"), py::arg("num_segments"), py::arg("num_heads"), py::arg("access"),
+        py::arg("max_ctas"), py::arg("convert"), py::arg("scaled"), py::arg("from_dtype"),
+        py::arg("to_dtype"), py::arg("stream"));
+  m.attr("INLINE_TABLES") = cuda::kInlineTables;
   m.def("checksum_blocks", &checksum_blocks, py::arg("parts"), py::kw_only(), py::arg("bases"),
         py::arg("layers"), py::arg("num_layers"), py::arg("segments"), py::arg("num_segments"),
         py::arg("first_head"), py::arg("num_heads"), py::arg("sums"), py::arg("stream"));

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 MAX_PARTS: int
 DECODE_TILE: int
+INLINE_TABLES: int  # bytes
 
 class AppendPart:
     def __init__(
@@ -36,17 +37,17 @@ def append_kv(
 def copy_rows(
     parts: Sequence[CopyPart],
     *,
-    bases: int,
+    tables: bytes,
+    at: int,
     num_layers: int,
-    segments: int,
     num_segments: int,
     num_heads: int,
     access: int,
     max_ctas: int,
     convert: bool,
+    scaled: bool,
     from_dtype: int,
     to_dtype: int,
-    scales: int,
     stream: int,
 ) -> None: ...
 

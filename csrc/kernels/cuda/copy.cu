@@ -63,6 +63,12 @@ void copy_rows(const Copy& p, cudaStream_t stream) {
   }
 }
 
+void place_tables(Copy& p, const void* at) {
+  p.bases = static_cast<const int64_t*>(at);
+  p.segments = p.bases + int64_t{p.num_parts} * p.num_layers * 2;
+  p.scales = p.scaled ? reinterpret_cast<const float*>(p.segments + p.num_segments * 5) : nullptr;
+}
+
 uint64_t capture_id(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;

@@ -9,37 +9,58 @@
 
 namespace kvxfer::kernels::cuda {
 
-// kCount elements per step: 8 where rows and accesses allow it, else 1.
+// How many elements one thread takes at once: 16 bytes of the source where rows and accesses allow
+// it, else 1.
+template <class From>
+inline constexpr int kWidest = 16 / static_cast<int>(sizeof(From));
+
 template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kCopyThreads) copy_converted(const __grid_constant__ Copy p) {
+  constexpr int kInFlight = kCount == 1 ? 1 : 4;  // loads of a thread before its first store
   for (int64_t index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
     const CopyTile tile = locate(p, index);
     RowWalk walk(p.num_heads, tile.part->width / kCount, threadIdx.x, kCopyThreads);
-    for (; walk.token < tile.tokens; walk.advance()) {
-      Elements<From, kCount> from;
-      Elements<To, kCount> to;
-      from.load(tile.src + walk.offset(tile.part->src, from.kBytes));
-      float scale = 1, divisor = 1;
-      if (p.scales) {
-        scale = tile.scales[walk.head * 2];
-        divisor = tile.scales[walk.head * 2 + 1];
+    while (walk.token < tile.tokens) {
+      Elements<From, kCount> from[kInFlight];
+      int64_t at[kInFlight];
+      int32_t head[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const bool inside = walk.token < tile.tokens;
+        at[i] = inside ? walk.offset(tile.part->dst, sizeof(To) * kCount) : -1;
+        head[i] = walk.head;
+        if (inside) from[i].load(tile.src + walk.offset(tile.part->src, sizeof(From) * kCount));
+        walk.advance();
       }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        // A true division, so that results equal those of engines bit for bit.
-        to.value[i] = narrow<To>(__fdiv_rn(__fmul_rn(widen(from.value[i]), scale), divisor));
+      for (int i = 0; i < kInFlight; ++i) {
+        if (at[i] < 0) continue;
+        Elements<To, kCount> to;
+        if (p.scaled) {
+          const float scale = tile.scales[head[i] * 2];
+          const Quotient by(tile.scales[head[i] * 2 + 1], kNarrows<To>);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            to.value[j] = narrow<To>(by.of(__fmul_rn(widen(from[i].value[j]), scale)));
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) to.value[j] = narrow<To>(widen(from[i].value[j]));
+        }
+        to.store(tile.dst + at[i]);
       }
-      to.store(tile.dst + walk.offset(tile.part->dst, to.kBytes));
     }
   }
 }
 
-// May every row be walked in eights? p.access divides all addresses, strides and the source's row.
+// May every row be walked in the widest steps? p.access divides all addresses, strides and the
+// source's row.
 template <class From, class To>
-bool in_eights(const Copy& p) {
-  constexpr int kWidest = std::max(Elements<From, 8>::kAccess, Elements<To, 8>::kAccess);
-  bool whole = p.access % kWidest == 0;
-  for (int i = 0; i < p.num_parts; ++i) whole = whole && p.part[i].width % 8 == 0;
+bool in_widest_steps(const Copy& p) {
+  constexpr int kCount = kWidest<From>;
+  constexpr int kAccess = std::max(Elements<From, kCount>::kAccess, Elements<To, kCount>::kAccess);
+  bool whole = p.access % kAccess == 0;
+  for (int i = 0; i < p.num_parts; ++i) whole = whole && p.part[i].width % kCount == 0;
   return whole;
 }
 
@@ -48,8 +69,8 @@ void copy_converted_from(const Copy& p, int64_t ctas, cudaStream_t stream) {
   with_type(p.to, [&](auto to) {
     using To = decltype(to);
     if constexpr (!std::is_same_v<From, To> || std::is_same_v<From, E4m3>) {
-      const auto kernel =
-          in_eights<From, To>(p) ? &copy_converted<From, To, 8> : &copy_converted<From, To, 1>;
+      const auto kernel = in_widest_steps<From, To>(p) ? &copy_converted<From, To, kWidest<From>>
+                                                       : &copy_converted<From, To, 1>;
       launch("copy_blocks", kernel, ctas, kCopyThreads, 0, stream, p);
     } else {
       fail(Code::kInvalidArgument, "copy_blocks: scales apply to conversions and to fp8");

@@ -58,8 +58,8 @@ const char* decode_refuses(const Decode& p) {
   if (!on_16_bytes(p.k, p.k_strides) || !on_16_bytes(p.v, p.v_strides)) {
     return "the cuda kernel takes cache rows that begin at multiples of 16 bytes";
   }
-  if (reinterpret_cast<uintptr_t>(p.q) % 4 != 0 || p.q_batch % 2 != 0 || p.q_head % 2 != 0) {
-    return "the cuda kernel takes query rows that begin at multiples of 4 bytes";
+  if (reinterpret_cast<uintptr_t>(p.q) % 16 != 0 || p.q_batch % 8 != 0 || p.q_head % 8 != 0) {
+    return "the cuda kernel takes query rows that begin at multiples of 16 bytes";
   }
   return nullptr;
 }

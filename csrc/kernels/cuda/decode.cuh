@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // paged_decode: a thread block takes one split of one sequence's keys for one KV head, whose group
-// of query heads fills the 16 rows of a tensor-core product. Each warp loads, awaits and uses 16 of
-// a tile's 64 tokens by itself, so the loop holds no block-wide barrier. The last block of a
+// of query heads fills the 16 rows of a tensor-core product. Each warp loads, awaits and uses its
+// own quarter of a tile's tokens, so the loop holds no block-wide barrier. The last block of a
 // sequence and head to finish sums the splits in their order: bitwise repeatable.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace kvxfer::kernels::cuda {
 
 inline constexpr int kDecodeWarps = 4;
 inline constexpr int kDecodeThreads = kDecodeWarps * 32;
-inline constexpr int kDecodeRows = 16;  // query heads per block; tokens per warp and tile
+inline constexpr int kDecodeRows = 16;  // query heads per block; tokens of a group
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 // Stands for -inf in running maxima, as exp2(-inf - -inf) would be NaN.
@@ -36,9 +36,14 @@ struct DecodeShape {
   static constexpr bool kFp8 = sizeof(KV) == 1;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(KV));
   static constexpr int kChunks = kRowBytes / 16;
+  // Groups of 16 tokens that a warp has of a tile. Where rows are short, one group's chain of
+  // products, maximum and exponentials would leave the warp waiting for single results: two.
+  static constexpr int kGroups = kRowBytes <= 128 ? 2 : 1;
+  static constexpr int kTokens = kGroups * kDecodeRows;  // of a tile, per warp
+  static constexpr int kTile = kDecodeWarps * kTokens;   // tokens
   // More thread blocks on a processor beat more stages.
-  static constexpr int kStages = kDim == 256 ? (kFp8 ? 3 : 2) : kDim == 128 && !kFp8 ? 3 : 4;
-  static constexpr int kTileBytes = kDecodeTile * kRowBytes;  // of K, and of V
+  static constexpr int kStages = kRowBytes == 512 ? 2 : kRowBytes == 64 ? 4 : 3;
+  static constexpr int kTileBytes = kTile * kRowBytes;  // of K, and of V
   // 256 channels of queries and of sums are too many registers: the queries, which all warps share,
   // then lie behind the tiles, fragment by fragment.
   static constexpr bool kQueriesInShared = kDim == 256;
@@ -156,22 +161,27 @@ class DecodeBlock {
 
   __device__ void load_queries() {
     if constexpr (Shape::kQueriesInShared) {
-      for (int step = warp_; step < kDim / 16; step += kDecodeWarps) {
-        uint32_t a[4];
-        load_fragment(step, a);
-        *shared_fragment(step) = {a[0], a[1], a[2], a[3]};
+      for (int quad = warp_; quad < kDim / 64; quad += kDecodeWarps) {
+        uint32_t a[4][4];
+        load_fragments(quad, a);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          *shared_fragment(quad * 4 + i) = {a[i][0], a[i][1], a[i][2], a[i][3]};
+        }
       }
       __syncthreads();
     } else {
 #pragma unroll
-      for (int step = 0; step < kDim / 16; ++step) load_fragment(step, q_[step]);
+      for (int quad = 0; quad < kDim / 64; ++quad) {
+        load_fragments(quad, reinterpret_cast<uint32_t (&)[4][4]>(q_[quad * 4]));
+      }
     }
   }
 
   // All tiles of this split; fills o_, highest_, total_.
   __device__ void attend() {
-    const int first = w_.begin / kDecodeTile, last = (w_.end + kDecodeTile - 1) / kDecodeTile;
-    block_ = look_up(first);
+    const int first = w_.begin / Shape::kTile, last = (w_.end + Shape::kTile - 1) / Shape::kTile;
+    look_up(first);
 #pragma unroll
     for (int ahead = 0; ahead < Shape::kStages - 1; ++ahead) {
       if (first + ahead < last) issue(first + ahead, ahead);
@@ -185,8 +195,7 @@ class DecodeBlock {
       __syncwarp();
       if (tile + Shape::kStages - 1 < last) issue(tile + Shape::kStages - 1, free_stage);
       cp_async_commit();
-      const int token = first_token(tile);
-      if (any_wanted(token)) use(token, tile_memory(stage));
+      use(first_token(tile), tile_memory(stage));
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
       free_stage = free_stage + 1 == Shape::kStages ? 0 : free_stage + 1;
     }
@@ -256,63 +265,90 @@ class DecodeBlock {
     return *flag != 0;
   }
 
-  // Weights first, so that the loads of values depend on nothing and many are under way at once.
-  // The order of a sequence's sums follows from its length alone.
+  // Eight splits at a time, so that many loads are under way at once. The order of a sequence's
+  // sums follows from its length alone.
   __device__ void merge_splits() {
-    auto* maxima = reinterpret_cast<float*>(shared_memory());  // [row]
-    float* totals = maxima + kDecodeRows;                      // [row]
-    for (int row = warp_; row < w_.num_rows; row += kDecodeWarps) {
-      const float* lse = p_.partial_lse + part(row, 0);
-      float highest = kLowest, total = 0;
-      for (int split = w_.first_split + lane_; split < w_.last_split; split += 32) {
-        highest = fmaxf(highest, __ldcg(lse + split));
-      }
-      for (int mask = 16; mask > 0; mask /= 2) {
-        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
-      }
-      for (int split = w_.first_split + lane_; split < w_.last_split; split += 32) {
-        total += exp2_fast(__ldcg(lse + split) - highest);
-      }
-      for (int mask = 16; mask > 0; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
-      if (lane_ == 0) {
-        maxima[row] = highest;
-        totals[row] = total;
-      }
-    }
-    __syncthreads();
+    constexpr int kAtOnce = 8;
     for (int at = threadIdx.x; at < w_.num_rows * (kDim / 4); at += kDecodeThreads) {
       const int row = at / (kDim / 4), channel = at % (kDim / 4) * 4;
       const float* lse = p_.partial_lse + part(row, 0);
       const float* values = p_.partial + part(row, 0) * kDim + channel;
-      float4 sum = {0, 0, 0, 0};
-#pragma unroll 8
-      for (int split = w_.first_split; split < w_.last_split; ++split) {
-        const float weight = exp2_fast(__ldcg(lse + split) - maxima[row]);
-        const float4 value =
-            __ldcg(reinterpret_cast<const float4*>(values + int64_t{split} * kDim));
-        sum.x += value.x * weight;
-        sum.y += value.y * weight;
-        sum.z += value.z * weight;
-        sum.w += value.w * weight;
+      float highest = kLowest, total = 0, sum[4] = {};
+      for (int begin = w_.first_split; begin < w_.last_split; begin += kAtOnce) {
+        float one[kAtOnce];
+        float4 value[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int64_t split = min(begin + i, w_.last_split - 1);
+          one[i] = begin + i < w_.last_split ? __ldcg(lse + split) : -INFINITY;
+          value[i] = __ldcg(reinterpret_cast<const float4*>(values + split * kDim));
+        }
+        float raised = highest;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) raised = fmaxf(raised, one[i]);
+        const float fade = exp2_fast(highest - raised);
+        highest = raised;
+        total *= fade;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] *= fade;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const float weight = exp2_fast(one[i] - highest);
+          total += weight;
+          sum[0] += value[i].x * weight;
+          sum[1] += value[i].y * weight;
+          sum[2] += value[i].z * weight;
+          sum[3] += value[i].w * weight;
+        }
       }
-      const float all[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        finish_element(p_, w_, row, channel + i, maxima[row], totals[row], all[i]);
+        finish_element(p_, w_, row, channel + i, highest, total, sum[i]);
       }
     }
   }
 
  private:
-  __device__ void load_fragment(int step, uint32_t (&a)[4]) const {
+  // The queries' fragments of steps 4 * quad to 4 * quad + 3: 64 channels.
+  __device__ void load_fragments(int quad, uint32_t (&a)[4][4]) const {
 #pragma unroll
-    for (int reg = 0; reg < 4; ++reg) {
-      const int row = lane_ / 4 + (reg & 1) * 8;
-      // K's channels in fp8 come as 16 adjacent bytes per lane; queries follow that order.
-      const int channel = Shape::kFp8 ? step / 4 * 64 + lane_ % 4 * 16 + step % 4 * 4 + (reg & 2)
-                                      : step * 16 + lane_ % 4 * 2 + (reg & 2) * 4;
-      a[reg] = row < w_.num_rows ? query_pair(w_.first_head + row, channel) : 0;
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane_ / 4 + half * 8;
+      const bool inside = row < w_.num_rows;
+      const uint16_t* from = static_cast<const uint16_t*>(p_.q) + w_.sequence * p_.q_batch +
+                             (w_.first_head + row) * p_.q_head + quad * 64;
+      if constexpr (Shape::kFp8) {
+        // K's channels in fp8 come as 16 adjacent bytes per lane; queries follow that order.
+        uint32_t words[8] = {};
+        if (inside) {
+          const auto* wide = reinterpret_cast<const uint4*>(from + lane_ % 4 * 16);
+          const uint4 low = wide[0], high = wide[1];
+          const uint32_t given[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+          for (int i = 0; i < 8; ++i) words[i] = as_operand(given[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[i][half] = words[i * 2];
+          a[i][half + 2] = words[i * 2 + 1];
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto* pair = reinterpret_cast<const uint32_t*>(from + i * 16 + lane_ % 4 * 2);
+          a[i][half] = inside ? pair[0] : 0;
+          a[i][half + 2] = inside ? pair[4] : 0;
+        }
+      }
     }
+  }
+
+  // Two query channels in the dtype of the product; fp8 is multiplied in fp16.
+  __device__ uint32_t as_operand(uint32_t bits) const {
+    if (p_.q_type != Element::kBFloat16) return bits;
+    const float low = __uint_as_float(bits << 16), high = __uint_as_float(bits & 0xffff0000u);
+    return pack2<T>(fminf(fmaxf(low, -65504.0f), 65504.0f),
+                    fminf(fmaxf(high, -65504.0f), 65504.0f));
   }
 
   __device__ uint4* shared_fragment(int step) const {
@@ -330,24 +366,16 @@ class DecodeBlock {
     }
   }
 
-  __device__ uint32_t query_pair(int head, int channel) const {
-    const int64_t at = w_.sequence * p_.q_batch + head * p_.q_head + channel;
-    const uint32_t bits =
-        *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p_.q) + at);
-    if constexpr (!Shape::kFp8) return bits;
-    if (p_.q_type != Element::kBFloat16) return bits;
-    const float low = __uint_as_float(bits << 16), high = __uint_as_float(bits & 0xffff0000u);
-    return pack2<T>(fminf(fmaxf(low, -65504.0f), 65504.0f),
-                    fminf(fmaxf(high, -65504.0f), 65504.0f));
+  // The first of the tokens that this warp has of a tile.
+  __device__ int first_token(int tile) const {
+    return tile * Shape::kTile + warp_ * Shape::kTokens;
   }
-
-  // The first of the 16 tokens that this warp has of a tile.
-  __device__ int first_token(int tile) const { return tile * kDecodeTile + warp_ * kDecodeRows; }
   __device__ bool wanted(int token) const { return token >= w_.begin && token < w_.end; }
 
   // This warp's rows of a stage: K, and V at kTileBytes behind.
   __device__ char* tile_memory(int stage) const {
-    return shared_memory() + stage * 2 * Shape::kTileBytes + warp_ * kDecodeRows * Shape::kRowBytes;
+    return shared_memory() + stage * 2 * Shape::kTileBytes +
+           warp_ * Shape::kTokens * Shape::kRowBytes;
   }
 
   __device__ bool any_wanted(int token) const {  // of 16
@@ -357,31 +385,38 @@ class DecodeBlock {
     return token >= w_.begin && token + kDecodeRows <= w_.end;
   }
 
-  // The block id of this warp's page, or of the row that this lane looks after. Entries that hold
-  // no wanted token are not looked at: they may be -1, or beyond the table.
-  __device__ int look_up(int tile) const {
-    const int token = first_token(tile) + (kWholePages ? 0 : lane_ % kDecodeRows);
-    const bool useful = kWholePages ? any_wanted(token) : wanted(token);
-    return useful ? table_[p_.by_block_size.quotient(token)] : 0;
+  // For each group the block id of this warp's page, or of the row that this lane looks after.
+  // Entries that hold no wanted token are not looked at: they may be -1, or beyond the table.
+  __device__ void look_up(int tile) {
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      const int token = first_token(tile) + group * kDecodeRows;
+      const int mine = token + (kWholePages ? 0 : lane_ % kDecodeRows);
+      const bool useful = kWholePages ? any_wanted(token) : wanted(mine);
+      block_[group] = useful ? table_[p_.by_block_size.quotient(mine)] : 0;
+    }
   }
 
   // Starts the copies of a tile, whose ids block_ holds, and looks up the ids of the next one.
   __device__ void issue(int tile, int stage) {
-    const int token = first_token(tile);
-    if (kWholePages && all_wanted(token)) {
-      copy_rows<true>(token, tile_memory(stage));
-    } else if (!kWholePages || any_wanted(token)) {  // shuffles want no branch around them
-      copy_rows<false>(token, tile_memory(stage));
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      const int token = first_token(tile) + group * kDecodeRows;
+      if (kWholePages && all_wanted(token)) {
+        copy_rows<true>(group, token, tile_memory(stage));
+      } else if (!kWholePages || any_wanted(token)) {  // shuffles want no branch around them
+        copy_rows<false>(group, token, tile_memory(stage));
+      }
     }
-    block_ = look_up(tile + 1);
+    look_up(tile + 1);
   }
 
   template <bool kAll>
-  __device__ void copy_rows(int token, char* to) const {
+  __device__ void copy_rows(int group, int token, char* to) const {
     const int mine = token + (kWholePages ? 0 : lane_ % kDecodeRows);
     const int64_t slot = mine - p_.by_block_size.quotient(mine) * p_.block_size;
-    const int64_t k_offset = block_ * p_.k_strides.block + slot * p_.k_strides.token;
-    const int64_t v_offset = block_ * p_.v_strides.block + slot * p_.v_strides.token;
+    const int64_t k_offset = block_[group] * p_.k_strides.block + slot * p_.k_strides.token;
+    const int64_t v_offset = block_[group] * p_.v_strides.block + slot * p_.v_strides.token;
     constexpr int kRowStep = 32 / Shape::kChunks;
     const char* k = k_ + lane_chunk_ * 16;
     const char* v = v_ + lane_chunk_ * 16;
@@ -398,19 +433,20 @@ class DecodeBlock {
                                       : v + __shfl_sync(~0u, v_offset, row);
       // Rows that nobody wants become zeros: what memory holds there may be NaN, and 0 * NaN is.
       const bool take = kAll || wanted(token + row);
-      char* place = to + Shape::place(row, lane_chunk_);
+      char* place = to + Shape::place(group * kDecodeRows + row, lane_chunk_);
       cp_async16(place, k_row, take);
       cp_async16(place + Shape::kTileBytes, v_row, take);
     }
   }
 
   __device__ void use(int token, const char* keys) {
-    float s[2][4] = {};  // [8 tokens, fragment]
+    if (token >= w_.end || token + Shape::kTokens <= w_.begin) return;
+    const bool inner = token >= w_.begin && token + Shape::kTokens <= w_.end;
+    float s[Shape::kGroups * 2][4] = {};  // [8 tokens, fragment]
     multiply_keys(s, keys);
-    const bool inner = all_wanted(token);
     float raised[2] = {highest_[0], highest_[1]};
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < Shape::kGroups * 2; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float x = s[j][i] * scale_;
@@ -426,40 +462,48 @@ class DecodeBlock {
       raised[half] = fmaxf(raised[half], __shfl_xor_sync(~0u, raised[half], 2));
     }
     // As a rule no maximum moves, and the sums stay as they are.
-    if (__any_sync(~0u, raised[0] > highest_[0] || raised[1] > highest_[1])) {
-      const float fade[2] = {exp2_fast(highest_[0] - raised[0]),
-                             exp2_fast(highest_[1] - raised[1])};
+    if (__any_sync(~0u, raised[0] > highest_[0] || raised[1] > highest_[1])) raise(raised);
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      uint32_t weights[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o_[n][i] *= fade[i / 2];
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float (&x)[4] = s[group * 2 + j];
+          const float low = exp2_fast(x[half * 2] - highest_[half]);
+          const float high = exp2_fast(x[half * 2 + 1] - highest_[half]);
+          total_[half] += low + high;
+          weights[j * 2 + half] = pack2<T>(low, high);
+        }
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        total_[half] *= fade[half];
-        highest_[half] = raised[half];
-      }
-    }
-    uint32_t weights[4];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float low = exp2_fast(s[j][half * 2] - highest_[half]);
-        const float high = exp2_fast(s[j][half * 2 + 1] - highest_[half]);
-        total_[half] += low + high;
-        weights[j * 2 + half] = pack2<T>(low, high);
+      // A group without a wanted token was not copied: whatever lies there may be NaN.
+      if (Shape::kGroups == 1 || inner || any_wanted(token + group * kDecodeRows)) {
+        multiply_values(weights, keys + Shape::kTileBytes + group * kGroupBytes);
       }
     }
-    multiply_values(weights, keys + Shape::kTileBytes);
   }
 
-  __device__ void multiply_keys(float (&s)[2][4], const char* keys) {
+  __device__ void raise(const float (&raised)[2]) {
+    const float fade[2] = {exp2_fast(highest_[0] - raised[0]), exp2_fast(highest_[1] - raised[1])};
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o_[n][i] *= fade[i / 2];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total_[half] *= fade[half];
+      highest_[half] = raised[half];
+    }
+  }
+
+  __device__ void multiply_keys(float (&s)[Shape::kGroups * 2][4], const char* keys) {
     if constexpr (Shape::kFp8) {
 #pragma unroll
       for (int chunk = 0; chunk < Shape::kChunks; chunk += 4) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < Shape::kGroups * 2; ++j) {
           const uint4 bytes = *reinterpret_cast<const uint4*>(
               keys + Shape::place(j * 8 + lane_ / 4, chunk + lane_ % 4));
           const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
@@ -473,10 +517,13 @@ class DecodeBlock {
       const int row = lane_ / 16 * 8 + lane_ % 8;
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
-        uint32_t b[4];
-        ldmatrix_x4(b, keys + Shape::place(row, step * 2 + lane_ / 8 % 2));
-        multiply(s[0], step, b[0], b[1]);
-        multiply(s[1], step, b[2], b[3]);
+#pragma unroll
+        for (int group = 0; group < Shape::kGroups; ++group) {
+          uint32_t b[4];
+          ldmatrix_x4(b, keys + group * kGroupBytes + Shape::place(row, step * 2 + lane_ / 8 % 2));
+          multiply(s[group * 2], step, b[0], b[1]);
+          multiply(s[group * 2 + 1], step, b[2], b[3]);
+        }
       }
     }
   }
@@ -516,6 +563,8 @@ class DecodeBlock {
     return (int64_t{w_.sequence} * p_.num_q_heads + w_.first_head + row) * p_.num_splits + split;
   }
 
+  static constexpr int kGroupBytes = kDecodeRows * Shape::kRowBytes;
+
   const Decode& p_;
   const DecodeWork w_;
   const int warp_, lane_;
@@ -523,7 +572,7 @@ class DecodeBlock {
   float scale_;  // of logits: to base 2, or to parts of the cap
   const char *k_, *v_;
   const int32_t* table_;
-  int64_t block_;
+  int64_t block_[Shape::kGroups];
   uint32_t q_[Shape::kQueriesInShared ? 1 : kDim / 16][4];
   float o_[kDim / 8][4] = {};
   float highest_[2] = {kLowest, kLowest};

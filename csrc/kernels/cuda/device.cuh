@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/error.hpp"
 #include "kernels/cuda/kernels.hpp"
@@ -40,6 +41,32 @@ template <>
 __device__ inline E4m3 narrow<E4m3>(float x) {
   return narrow_e4m3(x);
 }
+
+// Divides by one number again and again, rounded as a division is, so that what is stored equals
+// what engines store bit for bit. Where results are narrowed to fp16 or fp8, a product with the
+// reciprocal is corrected by its own remainder (Markstein), which is a division's result wherever
+// neither is tiny or huge; there fp16 and fp8 hold 0 or their largest either way.
+class Quotient {
+ public:
+  __device__ Quotient(float divisor, bool narrows)
+      : divisor_(divisor),
+        reciprocal_(__frcp_rn(divisor)),
+        corrects_(narrows && divisor > 0x1p-100f && divisor < 0x1p+100f) {}
+
+  __device__ float of(float x) const {
+    if (!corrects_) return __fdiv_rn(x, divisor_);
+    const float near = __fmul_rn(x, reciprocal_);
+    const float closer = __fmaf_rn(__fmaf_rn(-near, divisor_, x), reciprocal_, near);
+    return fabsf(near) < INFINITY ? closer : near;  // of inf the remainder would be NaN
+  }
+
+ private:
+  float divisor_, reciprocal_;
+  bool corrects_;
+};
+
+template <class To>
+inline constexpr bool kNarrows = std::is_same_v<To, __half> || sizeof(To) == 1;
 
 // The unsigned integer of one access of that many bytes.
 template <int kBytes>

@@ -43,21 +43,27 @@ struct CopyPart {
 
 inline constexpr int kMaxParts = 8;
 
+inline constexpr int kInlineTables = 3456;  // bytes: all parameters of a launch may have 4096
+
+// Tables in device memory; where bases is null they lie in `tables`, one behind the other: small
+// ones travel with the launch, since an upload of their own takes as long as some copies.
 struct Copy {
   CopyPart part[kMaxParts];
   const int64_t* bases;     // [num_parts, num_layers, 2]: addresses of source and destination
   const int64_t* segments;  // [num_segments, 5]: src block, slot, dst block, slot, tokens
-  const float* scales;      // [num_parts, num_layers, num_heads, 2] or null: of source, destination
+  const float* scales;      // [num_parts, num_layers, num_heads, 2]: of source, destination
   int32_t num_parts, num_layers, num_heads;
   int64_t num_segments;
   int32_t access;    // bytes per access, 16 or a smaller power of two that divides every address
   int32_t max_ctas;  // 0: as many as help
   bool convert;      // dst = narrow(widen(src) * source scale / destination scale)
+  bool scaled;       // else both scales are 1, and there are no scales
   Element from, to;
+  alignas(16) unsigned char tables[kInlineTables];
 };
 
-// One query per sequence. Strides of caches in bytes, of the rest in elements; every K and V row
-// begins at a multiple of 16 bytes, every row of q and out at one of 4.
+// One query per sequence. Strides of caches in bytes, of the rest in elements; every row of K, V
+// and q begins at a multiple of 16 bytes.
 struct Decode {
   const void* q;  // [batch, num_q_heads, head_dim], fp16 or bf16
   void* out;      // as q
@@ -83,7 +89,7 @@ struct Decode {
   Element q_type, kv_type;            // equal, or kv_type e4m3
 };
 
-inline constexpr int32_t kDecodeTile = 64;  // tokens
+inline constexpr int32_t kDecodeTile = 64;  // a split's tokens are a multiple of it
 
 struct Merge {
   const void *v_a, *v_b;  // [num_rows, num_heads, width]; strides in elements, channels adjacent
@@ -122,6 +128,8 @@ void merge_states(const Merge& params, cudaStream_t stream);
 void checksum_blocks(const Checksum& params, cudaStream_t stream);
 void append_kv(const Append& params, cudaStream_t stream);
 void copy_rows(const Copy& params, cudaStream_t stream);
+// Where a copy's tables are when they lie in a row from `at` on; its counts are set.
+void place_tables(Copy& params, const void* at);
 int device_count();  // 0 also where there is no driver
 uint64_t capture_id(
     cudaStream_t stream);  // of the graph that the stream is being captured into, or 0

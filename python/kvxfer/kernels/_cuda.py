@@ -315,7 +315,7 @@ def checksum_blocks(job: ChecksumJob) -> np.ndarray[Any, Any]:
     sums = torch.zeros(len(job.layers), dtype=torch.int64, device=device)
     with torch.cuda.device(device):
         tables = [
-            torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+            torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
             for values in (bases, job.layers, segments)
         ]
         _kernels_cuda.checksum_blocks(
@@ -333,15 +333,13 @@ def checksum_blocks(job: ChecksumJob) -> np.ndarray[Any, Any]:
         return np.asarray(sums.cpu().numpy().view(np.uint64))
 
 
-def _segments(job: ChecksumJob) -> list[tuple[int, int, int, int]]:
-    """Runs of tokens within one block: block, slot, tokens, token of the sequence."""
+def _segments(job: ChecksumJob) -> np.ndarray[Any, Any]:
+    """Runs of tokens within one block, int64 [n, 4]: block, slot, tokens, token of the sequence."""
     size = job.block_size
-    found = []
-    for index in range(job.first_token // size, -(-job.num_tokens // size)):
-        begin = max(job.first_token, index * size)
-        end = min(job.num_tokens, index * size + size)
-        found.append((int(job.block_ids[index]), begin - index * size, end - begin, begin))
-    return found
+    index = np.arange(job.first_token // size, -(-job.num_tokens // size), dtype=np.int64)
+    begin = np.maximum(job.first_token, index * size)
+    end = np.minimum(job.num_tokens, index * size + size)
+    return np.stack([job.block_ids[index], begin - index * size, end - begin, begin], axis=1)
 
 
 def copy_blocks(job: CopyJob) -> None:
@@ -351,33 +349,36 @@ def copy_blocks(job: CopyJob) -> None:
     kinds = sorted({part.converts for part in job.parts})
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
-        segments = _upload(job.segments, device)
         for kind in kinds:
             plan = plan_launch(job, kind)
-            bases = _upload(plan["bases"], device)
             factors = plan["factors"]
-            scales = None if factors is None else _upload(factors, device)
+            tables = plan["bases"].tobytes() + job.segments.tobytes()
+            if factors is not None:
+                tables += factors.tobytes()
+            uploaded = (
+                _upload(tables, device) if len(tables) > _kernels_cuda.INLINE_TABLES else None
+            )
             src_dtype, dst_dtype = kind or ("float32", "float32")
             _kernels_cuda.copy_rows(
                 [_kernels_cuda.CopyPart(*part) for part in plan["parts"]],
-                bases=bases.data_ptr(),
+                tables=tables,
+                at=0 if uploaded is None else uploaded.data_ptr(),
                 num_layers=plan["bases"].shape[1],
-                segments=segments.data_ptr(),
                 num_segments=len(job.segments),
                 num_heads=job.num_heads,
                 access=plan["access"],
                 max_ctas=job.max_ctas,
                 convert=bool(kind),
+                scaled=factors is not None,
                 from_dtype=_DTYPE_TAG[src_dtype],
                 to_dtype=_DTYPE_TAG[dst_dtype],
-                scales=0 if scales is None else scales.data_ptr(),
                 stream=stream,
             )
 
 
-def _upload(table: np.ndarray[Any, Any], device: Any) -> Array:
+def _upload(table: bytes, device: Any) -> Array:
     torch = sys.modules["torch"]
-    host = torch.from_numpy(table)
+    host = torch.frombuffer(bytearray(table), dtype=torch.uint8)
     if torch.cuda.is_current_stream_capturing():
         host = host.pin_memory()
         _kept.append(host)

@@ -7,15 +7,15 @@ fault(copy_off_by_one_block cuda/copy_tile.cuh cuda/copy.cu
 fault(copy_missing_mask cuda/copy.cu cuda/copy.cu
   "const bool inside = walk.token < tile.tokens;" "const bool inside = true;" "${cache}")
 fault(copy_one_token_too_many cuda/copy_converted.cuh cuda/copy_from_float16.cu
-  "walk.token < tile.tokens" "walk.token <= tile.tokens" "${cache}")
+  "const bool inside = walk.token < tile.tokens;" "const bool inside = walk.token <= tile.tokens;" "${cache}")
 fault(copy_wrong_head_of_scales cuda/copy_converted.cuh cuda/copy_from_float8.cu
-  "tile.scales[walk.head * 2]" "tile.scales[0]" "${cache}")
+  "tile.scales[head[i] * 2]" "tile.scales[0]" "${cache}")
 fault(copy_32_bit_offsets index_math.hpp cuda/copy.cu
   "return block * strides.block +" "return static_cast<int32_t>(block * strides.block) +" "${cache}")
 fault(append_writes_skipped_tokens cuda/append.cu cuda/append.cu
   "if (slot < 0) return;" "" "${cache}")
 fault(append_scale_of_the_keys_for_values cuda/append.cu cuda/append.cu
-  "part.scale)" "p.part[0].scale)" "${cache}")
+  "by(part.scale," "by(p.part[0].scale," "${cache}")
 fault(append_wrong_head cuda/append.cu cuda/append.cu
   "walk.head * part.to.head + walk.vector * int64_t{to.kBytes}" "walk.vector * int64_t{to.kBytes}" "${cache}")
 
@@ -23,7 +23,7 @@ set(decode "decode*")
 fault(decode_missing_wait cuda/decode.cuh cuda/decode_float16_64.cu
   "cp_async_wait<Shape::kStages - 2>();" "" "${decode}")
 fault(decode_off_by_one_page cuda/decode.cuh cuda/decode_float16_64.cu
-  "table_[p_.by_block_size.quotient(token)]" "table_[p_.by_block_size.quotient(token + 1)]" "${decode}")
+  "table_[p_.by_block_size.quotient(mine)]" "table_[p_.by_block_size.quotient(mine + 1)]" "${decode}")
 fault(decode_wrong_head_mapping cuda/decode.cuh cuda/decode_float16_64.cu
   "w.first_head = w.kv_head * group +" "w.first_head = w.kv_head +" "${decode}")
 fault(decode_missing_mask cuda/decode.cuh cuda/decode_float16_64.cu
@@ -32,5 +32,7 @@ fault(decode_copies_too_much_of_an_edge_tile cuda/decode.cuh cuda/decode_float16
   "kAll || wanted(token + row)" "true" "${decode}")
 fault(decode_split_sizes_that_leave_keys_out cuda/decode.cuh cuda/decode_float16_64.cu
   "(length + p.num_splits - 1) / p.num_splits" "length / p.num_splits / 2" "${decode}")
+fault(decode_reads_a_group_that_was_not_copied cuda/decode.cuh cuda/decode_float16_64.cu
+  "Shape::kGroups == 1 || inner ||" "true ||" "${decode}")
 fault(decode_missing_barrier_in_the_merge cuda/decode.cuh cuda/decode_float16_64.cu
   "    __syncthreads();\n    for (int at" "    for (int at" "${decode}")

@@ -65,9 +65,21 @@ std::vector<int64_t> segments_for(std::mt19937& random, const Side& src, const S
   return segments;
 }
 
-struct Expected {
-  std::vector<char> dst;
-};
+// The tables move into the launch's own parameters.
+void travel_with_the_launch(cuda::Copy& p) {
+  unsigned char* at = p.tables;
+  const auto put = [&](const void* from, size_t nbytes) {
+    REQUIRE(at + nbytes <= p.tables + sizeof(p.tables));
+    std::memcpy(at, from, nbytes);
+    at += nbytes;
+  };
+  const auto layers = static_cast<size_t>(p.num_parts) * static_cast<size_t>(p.num_layers);
+  put(p.bases, layers * 2 * sizeof(int64_t));
+  put(p.segments, static_cast<size_t>(p.num_segments) * 5 * sizeof(int64_t));
+  if (p.scaled) put(p.scales, layers * static_cast<size_t>(p.num_heads) * 2 * sizeof(float));
+  p.bases = p.segments = nullptr;
+  p.scales = nullptr;
+}
 
 // Every row of the copy by plain loops; `row` writes one.
 template <class Row>
@@ -122,8 +134,10 @@ TEST_CASE("a block copy moves every byte of every row, and no other") {
     p.num_segments = static_cast<int64_t>(listed.size() / 5);
     p.access = static_cast<int32_t>(access_of({&src, &dst}));
     p.max_ctas = static_cast<int32_t>(pick({0, 1, 3}));
+    const cuda::Copy described = p;
+    if (random() % 2) travel_with_the_launch(p);
     std::vector<char> want = to.values();
-    each_row(p, [&](int64_t, int64_t layer, int64_t, int64_t a, int64_t b) {
+    each_row(described, [&](int64_t, int64_t layer, int64_t, int64_t a, int64_t b) {
       std::memcpy(&want[layer * dst.layer_bytes() + b], from.data() + layer * src.layer_bytes() + a,
                   row);
     });
@@ -139,7 +153,7 @@ TEST_CASE("a converting copy rounds, scales by layer and head, and saturates fp8
   const Element all[] = {Element::kFloat32, Element::kFloat16, Element::kBFloat16, Element::kE4m3};
   for (const Element from : all) {
     for (const Element to : all) {
-      for (const int64_t width : {8, 24, 5}) {  // in eights, and one by one
+      for (const int64_t width : {16, 48, 8, 5}) {  // in the widest steps, and one by one
         for (const bool scaled : {false, true}) {
           if (from == to && (from != Element::kE4m3 || !scaled)) continue;
           shim::set_seed(random());
@@ -168,6 +182,7 @@ TEST_CASE("a converting copy rounds, scales by layer and head, and saturates fp8
           p.bases = table.data();
           p.segments = segments.data();
           p.scales = scaled ? factors.data() : nullptr;
+          p.scaled = scaled;
           p.num_parts = 2;
           p.num_layers = static_cast<int32_t>(layers);
           p.num_heads = static_cast<int32_t>(heads);
@@ -176,8 +191,10 @@ TEST_CASE("a converting copy rounds, scales by layer and head, and saturates fp8
           p.convert = true;
           p.from = from;
           p.to = to;
+          const cuda::Copy listed = p;
+          if (random() % 2) travel_with_the_launch(p);
           std::vector<char> want = target.values();
-          each_row(p, [&](int64_t part, int64_t layer, int64_t head, int64_t a, int64_t b) {
+          each_row(listed, [&](int64_t part, int64_t layer, int64_t head, int64_t a, int64_t b) {
             const int64_t entry = part * layers + layer;
             const float* factor = &scales[(entry * heads + head) * 2];
             for (int64_t i = 0; i < width; ++i) {
@@ -193,6 +210,21 @@ TEST_CASE("a converting copy rounds, scales by layer and head, and saturates fp8
       }
     }
   }
+}
+
+TEST_CASE("tables on the device may lie in one piece") {
+  cuda::Copy p{};
+  p.num_parts = 2;
+  p.num_layers = 3;
+  p.num_segments = 7;
+  std::vector<int64_t> memory(100);
+  cuda::place_tables(p, memory.data());
+  CHECK(p.bases == memory.data());
+  CHECK(p.segments == memory.data() + 12);
+  CHECK(p.scales == nullptr);
+  p.scaled = true;
+  cuda::place_tables(p, memory.data());
+  CHECK(static_cast<const void*>(p.scales) == memory.data() + 12 + 35);
 }
 
 TEST_CASE("append writes the rows of its slots, converted, and leaves the rest alone") {
@@ -243,6 +275,8 @@ TEST_CASE("append writes the rows of its slots, converted, and leaves the rest a
           p.num_kv_heads = static_cast<int32_t>(heads);
           p.from = from;
           p.to = to;
+          const cuda::Copy listed = p;
+          if (random() % 2) travel_with_the_launch(p);
           std::vector<char> want = cache.values();
           for (int64_t token = 0; token < tokens; ++token) {
             if (slots[token] < 0) continue;
