@@ -22,7 +22,7 @@ import kernels_only  # noqa: F401 - before anything of kvxfer
 import torch
 
 from kvxfer import kernels
-from kvxfer.layout import KVLayout
+from kvxfer.layout import KVLayout, KVScales
 
 HALVES = (torch.float16, torch.bfloat16)
 OUT_EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
@@ -41,8 +41,9 @@ class Checks:
     def cache_dtypes(self) -> Iterator[tuple[torch.dtype, torch.dtype]]:
         for dtype in HALVES:
             yield dtype, dtype
-            if self.backend == "cuda":
-                yield dtype, torch.float8_e4m3fn
+            yield dtype, torch.float8_e4m3fn
+        if self.backend != "cuda":
+            yield torch.bfloat16, torch.float8_e5m2
 
     def decode(self) -> None:
         dims = (128,) if self.quick else (64, 128, 256)
@@ -144,6 +145,189 @@ class Checks:
                 if slot >= 0:
                     want[:, slot // size, :, slot % size] = rows[:, token].float() / scale
             assert torch.equal(cache.cpu().float(), want.to(kv_dtype).float())
+
+    def append_with_scales_in_memory(self) -> None:
+        if self.backend == "cuda":
+            return  # it knows none
+        for kv_dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
+            rows = self.randn(2, 37, 3, 64).bfloat16() * 1000
+            slots = torch.randperm(9 * 16, generator=self.generator)[:37]
+            found = []
+            for device, backend in ((self.device, self.backend), ("cpu", "reference")):
+                cache = torch.zeros(2, 9, 16, 3, 64, dtype=torch.uint8).view(kv_dtype).to(device)
+                scales = torch.zeros(2, 9, 16, 3, device=device)
+                kernels.append_kv(
+                    *rows.to(device), *cache, slots.to(device),
+                    k_scale_cache=scales[0], v_scale_cache=scales[1], backend=backend,
+                )  # fmt: skip
+                found.append((cache.view(torch.uint8).cpu(), scales.cpu()))
+            assert torch.equal(found[0][0], found[1][0]), kv_dtype
+            assert torch.equal(found[0][1], found[1][1]), kv_dtype
+
+    def conversions(self) -> None:
+        """Every code of an 8-bit dtype, and numbers at, between and past them."""
+        if self.backend == "cuda":
+            return
+        for kv_dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
+            exact = torch.arange(256, dtype=torch.uint8).view(kv_dtype).float()
+            exact = exact[exact.isfinite()].sort().values
+            ties = (exact[:-1] + exact[1:]) / 2
+            near = [torch.nextafter(ties, torch.tensor(x)) for x in (-1e38, 1e38)]
+            wide = self.randn(500) * 2.0 ** torch.arange(-250, 250).div(12)
+            values = torch.cat([exact, ties, *near, wide, torch.tensor([1e30, -1e30, torch.inf])])
+            values = values[: len(values) // 32 * 32].reshape(-1, 1, 32)
+            found = []
+            for device, backend in ((self.device, self.backend), ("cpu", "reference")):
+                cache = torch.zeros(len(values), 1, 1, 32, dtype=torch.uint8).view(kv_dtype)
+                k, v = cache.to(device), cache.clone().to(device)
+                rows = values.to(device)
+                slots = torch.arange(len(values), device=device)
+                kernels.append_kv(rows, rows, k, v, slots, backend=backend)
+                found.append(k.view(torch.uint8).cpu())
+            assert torch.equal(*found), (kv_dtype, (found[0] != found[1]).nonzero()[:4])
+
+    def prefill(self) -> None:
+        if self.backend == "cuda":
+            return  # it has none
+        dims = (128,) if self.quick else (64, 128, 256)
+        # Whole prompts and continuations; the last ones are short, so that heads share tiles.
+        batches = [([70, 300, 0], [70, 130, 0]), ([200, 33, 9], [1, 5, 2])]
+        for (q_dtype, kv_dtype), dim, size, batch in itertools.product(
+            self.cache_dtypes(), dims, (16, 64), batches
+        ):
+            for window, cap, sinks, causal in (
+                (-1, 0.0, False, True), (40, 3.0, True, True), (-1, 0.0, False, False),
+            ):  # fmt: skip
+                self._prefill(q_dtype, kv_dtype, dim, size, *batch, window, cap, sinks, causal)
+
+    def _prefill(
+        self, q_dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, size: int, lengths: list[int],
+        new: list[int], window: int, cap: float, with_sinks: bool, causal: bool,
+    ) -> None:  # fmt: skip
+        heads, group = 2, 4
+        blocks = sum(-(-n // size) for n in lengths) + 1
+        cache = torch.full((2, blocks, size, heads, dim), float("nan"))
+        table = torch.full((len(lengths), -(-max(lengths) // size)), -1, dtype=torch.int32)
+        ids = torch.randperm(blocks, generator=self.generator).tolist()
+        for row, length in enumerate(lengths):
+            for column in range(-(-length // size)):
+                table[row, column] = block = ids.pop()
+                end = min(size, length - column * size)
+                cache[:, block, :end] = self.randn(2, end, heads, dim)
+        cache = cache.to(kv_dtype)
+        q = self.randn(sum(new), heads * group, dim).to(q_dtype)
+        sinks = self.randn(heads * group) if with_sinks else None
+        starts = torch.tensor([0, *itertools.accumulate(new)], dtype=torch.int32)
+        k, v = cache.to(self.device)
+        result, lse = kernels.paged_prefill(
+            q.to(self.device), k, v, starts.to(self.device), table.to(self.device),
+            torch.tensor(lengths, dtype=torch.int32, device=self.device), causal=causal,
+            window_left=window, logits_soft_cap=cap, v_scale=0.5, return_lse=True,
+            sinks=None if sinks is None else sinks.to(self.device), backend=self.backend,
+        )  # fmt: skip
+        for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
+            keys = torch.arange(length)
+            ks, vs = cache[:, table[row, keys // size].long(), keys % size].double()
+            queries = q[starts[row] : starts[row + 1]].double()
+            at = torch.arange(length - count, length)
+            seen = torch.ones(count, length, dtype=torch.bool)
+            if causal:
+                seen &= keys <= at[:, None]
+            if window >= 0:
+                seen &= keys >= at[:, None] - window
+            ks, vs = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (ks, vs))
+            logits = queries.transpose(0, 1) @ ks.transpose(1, 2) * dim**-0.5
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
+            logits = logits.masked_fill(~seen, -torch.inf)
+            want_lse = torch.logsumexp(logits, 2)
+            if sinks is not None:
+                want_lse = torch.logaddexp(want_lse, sinks.double()[:, None])
+            weights = torch.exp(logits - want_lse[..., None])
+            want, size_of = (weights @ x.nan_to_num() * 0.5 for x in (vs, vs.abs()))
+            got = result[starts[row] : starts[row + 1]].transpose(0, 1).double().cpu()
+            # Weights are rounded to the operands' dtype, each by itself.
+            bound = 2 * OUT_EPS[q_dtype] * (want.abs() + size_of) + 1e-4 * (1 + size_of)
+            assert ((got - want).abs() <= bound).all(), (row, (got - want).abs().max())
+            given = lse[starts[row] : starts[row + 1]].T.double().cpu()
+            assert torch.allclose(given, want_lse, rtol=1e-4, atol=1e-4)
+
+    def mla(self) -> None:
+        if self.backend == "cuda":
+            return  # it has none
+        for (q_dtype, kv_dtype), size, heads in itertools.product(
+            self.cache_dtypes(), (64, 7), (16, 128)
+        ):
+            lengths = [0, 1, 65, 700]
+            blocks = sum(-(-n // size) for n in lengths) + 1
+            cache = torch.full((blocks, size, 576), float("nan"))
+            table = torch.full((4, -(-700 // size)), -1, dtype=torch.int32)
+            ids = torch.randperm(blocks, generator=self.generator).tolist()
+            for row, length in enumerate(lengths):
+                for column in range(-(-length // size)):
+                    table[row, column] = block = ids.pop()
+                    end = min(size, length - column * size)
+                    cache[block, :end] = self.randn(end, 576)
+            cache = cache.to(kv_dtype)
+            q = self.randn(4, heads, 576).to(q_dtype)
+            result, lse = kernels.mla_decode(
+                q[..., :512].to(self.device), q[..., 512:].to(self.device), cache.to(self.device),
+                table.to(self.device), torch.tensor(lengths, dtype=torch.int32, device=self.device),
+                sm_scale=0.07, kv_scale=0.5, return_lse=True, backend=self.backend,
+            )  # fmt: skip
+            for row, length in enumerate(lengths):
+                keys = torch.arange(length)
+                rows = cache[table[row, keys // size].long(), keys % size].double() * 0.5
+                logits = q[row].double() @ rows.T * 0.07
+                want_lse = torch.logsumexp(logits, 1)
+                weights = torch.exp(logits - want_lse[:, None]).nan_to_num()
+                want, size_of = weights @ rows[:, :512], weights @ rows[:, :512].abs()
+                got = result[row].double().cpu()
+                bound = 2 * OUT_EPS[q_dtype] * (want.abs() + size_of) + 1e-4 * (1 + size_of)
+                assert ((got - want).abs() <= bound).all(), (row, (got - want).abs().max())
+                assert torch.allclose(lse[row].double().cpu(), want_lse, rtol=1e-4, atol=1e-4)
+
+    def checksums(self) -> None:
+        for order, width in itertools.product(("LKBNHC", "BLKHNC"), (128, 5)):
+            a = KVLayout.from_order(
+                order, num_layers=3, num_blocks=40, block_size=16, num_kv_heads=4, head_dim=width,
+                dtype="bfloat16",
+            )  # fmt: skip
+            memory = torch.randint(0, 256, (a.nbytes,), dtype=torch.uint8, generator=self.generator)
+            ids = torch.randperm(40, generator=self.generator).tolist()
+            found = [
+                kernels.checksum_blocks(
+                    a, memory.to(device), ids, num_tokens=630, first_token=3, backend=backend
+                ).tolist()
+                for device, backend in ((self.device, self.backend), ("cpu", "reference"))
+            ]
+            assert found[0] == found[1], (order, width)
+
+    def copies_between_scales(self) -> None:
+        if self.backend == "cuda":
+            dtypes = [("bfloat16", "float8_e4m3"), ("float8_e4m3", "float16")]
+        else:
+            dtypes = [("bfloat16", "float8_e4m3"), ("float8_e5m2", "int8"), ("int8", "float16")]
+        how: dict[str, Any] = {"num_kv_heads": 4, "head_dim": 64, "num_layers": 2, "num_blocks": 6}
+        scales = KVScales("head", k=(0.1, 0.2, 0.3, 0.4), v=(0.7, 0.05, 1.0, 2.0))
+        for names in dtypes:
+            a, b = (
+                KVLayout.from_order(
+                    order, block_size=8, dtype=name, scales=scales if "8" in name else None, **how
+                )
+                for order, name in zip(("LKBNHC", "LKBHNC"), names, strict=True)
+            )
+            wide = self.randn(a.nbytes // a.itemsize) * 20
+            named = {"float8_e4m3": "float8_e4m3fn"}.get(names[0], names[0])
+            memory = wide.to(getattr(torch, named)).view(torch.uint8)
+            found = []
+            for device, backend in ((self.device, self.backend), ("cpu", "reference")):
+                out = torch.zeros(b.nbytes, dtype=torch.uint8, device=device)
+                kernels.copy_blocks(
+                    a, memory.to(device), b, out, [5, 0, 2], [1, 2, 3], backend=backend
+                )
+                found.append(out.cpu())
+            assert torch.equal(*found), names
 
     def copies(self) -> None:
         shape: dict[str, Any] = {"num_kv_heads": 4, "head_dim": 64, "num_layers": 3}
