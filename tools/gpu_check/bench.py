@@ -399,7 +399,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--checks", type=Path, help="the JSON of checks.py, to be kept with the results"
+        "--checks", type=Path, help="a folder of what checks.py wrote, to be kept with the results"
     )
     parser.add_argument(
         "--suite", action="append", choices=["decode", "copies", "prefill", "small"]
@@ -419,7 +419,13 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "checks": json.loads(args.checks.read_text()) if args.checks else [],
+        "checks": [
+            row
+            for file in sorted(args.checks.glob("*.json"))
+            for row in json.loads(file.read_text())
+        ]
+        if args.checks
+        else [],
     }
     slug = name.lower().removeprefix("nvidia ").replace(" ", "-")
     path = args.out or ROOT / "bench" / "results" / f"gpu-{slug}.json"

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import kernels_only  # noqa: F401 - before anything of kvxfer
 import torch
@@ -24,6 +25,7 @@ import torch
 from kvxfer import kernels
 from kvxfer.layout import KVLayout, KVScales
 
+Case = TypeVar("Case")
 HALVES = (torch.float16, torch.bfloat16)
 OUT_EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
 
@@ -45,13 +47,19 @@ class Checks:
         if self.backend != "cuda":
             yield torch.bfloat16, torch.float8_e5m2
 
+    def some(self, cases: Iterable[Case], most: int) -> list[Case]:
+        """Of Triton's, which compiles each case anew, so many, spread over all; of others all."""
+        found = list(cases)
+        if self.backend != "triton" or len(found) <= most:
+            return found
+        return random.Random(1).sample(found, most)
+
     def decode(self) -> None:
         dims = (128,) if self.quick else (64, 128, 256)
         sizes = (16, 7) if self.quick else (1, 7, 16, 32)
         groups = (4,) if self.quick else (1, 4, 8, 20)
-        for (q_dtype, kv_dtype), dim, size, group in itertools.product(
-            self.cache_dtypes(), dims, sizes, groups
-        ):
+        cases = itertools.product(self.cache_dtypes(), dims, sizes, groups)
+        for (q_dtype, kv_dtype), dim, size, group in self.some(cases, 24):
             for window, cap, sinks in ((-1, 0.0, False), (100, 3.0, True)):
                 self._decode(q_dtype, kv_dtype, dim, size, group, window, cap, sinks)
 
@@ -192,9 +200,8 @@ class Checks:
         dims = (128,) if self.quick else (64, 128, 256)
         # Whole prompts and continuations; the last ones are short, so that heads share tiles.
         batches = [([70, 300, 0], [70, 130, 0]), ([200, 33, 9], [1, 5, 2])]
-        for (q_dtype, kv_dtype), dim, size, batch in itertools.product(
-            self.cache_dtypes(), dims, (16, 64), batches
-        ):
+        cases = itertools.product(self.cache_dtypes(), dims, (16, 64), batches)
+        for (q_dtype, kv_dtype), dim, size, batch in self.some(cases, 12):
             for window, cap, sinks, causal in (
                 (-1, 0.0, False, True), (40, 3.0, True, True), (-1, 0.0, False, False),
             ):  # fmt: skip
@@ -255,9 +262,8 @@ class Checks:
     def mla(self) -> None:
         if self.backend == "cuda":
             return  # it has none
-        for (q_dtype, kv_dtype), size, heads in itertools.product(
-            self.cache_dtypes(), (64, 7), (16, 128)
-        ):
+        cases = itertools.product(self.cache_dtypes(), (64, 7), (16, 128))
+        for (q_dtype, kv_dtype), size, heads in self.some(cases, 10):
             lengths = [0, 1, 65, 700]
             blocks = sum(-(-n // size) for n in lengths) + 1
             cache = torch.full((blocks, size, 576), float("nan"))
@@ -383,6 +389,61 @@ class Checks:
             want = kernels.paged_decode(q, k, v, table, lens, backend=self.backend, split_size=64)
             assert torch.equal(out, want), lengths
 
+    def graphs_of_copies(self) -> None:
+        """A captured copy moves what lies there at the replay; its tables are still there."""
+        if self.device.type != "cuda" or self.backend != "cuda":
+            return
+        for blocks in (8, 300):  # tables in the launch, and on the device
+            layout = KVLayout.from_order(
+                "LKBNHC", num_layers=2, num_blocks=blocks, block_size=16, num_kv_heads=2, head_dim=64,
+                dtype="bfloat16",
+            )  # fmt: skip
+            src = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.device)
+            dst = torch.zeros_like(src)
+            ids = list(range(blocks))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kernels.copy_blocks(layout, src, layout, dst, ids, ids[::-1], backend="cuda")
+            src.copy_(torch.randint(0, 256, src.shape, generator=self.generator).to(torch.uint8))
+            for _ in range(2):
+                dst.zero_()
+                graph.replay()
+                rows = src.view(2, 2, blocks, -1)
+                assert torch.equal(dst.view(2, 2, blocks, -1), rows.flip(2)), blocks
+
+    def planned(self) -> None:
+        """A plan gives what the call gives without one, and takes any lengths."""
+        if self.device.type != "cuda" or self.backend != "cuda":
+            return
+        lengths = [0, 1, 1500, 64, 700, 129]
+        k, v = (self.randn(200, 16, 2, 128).half().to(self.device) for _ in range(2))
+        q = self.randn(len(lengths), 8, 128).half().to(self.device)
+        table = torch.zeros(len(lengths), 100, dtype=torch.int32)
+        ids = torch.randperm(200, generator=self.generator).tolist()
+        for row, length in enumerate(lengths):
+            for column in range(-(-length // 16)):
+                table[row, column] = ids.pop()
+        arguments = (
+            q,
+            k,
+            v,
+            table.to(self.device),
+            torch.tensor(lengths, dtype=torch.int32).to(self.device),
+        )
+        how: dict[str, Any] = {
+            "num_q_heads": 8,
+            "num_kv_heads": 2,
+            "head_dim": 128,
+            "block_size": 16,
+        }
+        for split_size in (64, 512):
+            want = kernels.paged_decode(*arguments, split_size=split_size, backend="cuda")
+            plan = kernels.plan_decode(lengths, split_size=split_size, device=self.device, **how)
+            assert torch.equal(kernels.paged_decode(*arguments, plan=plan, backend="cuda"), want)
+        plan = kernels.plan_decode(lengths, balanced=True, device=self.device, **how)
+        balanced = kernels.paged_decode(*arguments, plan=plan, backend="cuda")
+        assert torch.allclose(balanced.float(), want.float(), atol=2e-3)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -392,6 +453,9 @@ def main() -> int:
     parser.add_argument("--backend", action="append", choices=["cuda", "triton", "reference"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", help="the name of one check")
+    parser.add_argument(
+        "--not", action="append", default=[], dest="left_out", help="of one to leave out"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -399,7 +463,9 @@ def main() -> int:
         checks = Checks(args.device, backend, args.quick)
         names = [name for name in vars(Checks) if not name.startswith("_")]
         for name in names:
-            if name in ("randn", "cache_dtypes") or args.only not in (None, name):
+            if name in ("randn", "cache_dtypes", "some") or args.only not in (None, name):
+                continue
+            if name in args.left_out:
                 continue
             check: Callable[[], None] = getattr(checks, name)
             started = time.perf_counter()

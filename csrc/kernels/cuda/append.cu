@@ -43,13 +43,13 @@ template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kThreads) append_converted(const __grid_constant__ Append p) {
   for_token(p, [&](const AppendPart& part, const char* src, char* dst, int lane) {
     RowWalk walk(p.num_kv_heads, part.width / kCount, lane, kWarp);
-    const Quotient by(part.scale, kNarrows<To>);
+    const Divider by = divider_of(part.scale, kNarrows<To>);
     for (; walk.token == 0; walk.advance()) {
       Elements<From, kCount> from;
       Elements<To, kCount> to;
       from.load(src + walk.head * part.from.head + walk.vector * int64_t{from.kBytes});
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) to.value[i] = narrow<To>(by.of(widen(from.value[i])));
+      for (int i = 0; i < kCount; ++i) to.value[i] = narrow<To>(divide(widen(from.value[i]), by));
       to.store(dst + walk.head * part.to.head + walk.vector * int64_t{to.kBytes});
     }
   });

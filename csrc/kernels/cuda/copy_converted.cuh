@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kCopyThreads) copy_converted(const __grid_cons
         Elements<To, kCount> to;
         if (p.scaled) {
           const float scale = tile.scales[head[i] * 2];
-          const Quotient by(tile.scales[head[i] * 2 + 1], kNarrows<To>);
+          const Divider by = divider_of(tile.scales[head[i] * 2 + 1], kNarrows<To>);
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            to.value[j] = narrow<To>(by.of(__fmul_rn(widen(from[i].value[j]), scale)));
+            to.value[j] = narrow<To>(divide(__fmul_rn(widen(from[i].value[j]), scale), by));
           }
         } else {
 #pragma unroll

@@ -46,24 +46,21 @@ __device__ inline E4m3 narrow<E4m3>(float x) {
 // what engines store bit for bit. Where results are narrowed to fp16 or fp8, a product with the
 // reciprocal is corrected by its own remainder (Markstein), which is a division's result wherever
 // neither is tiny or huge; there fp16 and fp8 hold 0 or their largest either way.
-class Quotient {
- public:
-  __device__ Quotient(float divisor, bool narrows)
-      : divisor_(divisor),
-        reciprocal_(__frcp_rn(divisor)),
-        corrects_(narrows && divisor > 0x1p-100f && divisor < 0x1p+100f) {}
-
-  __device__ float of(float x) const {
-    if (!corrects_) return __fdiv_rn(x, divisor_);
-    const float near = __fmul_rn(x, reciprocal_);
-    const float closer = __fmaf_rn(__fmaf_rn(-near, divisor_, x), reciprocal_, near);
-    return fabsf(near) < INFINITY ? closer : near;  // of inf the remainder would be NaN
-  }
-
- private:
-  float divisor_, reciprocal_;
-  bool corrects_;
+struct Divider {
+  float divisor, reciprocal;
+  bool corrects;
 };
+
+__device__ inline Divider divider_of(float divisor, bool narrows) {
+  return {divisor, __frcp_rn(divisor), narrows && divisor > 0x1p-100f && divisor < 0x1p+100f};
+}
+
+__device__ inline float divide(float x, const Divider& by) {
+  if (!by.corrects) return __fdiv_rn(x, by.divisor);
+  const float near = __fmul_rn(x, by.reciprocal);
+  const float closer = __fmaf_rn(__fmaf_rn(-near, by.divisor, x), by.reciprocal, near);
+  return fabsf(near) < INFINITY ? closer : near;  // of inf the remainder would be NaN
+}
 
 template <class To>
 inline constexpr bool kNarrows = std::is_same_v<To, __half> || sizeof(To) == 1;

@@ -15,7 +15,7 @@ fault(copy_32_bit_offsets index_math.hpp cuda/copy.cu
 fault(append_writes_skipped_tokens cuda/append.cu cuda/append.cu
   "if (slot < 0) return;" "" "${cache}")
 fault(append_scale_of_the_keys_for_values cuda/append.cu cuda/append.cu
-  "by(part.scale," "by(p.part[0].scale," "${cache}")
+  "divider_of(part.scale," "divider_of(p.part[0].scale," "${cache}")
 fault(append_wrong_head cuda/append.cu cuda/append.cu
   "walk.head * part.to.head + walk.vector * int64_t{to.kBytes}" "walk.vector * int64_t{to.kBytes}" "${cache}")
 
