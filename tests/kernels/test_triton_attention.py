@@ -4,13 +4,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from triton_cases import Paged, needs_interpreter, paged, torch
 
 from kvxfer import kernels
-from kvxfer.errors import InvalidArgumentError
+from kvxfer.errors import InvalidArgumentError, UnavailableError
+from kvxfer.kernels.triton import tune_prefill
+from kvxfer.kernels.triton._tiles import (
+    PrefillShape,
+    PrefillTile,
+    prefill_candidates,
+    prefill_tile,
+    remember,
+)
+from kvxfer.kernels.triton.attention_prefill import prefill_shape
 
 pytestmark = needs_interpreter
 
@@ -201,6 +211,64 @@ def test_prefill_of_one_row_is_decode() -> None:
     )
     tokens = kernels.paged_decode(q, *cache.arguments, backend="triton")
     torch.testing.assert_close(rows, tokens, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_heads_of_a_group_share_the_tiles_of_short_prefills(group: int) -> None:
+    """Rows of several tokens and heads in one tile, also where a group is no power of two."""
+    new = [1, 0, 5, 20]
+    inputs = prefill_inputs(
+        [70, 3, 5, 33], new, num_q_heads=2 * group, num_kv_heads=2, block_size=8
+    )
+    q, k, v, *_ = inputs
+    assert prefill_tile(prefill_shape(q, k, v, len(new))).packs_heads == (group > 1)
+    sinks = torch.linspace(-2, 2, 2 * group)
+    assert_close(*both("paged_prefill", *inputs))
+    assert_close(*both("paged_prefill", *inputs, window_left=9, sinks=sinks, logits_soft_cap=5.0))
+
+
+@pytest.mark.parametrize("sm_scale", [-0.2, 0.0])
+def test_scales_that_turn_or_end_the_order_of_logits(sm_scale: float) -> None:
+    """A positive scale is multiplied in after the maximum was taken; others must not be."""
+    inputs = prefill_inputs([40, 9], [37, 9], block_size=8)
+    assert_close(*both("paged_prefill", *inputs, sm_scale=sm_scale))
+    q, cache = decode_inputs([40, 9], block_size=8)
+    assert_close(*both("paged_decode", q, *cache.arguments, sm_scale=sm_scale))
+
+
+def test_each_tile_a_tuner_may_choose_gives_the_same_attention() -> None:
+    inputs = prefill_inputs([100, 70], [80, 64], num_q_heads=4, num_kv_heads=2, block_size=16)
+    shape = PrefillShape(128, 72, 2, 16, 16, wide=False)
+    tiles = [*prefill_candidates(shape), *prefill_candidates(replace(shape, rows=5))]
+    assert len(set(tiles)) >= 4
+    own = prefill_shape(inputs[0], inputs[1], inputs[2], 2)
+    try:
+        for tile in tiles:
+            remember(own, tile)
+            assert prefill_tile(own) == tile
+            assert_close(*both("paged_prefill", *inputs))
+    finally:
+        remember(own, None)
+    assert prefill_tile(own) not in tiles
+
+
+def test_shapes_of_one_bucket_share_their_tile() -> None:
+    shape = PrefillShape(128, 65, 4, 16, 16, wide=False)
+    chosen = PrefillTile(128, 128, 8, 3)
+    try:
+        remember(shape, chosen)
+        assert prefill_tile(replace(shape, rows=128)) == chosen
+        assert prefill_tile(replace(shape, rows=129)) != chosen
+        assert prefill_tile(replace(shape, cache_bits=8)) != chosen
+    finally:
+        remember(shape, None)
+    assert prefill_tile(shape) == prefill_candidates(shape)[0]
+
+
+def test_tuning_without_a_gpu_says_why_not() -> None:
+    inputs = prefill_inputs([4], [4], block_size=4)
+    with pytest.raises(UnavailableError, match="measured on a CUDA device, the tensors are on cpu"):
+        tune_prefill(*inputs)
 
 
 @pytest.mark.parametrize("op", ["paged_decode", "paged_prefill"])

@@ -43,24 +43,27 @@ def compile_for_sm90(which: str, cache: Path) -> dict[str, dict[str, Any]]:
 
 def check_attention(name: str, made: dict[str, Any]) -> None:
     assert made["spilled"] == 0, name
-    assert made["registers"] < 255, name
+    # 255 is what there is: without a spill it is enough, but only the widest may need it.
+    assert made["registers"] < 255 or name.startswith("mla"), name
     assert made["cp_async"] > 0, f"{name}: keys do not arrive asynchronously"
     assert made["shared"] <= 227 * 1024, name
-    if name.startswith("prefill"):
+    if name.startswith(("prefill", "mla")):
         assert made["wgmma"] > 0, name
         assert made["mma_sync"] == 0, name
     else:  # 16 rows are too few for wgmma
         assert made["mma_sync"] > 0, name
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     made = compile_for_sm90("usual", tmp_path)
-    check_attention("prefill 128", made["prefill 128"])
-    check_attention("decode 128", made["decode 128"])
-    for name in ("merge_splits", "append", "copy", "convert", "merge"):
+    attention = [name for name in made if name.startswith(("prefill", "decode", "mla"))]
+    assert len(attention) == 6
+    for name in attention:
+        check_attention(name, made[name])
+    for name in made.keys() - set(attention):
         assert made[name]["spilled"] == 0, name
-        assert made[name]["registers"] <= 80, name
+        assert made[name]["registers"] <= (255 if name == "checksum" else 80), name
     assert made["append"]["wide_stores"] > 0
     assert made["copy"]["wide_stores"] > 0
 
@@ -69,4 +72,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_no_configuration_of_attention_spills(tmp_path: Path) -> None:
     for name, result in compile_for_sm90("all", tmp_path).items():
-        check_attention(name, result)
+        if name.startswith("append"):
+            assert result["spilled"] == 0, name
+        else:
+            check_attention(name, result)

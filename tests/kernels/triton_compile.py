@@ -211,6 +211,7 @@ def main(which: str) -> None:
         made["decode 128"] = decode(128, 16)
         made["decode 128, e4m3"] = decode(128, 16, cache="e4m3")
         made["mla"] = mla_decode(64)
+        made["mla, e4m3"] = mla_decode(64, "e4m3")
         made["merge_splits"] = merge_splits()
         made["append"] = append_kv()
         made["append e4m3"] = append_kv("e4m3")

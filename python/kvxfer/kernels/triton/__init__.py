@@ -4,7 +4,9 @@
 
 The functions are a backend of ``kvxfer.kernels`` (see ``_dispatch``): arguments come checked, caches as
 views ``[block, token, head, channel]`` of any strides. No launch synchronises, but for the opt-in check
-of device-side ids (``KVXFER_CHECK_DEVICE_IDS=1``).
+of device-side ids (``KVXFER_CHECK_DEVICE_IDS=1``); ``checksum_blocks``, whose result is on the host, does.
+
+``tune_prefill`` measures the tiles of ``paged_prefill`` on this GPU when it is called, and at no other time.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def soft_cap(logits, cap):  # type: ignore[no-untyped-def]
     """``cap * tanh(logits / cap)``; tanh by exp2, because libdevice is not there under the interpreter."""
     # 64 is far past where tanh is 1 in float32, and keeps exp2 finite.
@@ -145,8 +145,11 @@ def check_block_table(
     num_blocks: int,
     block_size: int,
 ) -> None:
-    """Refuse a table that lacks a block of keys ``[first_keys, seq_lens)``, or names none that exists."""
-    if not ids_are_checked(block_table) or not block_table.shape[0]:
+    """Refuse a table that lacks a block of keys ``[first_keys, seq_lens)``, or names none that exists.
+
+    For callers that asked ``ids_are_checked``, since building ``first_keys`` would be a launch of its own.
+    """
+    if not block_table.shape[0]:
         return
     longest, sequence = (int(x) for x in seq_lens.max(dim=0))
     needed = -(-longest // block_size)

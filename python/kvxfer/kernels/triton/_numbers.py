@@ -47,7 +47,7 @@ INTERPRETED: bool = type(largest_of).__name__ == "InterpretedFunction"
 BY_BITS = tl.constexpr(INTERPRETED)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _to_int8(wide):  # type: ignore[no-untyped-def]
     # Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the lowest bits.
     inside = tl.where(wide > 127.0, 127.0, tl.where(wide > -128.0, wide, -128.0))  # a NaN: -128

@@ -53,10 +53,10 @@ def prefill_candidates(shape: PrefillShape) -> tuple[PrefillTile, ...]:
     The first is the default. Three stages, because the block ids are an indirection that the pipeliner counts as
     one: with two they would be plain loads in the critical path.
     """
-    if shape.wide:  # float32 dots have no tensor core path that keeps float32's precision
-        return (PrefillTile(32, 32, 4, 2),)
     # Fewer rows than a tile has would leave most of it empty: then the heads of a group share one.
-    packs = shape.group > 1 and shape.rows < 64
+    packs = shape.group > 1 and shape.rows < (32 if shape.wide else 64)
+    if shape.wide:  # float32 dots have no tensor core path that keeps float32's precision
+        return (PrefillTile(32, 32, 4, 2, packs),)
     short = packs or shape.rows <= 64
     if shape.head_dim > 128:
         small = PrefillTile(64, 32, 8, 3, packs)
@@ -65,8 +65,9 @@ def prefill_candidates(shape: PrefillShape) -> tuple[PrefillTile, ...]:
     small = PrefillTile(64, 64, 4, 3, packs)
     if short:
         return small, PrefillTile(128, 64, 8, 3, packs)
-    usual, large = PrefillTile(128, 64, 8, 3), PrefillTile(128, 128, 8, 3)
-    return (usual, small, large) if shape.head_dim > 64 else (large, usual, small)
+    usual = PrefillTile(128, 64, 8, 3)
+    # 128 keys a tile fit 64 channels; at 128 channels the masked loops would spill 16 bytes.
+    return (usual, small) if shape.head_dim > 64 else (PrefillTile(128, 128, 8, 3), usual, small)
 
 
 def prefill_tile(shape: PrefillShape) -> PrefillTile:

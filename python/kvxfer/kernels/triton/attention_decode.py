@@ -11,6 +11,7 @@ import triton.language as tl
 from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
+    ids_are_checked,
     need_tensors,
     on_device_of,
     padded_width,
@@ -278,8 +279,9 @@ def paged_decode(
     need_tensors("q", q)
     batch, num_q_heads, width_k = q.shape
     num_blocks, block_size, num_kv_heads, width_v = v_cache.shape
-    first_keys = (seq_lens - 1 - window_left) if window_left >= 0 else torch.zeros_like(seq_lens)
-    check_block_table(block_table, first_keys, seq_lens, num_blocks, block_size)
+    if ids_are_checked(block_table):
+        first = (seq_lens - 1 - window_left) if window_left >= 0 else torch.zeros_like(seq_lens)
+        check_block_table(block_table, first, seq_lens, num_blocks, block_size)
     if not batch:
         return
     split = DEFAULT_SPLIT_SIZE if split_size is None else split_size

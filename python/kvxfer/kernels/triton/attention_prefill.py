@@ -17,6 +17,7 @@ import triton.language as tl
 from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
+    ids_are_checked,
     need_tensors,
     on_device_of,
     padded_width,
@@ -326,12 +327,12 @@ def paged_prefill(
     if not q.shape[0] or not seq_lens.shape[0]:
         return
     cu_seqlens_q, seq_lens = cu_seqlens_q.contiguous(), seq_lens.contiguous()
-    rows = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
-    first_keys = (seq_lens - rows - window_left) if window_left >= 0 else torch.zeros_like(seq_lens)
-    # A sequence without new rows reads nothing, so its row of the table may hold anything.
-    check_block_table(
-        block_table, first_keys, torch.where(rows > 0, seq_lens, 0), num_blocks, block_size
-    )
+    if ids_are_checked(block_table):
+        rows = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
+        first = seq_lens - rows - window_left if window_left >= 0 else torch.zeros_like(seq_lens)
+        # A sequence without new rows reads nothing, so its row of the table may hold anything.
+        lengths = torch.where(rows > 0, seq_lens, 0)
+        check_block_table(block_table, first, lengths, num_blocks, block_size)
     tile = prefill_tile(prefill_shape(q, k_cache, v_cache, seq_lens.shape[0]))
     run_prefill(
         tile, q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens, out, lse,

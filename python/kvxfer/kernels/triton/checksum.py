@@ -22,7 +22,7 @@ _UNITS = {8: tl.uint64, 4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 _CTAS_PER_SM = 8
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mix(z):  # type: ignore[no-untyped-def]
     """The finaliser of splitmix64."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9

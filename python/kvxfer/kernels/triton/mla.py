@@ -17,6 +17,7 @@ from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels.triton._common import (
     LOG2E,
     check_block_table,
+    ids_are_checked,
     need_tensors,
     on_device_of,
     softmax_step,
@@ -162,7 +163,9 @@ def mla_decode(
         raise InvalidArgumentError(
             f"q_latent: the Triton kernel takes at most {MAX_LATENT_DIM} channels, given {latent_dim}"
         )
-    check_block_table(block_table, torch.zeros_like(seq_lens), seq_lens, num_blocks, block_size)
+    if ids_are_checked(block_table):
+        first = torch.zeros_like(seq_lens)
+        check_block_table(block_table, first, seq_lens, num_blocks, block_size)
     if not batch:
         return
     split = DEFAULT_SPLIT_SIZE if split_size is None else split_size

@@ -19,6 +19,10 @@ __all__ = ["tune_prefill"]
 _CALLS, _ROUNDS = 4, 7  # calls between two events; rounds, in which the candidates take turns
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def tune_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -70,7 +74,7 @@ def tune_prefill(
                 run(tile)  # compiles
             for _ in range(_ROUNDS):
                 for tile, found in times.items():
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin, end = _event(), _event()
                     begin.record()
                     for _ in range(_CALLS):
                         run(tile)
