@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLanesPerRow = 4;
 constexpr int kRowsPerWarp = 32 / kLanesPerRow;
-constexpr int kCtasPerSm = 8;
+constexpr int kCtasPerSm = 4;
 
 // The little-endian word at byte `at` of a row; bytes from its end on are 0.
 __device__ uint32_t word_at(const char* row, int32_t nbytes, int32_t at) {
@@ -58,22 +58,25 @@ __device__ uint64_t sum_over_lanes(uint64_t value) {
 }
 
 // A thread block has one layer and a share of its (part, segment) tiles.
-__global__ void __launch_bounds__(kThreads)
-    checksum_kernel(const __grid_constant__ Checksum p, Divisor by_heads, int32_t ctas_per_layer) {
-  const int layer = static_cast<int>(blockIdx.x / ctas_per_layer);
+__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+    checksum_kernel(const __grid_constant__ Checksum p, Divisor by_heads, Divisor by_segments,
+                    int32_t ctas_per_layer) {
+  const int layer = static_cast<int>(blockIdx.x) / ctas_per_layer;
+  const auto num_segments = static_cast<int32_t>(p.num_segments);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* keys = reinterpret_cast<uint32_t*>(shared_memory());                  // [kMaxHashedRow / 4]
   auto* sums = reinterpret_cast<uint64_t*>(shared_memory() + kMaxHashedRow);  // [warp]
   for (int i = threadIdx.x; i < kMaxHashedRow / 4; i += kThreads) keys[i] = hash_key(i);
   __syncthreads();
   uint64_t sum = 0;
-  for (int64_t tile = blockIdx.x % ctas_per_layer; tile < p.num_parts * p.num_segments;
-       tile += ctas_per_layer) {
-    const int64_t index = tile / p.num_segments;
+  for (int32_t tile = static_cast<int>(blockIdx.x) % ctas_per_layer;
+       tile < p.num_parts * num_segments; tile += ctas_per_layer) {
+    const int32_t index = by_segments.quotient(tile);
     const ChecksumPart& part = p.part[index];
-    const int64_t* segment = p.segments + (tile - index * p.num_segments) * 4;
-    const char* base = reinterpret_cast<const char*>(p.bases[index * p.num_layers + layer]) +
-                       row_offset(part.strides, segment[0], segment[1], 0);
+    const int64_t* segment = p.segments + int64_t{tile - index * num_segments} * 4;
+    const char* base =
+        reinterpret_cast<const char*>(p.bases[int64_t{index} * p.num_layers + layer]) +
+        row_offset(part.strides, segment[0], segment[1], 0);
     const int64_t everything =
         reinterpret_cast<int64_t>(base) | part.strides.token | part.strides.head | part.row_nbytes;
     const auto rows = static_cast<int32_t>(segment[2]) * p.num_heads;
@@ -115,10 +118,15 @@ void checksum_blocks(const Checksum& p, cudaStream_t stream) {
            " bytes, given ", p.part[i].row_nbytes);
     }
   }
+  if (p.num_parts * p.num_segments > INT32_MAX) {
+    fail(Code::kInvalidArgument, "checksum_blocks: expected fewer than 2^31 runs of tokens, given ",
+         p.num_segments, " in each of ", p.num_parts, " parts");
+  }
   const int64_t fill = ceil_div(int64_t{num_sms()} * kCtasPerSm, p.num_layers);
   const auto per_layer = static_cast<int32_t>(std::min(fill, p.num_parts * p.num_segments));
   launch("checksum_blocks", &checksum_kernel, int64_t{per_layer} * p.num_layers, kThreads,
-         kWarps * sizeof(uint64_t) + kMaxHashedRow, stream, p, Divisor(p.num_heads), per_layer);
+         kWarps * sizeof(uint64_t) + kMaxHashedRow, stream, p, Divisor(p.num_heads),
+         Divisor(static_cast<int32_t>(p.num_segments)), per_layer);
 }
 
 }  // namespace kvxfer::kernels::cuda

@@ -275,8 +275,6 @@ TEST_CASE("append writes the rows of its slots, converted, and leaves the rest a
           p.num_kv_heads = static_cast<int32_t>(heads);
           p.from = from;
           p.to = to;
-          const cuda::Copy listed = p;
-          if (random() % 2) travel_with_the_launch(p);
           std::vector<char> want = cache.values();
           for (int64_t token = 0; token < tokens; ++token) {
             if (slots[token] < 0) continue;
