@@ -2,36 +2,76 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels against bounds and against torch, measured in the same run.
 
-    python bench/bench_kernels.py [--threads N] [--only decode,prefill,pack,append] [--quick] [--json PATH]
+    python bench/bench_kernels.py [--threads N] [--only decode,prefill,pack,append] [--quick] [--budget-s S] [--json PATH]
 
-Kernel, bound and peer take turns round by round, and ratios are medians of per-round ratios, since
+Kernel, bounds and peers take turns round by round, and ratios are medians of per-round ratios, since
 neighbours on a shared machine disturb all of them alike. With one thread the thread's own CPU time is
-taken, so that a neighbour's turn on the core does not count. Bounds: prefill, a matrix product
-(torch.mm); decode, a sum over contiguous memory of the same size and, as blocks lie scattered, a gather
-of the same blocks in the same order; copy and pack, a contiguous copy of as many bytes.
+taken, so that a neighbour's turn on the core does not count. Copies are measured on one thread. Rows are
+printed, and written with --json, as they come; what the budget leaves no time for is named.
+
+Bounds: decode, a sum over contiguous memory of the same size; prefill, a matrix product (torch.mm); copies, the
+faster of a memcpy block by block and one of all bytes at once, which the C library does around the caches where
+they are too small. Peers: torch's gather and attention (scaled_dot_product_attention, FlexAttention), index_select
+and indexing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from common import interleave, machine_facts, write_json
-from kvxfer import kernels
+from kvxfer import _transfer, kernels
 from kvxfer.layout import KVLayout
 
 Timed = dict[str, Callable[[], Any]]
+Row = dict[str, Any]
+MIN_ROUNDS = 3
 
 
-def measure(timed: Timed, *, threads: int, rounds: int) -> dict[str, list[float]]:
+@dataclass
+class Run:
+    """What all benches share: how to measure, until when, and where the rows go."""
+
+    threads: int
+    rounds: int
+    deadline: float
+    json: str | None
+    facts: dict[str, Any]
+    flex: Callable[..., Any] | str  # FlexAttention compiled, or why it is not
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def add(self, op: str, case: str, make: Callable[[], Row]) -> None:
+        if self.seconds_left <= 0:
+            self.skipped[f"{op} {case}"] = "the budget was spent (--budget-s)"
+            return
+        row = {"op": op, "case": case, **make()}
+        print_row(row)
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        report = {"schema": 2, "facts": self.facts, "rows": self.rows, "skipped": self.skipped}
+        write_json(self.json, report)
+
+
+def measure(timed: Timed, run: Run, *, threads: int | None = None) -> dict[str, list[float]]:
     """Seconds per call and round; each call repeated until a round lasts some milliseconds."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    clock = time.thread_time if (threads or run.threads) == 1 else time.perf_counter
 
     def case(call: Callable[[], Any]) -> Callable[[], float]:
         call()
@@ -47,7 +87,14 @@ def measure(timed: Timed, *, threads: int, rounds: int) -> dict[str, list[float]
 
         return sample
 
-    return interleave({name: case(call) for name, call in timed.items()}, rounds)
+    cases = {name: case(call) for name, call in timed.items()}
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for index in range(run.rounds):
+        if index >= MIN_ROUNDS and run.seconds_left <= 0:
+            break
+        for name, seconds in interleave(cases, 1, seed=index).items():
+            found[name] += seconds
+    return found
 
 
 def ratio(seconds: dict[str, list[float]], ours: str, other: str, scale: float = 1.0) -> float:
@@ -56,30 +103,43 @@ def ratio(seconds: dict[str, list[float]], ours: str, other: str, scale: float =
     return statistics.median(scale * theirs / mine for mine, theirs in pairs)
 
 
+def of_best(seconds: dict[str, list[float]], ours: str, *bounds: str) -> float:
+    """The ratio to the fastest of the bounds."""
+    best = min(bounds, key=lambda name: statistics.median(seconds[name]))
+    return ratio(seconds, ours, best)
+
+
 def table_of(blocks: int, batch: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(blocks, generator=generator).to(torch.int32).reshape(batch, -1)
 
 
-def bench_decode(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    cases = [
-        (1, 1024, 4, 2, 64),
+def bench_decode(run: Run, quick: bool) -> None:
+    cases = [  # batch, context, query heads, KV heads, head_dim
         (1, 16384, 4, 2, 64),
+        (1, 16384, 32, 8, 128),
+        (8, 2048, 32, 8, 128),
+        (1, 16384, 64, 8, 128),
         (4, 4096, 4, 2, 64),
-        (16, 16384, 4, 2, 64),
-        (4, 4096, 8, 2, 128),
     ]
-    for case in cases[: 3 if args.quick else None]:
-        for order, dtype in (
-            ("HND", torch.float32),
-            ("NHD", torch.float32),
-            ("HND", torch.bfloat16),
-        ):
-            rows.append(decode_case(args, *case, order, dtype))
-            print_row(rows[-1])
+    kinds = [("NHD", torch.float32), ("HND", torch.bfloat16), ("HND", torch.float32)]
+    kinds += [("NHD", torch.bfloat16), ("NHD", torch.float16)]
+    for shape in cases[:1] if quick else cases:
+        for order, dtype in kinds[:2] if quick else kinds:
+            batch, context, q_heads, kv_heads, dim = shape
+            # As much KV for each dtype: from 64 MiB up is what is asked for.
+            context = context // 2 if dtype == torch.float32 and dim == 128 else context
+            nbytes = 2 * batch * context * kv_heads * dim * dtype.itemsize
+            name = f"{order} {str(dtype)[6:]} b{batch} ctx{context} {q_heads}q/{kv_heads}kv d{dim}"
+            sized = (batch, context, *shape[2:])
+            run.add(
+                "paged_decode",
+                f"{name}, {nbytes >> 20} MiB",
+                lambda sized=sized, order=order, dtype=dtype: decode_case(run, *sized, order, dtype),
+            )  # fmt: skip
 
 
 def decode_case(
-    args: argparse.Namespace,
+    run: Run,
     batch: int,
     context: int,
     q_heads: int,
@@ -87,7 +147,7 @@ def decode_case(
     dim: int,
     order: str,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Row:
     generator = torch.Generator().manual_seed(0)
     blocks = batch * context // 16
     shape = (blocks, kv_heads, 16, dim) if order == "HND" else (blocks, 16, kv_heads, dim)
@@ -95,76 +155,92 @@ def decode_case(
     table = table_of(blocks, batch, generator)
     lens = torch.full((batch,), context, dtype=torch.int32)
     q = torch.randn(batch, q_heads, dim, generator=generator).to(dtype)
-    nbytes = k.nbytes + v.nbytes
-    flat = torch.randn(nbytes // 4)
-    pages_k, pages_v = (x.reshape(blocks, -1).view(torch.int32) for x in (k, v))
-    order_of_blocks = table.reshape(-1).long()
-    scratch = torch.empty_like(pages_k[:64])
+    flat = torch.ones((k.nbytes + v.nbytes) // 4)
 
-    def same_blocks(
-        k: Any = pages_k, v: Any = pages_v, ids: Any = order_of_blocks, to: Any = scratch
-    ) -> None:
-        for pages in (k, v):
-            for start in range(0, len(ids), 64):
-                torch.index_select(pages, 0, ids[start : start + 64], out=to[: len(ids) - start])
-
-    def gather_and_sdpa() -> torch.Tensor:
+    def gather() -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = k[table.long()], v[table.long()]
         if order == "HND":
-            keys, values = (
-                x.transpose(1, 2).reshape(batch, kv_heads, context, dim) for x in (keys, values)
-            )
-        else:
-            keys, values = (
-                x.reshape(batch, context, kv_heads, dim).transpose(1, 2) for x in (keys, values)
-            )
-        return torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, None], keys, values, enable_gqa=True
+            keys, values = (x.transpose(1, 2) for x in (keys, values))
+            return tuple(x.reshape(batch, kv_heads, context, dim) for x in (keys, values))
+        return tuple(
+            x.reshape(batch, context, kv_heads, dim).transpose(1, 2) for x in (keys, values)
         )
 
-    seconds = measure(
-        {
-            "ours": lambda: kernels.paged_decode(q, k, v, table, lens, kv_layout=order),
-            "read": flat.sum,
-            "same_blocks": same_blocks,
-            "torch": gather_and_sdpa,
-        },
-        threads=args.threads,
-        rounds=args.rounds,
-    )
-    return {
-        "op": "paged_decode",
-        "case": f"{order} {str(dtype)[6:]} b{batch} ctx{context} {q_heads}q/{kv_heads}kv d{dim}",
-        "us": statistics.median(seconds["ours"]) * 1e6,
-        "of_read": ratio(seconds, "ours", "read"),
-        "of_same_blocks_gathered": ratio(seconds, "ours", "same_blocks"),
-        "times_torch": ratio(seconds, "ours", "torch"),
+    def gather_and_sdpa() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None], *gather(), enable_gqa=True
+        )
+
+    timed: Timed = {
+        "ours": lambda: kernels.paged_decode(q, k, v, table, lens, kv_layout=order),
+        "sum": flat.sum,
+        "dot": lambda: torch.dot(flat, flat),
+        "sdpa": gather_and_sdpa,
     }
+    why = run.flex if isinstance(run.flex, str) else None
+    if why is None:
+        flex = run.flex
+        timed["flex"] = lambda: flex(q[:, :, None], *gather(), enable_gqa=True)
+        why = works(timed["flex"])
+    if why is not None:
+        timed.pop("flex", None)
+        run.skipped["FlexAttention"] = why
+    seconds = measure(timed, run)
+    row = {
+        "us": statistics.median(seconds["ours"]) * 1e6,
+        "gb_per_s": (k.nbytes + v.nbytes) / statistics.median(seconds["ours"]) / 1e9,
+        "of_read": of_best(seconds, "ours", "sum", "dot"),
+        "times_gather_and_sdpa": ratio(seconds, "ours", "sdpa"),
+    }
+    if "flex" in timed:
+        row["times_gather_and_flex"] = ratio(seconds, "ours", "flex")
+    return row
 
 
-def bench_prefill(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def works(call: Callable[[], Any]) -> str | None:
+    """Why a peer cannot run here; the compiler's reasons are of any type."""
+    try:
+        call()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return None
+
+
+def flex_attention(enabled: bool) -> Callable[..., Any] | str:
+    if not enabled:
+        return "not asked for (--flex compiles it, which takes minutes)"
+    from torch.nn.attention.flex_attention import flex_attention as eager
+
+    return torch.compile(eager)
+
+
+def bench_prefill(run: Run, quick: bool) -> None:
     cases = [
-        (512, 16384, 4, 2, 64),
         (512, 2048, 4, 2, 64),
-        (512, 512, 4, 2, 64),
+        (512, 16384, 4, 2, 64),
         (512, 4096, 4, 2, 128),
         (128, 128, 4, 2, 64),
     ]
-    for case in cases[: 3 if args.quick else None]:
-        for dtype in (torch.float32, torch.bfloat16):
-            rows.append(prefill_case(args, *case, dtype))
-            print_row(rows[-1])
+    for shape in cases[:1] if quick else cases:
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            new, context, q_heads, kv_heads, dim = shape
+            name = f"HND {str(dtype)[6:]} {new} new, ctx{context} {q_heads}q/{kv_heads}kv d{dim}"
+            run.add(
+                "paged_prefill",
+                name,
+                lambda shape=shape, dtype=dtype: prefill_case(run, *shape, dtype),
+            )
 
 
 def prefill_case(
-    args: argparse.Namespace,
+    run: Run,
     new: int,
     context: int,
     q_heads: int,
     kv_heads: int,
     dim: int,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Row:
     generator = torch.Generator().manual_seed(0)
     square = torch.randn(512, 512)
     blocks = context // 16
@@ -190,13 +266,10 @@ def prefill_case(
             "torch_mask": lambda: attend(queries, wide_k, wide_v, attn_mask=mask),
             "torch_no_mask": lambda: attend(queries, wide_k, wide_v),
         },
-        threads=args.threads,
-        rounds=args.rounds,
+        run,
     )
     flops = 4 * q_heads * dim * (new * context - new * (new - 1) // 2)
     return {
-        "op": "paged_prefill",
-        "case": f"HND {str(dtype)[6:]} {new} new, ctx{context} {q_heads}q/{kv_heads}kv d{dim}",
         "us": statistics.median(seconds["ours"]) * 1e6,
         "of_mm_float32": ratio(seconds, "ours", "mm", flops / (2 * 512**3)),
         "times_torch_gathered_mask": ratio(seconds, "ours", "torch_mask"),
@@ -204,82 +277,104 @@ def prefill_case(
     }
 
 
-def bench_pack(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    pairs = [
-        ("LKBHNC", "LKBHNC"),
-        ("LKBNHC", "LKBNHC"),
-        ("BLKHNC", "BLKHNC"),
-        ("LKBNHC", "LKBHNC"),
-    ]
-    for src_order, dst_order in pairs:
-        rows.append(pack_case(args, src_order, dst_order))
-        print_row(rows[-1])
+def bench_pack(run: Run, quick: bool) -> None:
+    whole = ["LKBHNC", "BLKHNC", "LKBNHC"]
+    for mib in (1,) if quick else (1, 16, 64):
+        for order in whole[:2] if quick else whole:
+            name = f"{order}, bfloat16, {mib} MiB in whole blocks"
+            run.add("copy_blocks", name, lambda order=order, mib=mib: pack_case(run, order, order, mib))  # fmt: skip
+    for mib in (1,) if quick else (1, 64):
+        name = f"LKBNHC to LKBHNC, bfloat16, {mib} MiB in rows of 256 bytes"
+        run.add("copy_blocks", name, lambda mib=mib: pack_case(run, "LKBNHC", "LKBHNC", mib))
 
 
-def pack_case(args: argparse.Namespace, src_order: str, dst_order: str) -> dict[str, Any]:
+def pack_case(run: Run, src_order: str, dst_order: str, mib: int) -> Row:
+    """Half of a cache's blocks, in no order, to other blocks, into a packed buffer and back."""
     rng = np.random.default_rng(0)
-    shape: dict[str, Any] = {
-        "num_blocks": 1024,
-        "block_size": 16,
-        "num_kv_heads": 8,
-        "head_dim": 128,
-        "dtype": "bfloat16",
-    }
+    blocks = mib * 16  # of 64 KiB, keys and values, all layers: half of them hold so many MiB
+    shape: dict[str, Any] = {"block_size": 16, "num_kv_heads": 4, "head_dim": 128}
     src, dst = (
-        KVLayout.from_order(order, num_layers=2, **shape) for order in (src_order, dst_order)
+        KVLayout.from_order(order, num_layers=2, num_blocks=2 * blocks, dtype="bfloat16", **shape)
+        for order in (src_order, dst_order)
     )
     a, b = (torch.randint(0, 255, (layout.nbytes,), dtype=torch.uint8) for layout in (src, dst))
-    chosen = rng.permutation(1024)[:512]
+    chosen = rng.permutation(2 * blocks)[:blocks]
+    other = chosen[::-1].copy()
     half = src.nbytes // 2
+    packed = torch.zeros(half, dtype=torch.uint8)
+    runs = 65536 if "BLK" in src_order else 16384  # bytes that lie together
+    scale = np.arange(65536 // runs) * (runs if runs == 65536 else 2 * blocks * runs)
+    offsets = [(ids[:, None] * runs + scale[None]).reshape(-1) for ids in (chosen, other)]
+    pages = a[:half].view(torch.int64).reshape(-1, runs // 8)
+    picked = torch.from_numpy(rng.permutation(len(pages)))
+    into = packed.view(torch.int64).reshape(-1, runs // 8)
     timed: Timed = {
-        "ours": lambda: kernels.copy_blocks(src, a, dst, b, chosen, chosen[::-1]),
-        "memcpy": lambda: b[:half].copy_(a[:half]),
+        "copy": lambda: kernels.copy_blocks(src, a, dst, b, chosen, other),
+        "memcpy of blocks": lambda: _transfer.scattered_copy(
+            b.numpy(), a.numpy(), offsets[1], offsets[0], runs
+        ),
+        "memcpy of all": lambda: ctypes.memmove(packed.data_ptr(), a.data_ptr(), half),
+        "index_select": lambda: torch.index_select(pages, 0, picked, out=into),
     }
     if src_order == dst_order:
-        timed["pack"] = lambda: kernels.pack_blocks(src, a, chosen, out=b[:half])
-    seconds = measure(timed, threads=args.threads, rounds=args.rounds)
-    row: dict[str, Any] = {
-        "op": "copy_blocks",
-        "case": f"{src_order} to {dst_order}, bfloat16, {half >> 20} MiB in 512 blocks",
-        "us": statistics.median(seconds["ours"]) * 1e6,
-        "of_memcpy": ratio(seconds, "ours", "memcpy"),
-    }
-    if "pack" in timed:
-        row["pack_of_memcpy"] = ratio(seconds, "pack", "memcpy")
-    return row
+        timed["pack"] = lambda: kernels.pack_blocks(src, a, chosen, out=packed)
+        timed["unpack"] = lambda: kernels.unpack_blocks(packed, src, a, chosen)
+    held = kernels.get_num_threads(), torch.get_num_threads()
+    kernels.set_num_threads(1)
+    torch.set_num_threads(1)
+    try:
+        seconds = measure(timed, run, threads=1)
+    finally:
+        kernels.set_num_threads(held[0])
+        torch.set_num_threads(held[1])
+    row = {"us": statistics.median(seconds["copy"]) * 1e6}
+    for ours in ("copy", "pack", "unpack"):
+        if ours in timed:
+            row[f"{ours}_of_memcpy"] = of_best(seconds, ours, "memcpy of blocks", "memcpy of all")
+    return row | {"times_index_select": ratio(seconds, "copy", "index_select")}
 
 
-def bench_append(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    for tokens in (1, 16, 512):
-        rows.append(append_case(args, tokens))
-        print_row(rows[-1])
+def bench_append(run: Run, quick: bool) -> None:
+    for tokens in (1,) if quick else (1, 16, 512):
+        for order in ("HND",) if quick else ("HND", "NHD"):
+            name = f"{order} float32 {tokens} tokens 2kv d64"
+            run.add("append_kv", name, lambda order=order, tokens=tokens: append_case(run, order, tokens))  # fmt: skip
 
 
-def append_case(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
+def append_case(run: Run, order: str, tokens: int) -> Row:
     generator = torch.Generator().manual_seed(0)
-    k, v = torch.zeros(2048, 2, 16, 64), torch.zeros(2048, 2, 16, 64)
+    shape = (2048, 2, 16, 64) if order == "HND" else (2048, 16, 2, 64)
+    k, v = torch.zeros(shape), torch.zeros(shape)
     key, value = torch.randn(tokens, 2, 64), torch.randn(tokens, 2, 64)
     slots = torch.randperm(2048 * 16, generator=generator)[:tokens]
 
     def by_torch() -> None:
         block, offset = slots // 16, slots % 16
-        k[block, :, offset] = key
-        v[block, :, offset] = value
+        if order == "HND":
+            k[block, :, offset] = key
+            v[block, :, offset] = value
+        else:
+            k[block, offset] = key
+            v[block, offset] = value
 
-    seconds = measure(
-        {
-            "ours": lambda: kernels.append_kv(key, value, k, v, slots, kv_layout="HND"),
-            "torch": by_torch,
-        },
-        threads=args.threads,
-        rounds=args.rounds,
-    )
-    return {
-        "op": "append_kv",
-        "case": f"HND float32 {tokens} tokens 2kv d64",
+    timed: Timed = {
+        "ours": lambda: kernels.append_kv(key, value, k, v, slots, kv_layout=order),
+        "torch": by_torch,
+    }
+    if order == "NHD":  # indexing at its best: one axis of slots
+        flat_k, flat_v = (x.view(-1, 2, 64) for x in (k, v))
+        timed["index_copy"] = lambda: (
+            flat_k.index_copy_(0, slots, key),
+            flat_v.index_copy_(0, slots, value),
+        )
+    seconds = measure(timed, run)
+    row = {
         "us": statistics.median(seconds["ours"]) * 1e6,
         "times_torch_indexing": ratio(seconds, "ours", "torch"),
     }
+    if "index_copy" in timed:
+        row["times_index_copy"] = ratio(seconds, "ours", "index_copy")
+    return row
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -299,14 +394,21 @@ BENCHES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="kvxfer bench kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    usable = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=min(2, usable))
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--only", default=",".join(BENCHES), help="comma-separated: " + ", ".join(BENCHES)
     )
     parser.add_argument("--quick", action="store_true", help="the first cases only, three rounds")
+    parser.add_argument("--flex", action="store_true", help="compile FlexAttention as a peer")
+    parser.add_argument(
+        "--budget-s", type=float, default=300, help="begin no case after so many seconds"
+    )
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(BENCHES)
@@ -314,15 +416,21 @@ def main() -> int:
         parser.error(
             f"--only: expected some of {', '.join(BENCHES)}, given {', '.join(sorted(unknown))}"
         )
-    if args.quick:
-        args.rounds = 3
     torch.set_num_threads(args.threads)
     kernels.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
+    run = Run(
+        threads=args.threads,
+        rounds=MIN_ROUNDS if args.quick else args.rounds,
+        deadline=time.monotonic() + args.budget_s,
+        json=args.json,
+        facts=machine_facts("torch") | {"threads": args.threads, "build": kernels.build_info()},
+        flex=flex_attention(args.flex),
+    )
     for name in args.only.split(","):
-        BENCHES[name](args, rows)
-    facts = machine_facts("torch") | {"threads": args.threads, "build": kernels.build_info()}
-    write_json(args.json, {"facts": facts, "rows": rows})
+        BENCHES[name](run, args.quick)
+    for name, reason in run.skipped.items():
+        print(f"not measured: {name}: {reason}")
+    run.save()
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+import calibrate
 import transfer_small
 from common import interleave, kept, kib, machine_facts, speed_ratio, summary, table, write_json
 from peer_pairs import PeerError, PeerPair, start_peers
@@ -186,6 +187,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="of the largest blocks; small: more")
     parser.add_argument("--paths", help="comma-separated parts of names, for example 'shm,tcp'")
     parser.add_argument("--no-small", action="store_true", help="throughput only")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="print the constants of plan_transfer's cost model for this machine, to pass as cost=",
+    )
     parser.add_argument("--quick", action="store_true", help="some seconds: does everything work?")
     parser.add_argument("--cpus-per-side", type=int, default=1, metavar="N")
     parser.add_argument("--no-pin", action="store_true", help="leave placement to the scheduler")
@@ -196,6 +202,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.blocks, args.num_blocks, args.rounds = "4,16", 256, 2
+    if args.calibrate:
+        args.blocks, args.no_small = str(calibrate.LARGE // 1024), True
     return args
 
 
@@ -215,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             world.keep(args.paths.split(",") if args.paths else [])
             report["skipped"] |= world.refused
             facts["default_paths"] = default = default_paths(world)
-            for block in blocks:
+            if args.calibrate:
+                how = {"num_spans": args.num_blocks, "rounds": args.rounds}
+                report["rows"].append(calibrate.run(world, **how))
+            for block in [] if args.calibrate else blocks:
                 run = Throughput(world, peers, args.num_blocks, block)
                 samples = run.run(rounds_for(block, args.rounds))
                 rows, found = run.rows(samples), ratios(samples, block, default)
@@ -229,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for peer in peers:
             peer.close()
     for name, reason in report["skipped"].items():
-        print(f"not measured: {name}: {reason}")
+        # What --calibrate prints is Python to the last line.
+        print(f"{'# ' if args.calibrate else ''}not measured: {name}: {reason}")
     write_json(args.json, report)
     return 0
 

@@ -124,10 +124,10 @@ cpu::Attention attention_of(const py::array& q, const py::array& k_cache, const 
   return a;
 }
 
-void append_kv(const py::array& key, const py::array& value, py::array& k_cache, py::array& v_cache,
-               const py::array& slot_mapping, float k_scale, float v_scale,
-               const std::optional<py::array>& k_scales, const std::optional<py::array>& v_scales,
-               int bytes_are) {
+cpu::Append append_of(const py::array& key, const py::array& value, py::array& k_cache,
+                      py::array& v_cache, const py::array& slot_mapping, float k_scale,
+                      float v_scale, const std::optional<py::array>& k_scales,
+                      const std::optional<py::array>& v_scales, int bytes_are) {
   cpu::Append p;
   p.key = rows_of("key", key);
   p.value = rows_of("value", value);
@@ -144,9 +144,36 @@ void append_kv(const py::array& key, const py::array& value, py::array& k_cache,
   p.block_size = k_cache.shape(1);
   p.k_scale = k_scale;
   p.v_scale = v_scale;
+  return p;
+}
+
+void append_kv(const py::array& key, const py::array& value, py::array& k_cache, py::array& v_cache,
+               const py::array& slot_mapping, float k_scale, float v_scale,
+               const std::optional<py::array>& k_scales, const std::optional<py::array>& v_scales,
+               int bytes_are) {
+  const cpu::Append p = append_of(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale,
+                                  k_scales, v_scales, bytes_are);
   const py::gil_scoped_release release;
   cpu::append_kv(p);
 }
+
+// An append whose arrays were looked at once, for others of the same shapes, strides and dtypes: a
+// view of each would take longer than the work.
+struct AppendAgain {
+  cpu::Append params;
+
+  void operator()(uintptr_t key, uintptr_t value, uintptr_t k_cache, uintptr_t v_cache,
+                  uintptr_t slot_mapping) const {
+    cpu::Append p = params;
+    p.key.data = reinterpret_cast<void*>(key);
+    p.value.data = reinterpret_cast<void*>(value);
+    p.k.data = reinterpret_cast<void*>(k_cache);
+    p.v.data = reinterpret_cast<void*>(v_cache);
+    p.slots = reinterpret_cast<const int64_t*>(slot_mapping);
+    const py::gil_scoped_release release;
+    cpu::append_kv(p);
+  }
+};
 
 void paged_decode(const py::array& q, const py::array& k_cache, const py::array& v_cache,
                   const py::array& block_table, const py::array& seq_lens, py::array out,
@@ -297,6 +324,18 @@ PYBIND11_MODULE(_kernels_cpu, m) {
         py::arg("v_cache"), py::arg("slot_mapping"), py::kw_only(), py::arg("k_scale"),
         py::arg("v_scale"), py::arg("k_scale_cache"), py::arg("v_scale_cache"),
         py::arg("bytes_are"));
+  py::class_<AppendAgain>(m, "AppendAgain")
+      .def(py::init([](const py::array& key, const py::array& value, py::array& k_cache,
+                       py::array& v_cache, const py::array& slot_mapping, float k_scale,
+                       float v_scale, int bytes_are) {
+             return AppendAgain{append_of(key, value, k_cache, v_cache, slot_mapping, k_scale,
+                                          v_scale, {}, {}, bytes_are)};
+           }),
+           py::arg("key"), py::arg("value"), py::arg("k_cache"), py::arg("v_cache"),
+           py::arg("slot_mapping"), py::kw_only(), py::arg("k_scale"), py::arg("v_scale"),
+           py::arg("bytes_are"))
+      .def("__call__", &AppendAgain::operator(), py::arg("key"), py::arg("value"),
+           py::arg("k_cache"), py::arg("v_cache"), py::arg("slot_mapping"));
   m.def("paged_decode", &paged_decode, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
         py::arg("block_table"), py::arg("seq_lens"), py::arg("out"), py::arg("lse"), py::kw_only(),
         py::arg("sm_scale"), py::arg("v_scale"), py::arg("window_left"), py::arg("logits_soft_cap"),

@@ -19,6 +19,24 @@ def append_kv(
     v_scale_cache: npt.NDArray[Any] | None,
     bytes_are: int,
 ) -> None: ...
+
+class AppendAgain:
+    def __init__(
+        self,
+        key: npt.NDArray[Any],
+        value: npt.NDArray[Any],
+        k_cache: npt.NDArray[Any],
+        v_cache: npt.NDArray[Any],
+        slot_mapping: npt.NDArray[Any],
+        *,
+        k_scale: float,
+        v_scale: float,
+        bytes_are: int,
+    ) -> None: ...
+    def __call__(
+        self, key: int, value: int, k_cache: int, v_cache: int, slot_mapping: int
+    ) -> None: ...
+
 def paged_decode(
     q: npt.NDArray[Any],
     k_cache: npt.NDArray[Any],

@@ -5,7 +5,11 @@
 // (isa_*.cpp).
 #pragma once
 
-constexpr int64_t kDecodeTile = 32;  // keys
+// Keys: as few as a step takes (one query row, as many keys as lanes). Two tiles of keys and values
+// of a head, this one and the next, must fit into the core's nearest cache, whose sets a
+// token-major cache uses unevenly: with 32 keys of float32 the lines asked for were gone before
+// their turn.
+constexpr int64_t kDecodeTile = kLanes > 8 ? kLanes : 8;
 
 KVXFER_INLINE int64_t pad_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -49,79 +53,80 @@ KVXFER_INLINE const float* load_scales(const Attention& a, const Scales& from, i
   return out;
 }
 
-// scores[r][t..t+3] = q[r] . k[t..t+3] for R query rows and four keys. A line of the next tile's
-// rows is asked for between the products: in bursts the requests would fill the core's few miss
-// buffers, and the products would wait.
-template <int R, bool kTail, bool kPrefetch, class T>
-KVXFER_INLINE void dot_rows(const float* q, int64_t q_stride, const T* const* k,
-                            const T* const* ahead, int64_t shift, int64_t n, float* scores) {
-  constexpr int kPerLine = 64 / (kLanes * static_cast<int>(sizeof(T))) > 0
-                               ? 64 / (kLanes * static_cast<int>(sizeof(T)))
-                               : 1;  // steps that one line lasts
-  Vf acc[R][4] = {};
-  const T* k0 = k[0] + shift;
-  const T* k1 = k[1] + shift;
-  const T* k2 = k[2] + shift;
-  const T* k3 = k[3] + shift;
-  const T* next[4] = {ahead[0] + shift, ahead[1] + shift, ahead[2] + shift, ahead[3] + shift};
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) {
-    if (kPrefetch) {
-      const int64_t step = d / kLanes;
-      if (kPerLine == 1) {
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(next[i] + d);
-      } else if (kPerLine == 2) {
-        const int64_t line = step / 2 * 2 * kLanes;
-        __builtin_prefetch((step % 2 == 0 ? next[0] : next[2]) + line);
-        __builtin_prefetch((step % 2 == 0 ? next[1] : next[3]) + line);
-      } else {
-        __builtin_prefetch(next[step % 4] + step / 4 * 4 * kLanes);
-      }
-    }
-    const Vf x0 = load(k0 + d), x1 = load(k1 + d), x2 = load(k2 + d), x3 = load(k3 + d);
-    for (int r = 0; r < R; ++r) {
-      const Vf y = load(q + r * q_stride + d);
-      acc[r][0] += x0 * y;
-      acc[r][1] += x1 * y;
-      acc[r][2] += x2 * y;
-      acc[r][3] += x3 * y;
-    }
-  }
-  if (kTail) {
-    const Vf x0 = load_part(k0 + d, n - d), x1 = load_part(k1 + d, n - d);
-    const Vf x2 = load_part(k2 + d, n - d), x3 = load_part(k3 + d, n - d);
-    for (int r = 0; r < R; ++r) {
-      const Vf y = load(q + r * q_stride + d);  // padded with zeros
-      acc[r][0] += x0 * y;
-      acc[r][1] += x1 * y;
-      acc[r][2] += x2 * y;
-      acc[r][3] += x3 * y;
-    }
-  }
+// Rows of the unit (tile and head) that comes next: while this one's rows are multiplied, the lines
+// of those are asked for, one here and one there. In bursts the requests would fill the core's few
+// miss buffers, and the products would wait. A head with more query rows than fit at once goes over
+// its tile in several passes, each of which asks for its share.
+template <class T>
+struct Ahead {
+  const T* const* rows;
+  int64_t shift;
+  int64_t pass, passes;
+
+  KVXFER_INLINE bool asks(int64_t step) const { return passes == 1 || step % passes == pass; }
+};
+
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // channels per cache line
+
+// Adds x[t] * q[r] for R query rows and kLanes / R keys, one vector of channels of each.
+template <int R, class Load>
+KVXFER_INLINE void multiply_rows(Vf (&acc)[kLanes], const float* q, int64_t q_stride,
+                                 const Load& key) {
+  constexpr int kKeys = kLanes / R;
+  Vf x[kKeys];
+  for (int t = 0; t < kKeys; ++t) x[t] = key(t);
   for (int r = 0; r < R; ++r) {
-    const V4 sums = sum_each(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    __builtin_memcpy(scores + r * kDecodeTile, &sums, 16);
+    const Vf y = load(q + r * q_stride);
+    for (int t = 0; t < kKeys; ++t) acc[t * R + r] += x[t] * y;
   }
 }
 
-// values[r][d..] += sum over keys of p[r][t] * v[t][d..], N vectors of channels at a time.
-template <int R, int N, bool kPrefetch, class T>
-KVXFER_INLINE void add_values(const float* p, const T* const* v, const T* const* ahead,
-                              int64_t shift, int64_t count, float* values, int64_t stride) {
+// The scores of kLanes / R keys and R query rows, [key][row]. As many accumulators as a vector has
+// lanes, so that one transposed sum ends them all: a sum across lanes per score would cost more
+// than the products.
+template <int R, class T>
+KVXFER_INLINE Vf dot_rows(const float* q, int64_t q_stride, const T* const* k, int64_t shift,
+                          const T* const* next, int64_t next_shift, int64_t n) {
+  constexpr int kKeys = kLanes / R;
+  Vf acc[kLanes] = {};
+  int64_t d = 0;
+  for (; d + kLine<T> <= n; d += kLine<T>) {
+    for (int t = 0; t < kKeys; ++t) __builtin_prefetch(next[t] + next_shift + d);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kLine<T>; i += kLanes) {
+      multiply_rows<R>(acc, q + d + i, q_stride,
+                       [&](int t) KVXFER_LAMBDA { return load(k[t] + shift + d + i); });
+    }
+  }
+  for (; d + kLanes <= n; d += kLanes) {
+    for (int t = 0; t < kKeys; ++t) __builtin_prefetch(next[t] + next_shift + d);
+    multiply_rows<R>(acc, q + d, q_stride,
+                     [&](int t) KVXFER_LAMBDA { return load(k[t] + shift + d); });
+  }
+  if (d < n) {  // q is padded with zeros
+    multiply_rows<R>(acc, q + d, q_stride,
+                     [&](int t) KVXFER_LAMBDA { return load_part(k[t] + shift + d, n - d); });
+  }
+  return sum_lanes_of_each<kLanes>(acc);
+}
+
+// values[r][d..] += sum over keys of p[t][r] * v[t][d..], N vectors of channels at a time.
+template <int R, int N, class T>
+KVXFER_INLINE void add_values(const float* p, const T* const* v, int64_t shift,
+                              const T* const* next, int64_t next_shift, int64_t count,
+                              float* values, int64_t stride) {
   Vf acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) acc[r][j] = load(values + r * stride + j * kLanes);
   for (int64_t t = 0; t < count; ++t) {
-    if (kPrefetch) {
-      const char* next = reinterpret_cast<const char*>(ahead[t] + shift);
-      for (int64_t at = 0; at < N * kLanes * static_cast<int64_t>(sizeof(T)); at += 64) {
-        __builtin_prefetch(next + at);
-      }
+    for (int64_t at = 0; at < N * kLanes; at += kLine<T>) {
+      __builtin_prefetch(next[t] + next_shift + at);
     }
     Vf x[N];
     for (int j = 0; j < N; ++j) x[j] = load(v[t] + shift + j * kLanes);
     for (int r = 0; r < R; ++r) {
-      const Vf w = splat(p[r * kDecodeTile + t]);
+      const Vf w = splat(p[t * R + r]);
       for (int j = 0; j < N; ++j) acc[r][j] += w * x[j];
     }
   }
@@ -136,97 +141,99 @@ KVXFER_INLINE void add_values_tail(const float* p, const T* const* v, int64_t sh
     const Vf x = load_part(v[t] + shift, n);
     for (int r = 0; r < R; ++r) {
       float* at = values + r * stride;
-      store(at, load(at) + p[r * kDecodeTile + t] * x);  // rows are padded to whole vectors
+      store(at, load(at) + p[t * R + r] * x);  // rows are padded to whole vectors
     }
   }
 }
 
-// What a query row accumulates. The maximum is in base 2 and kept finite: exp2(-inf - -inf) would
-// be NaN.
+// What R query rows accumulate, lane i for row i % R. The maximum is in base 2 and kept finite:
+// exp2(-inf - -inf) would be NaN.
 struct RowState {
-  float highest;
-  Vf sums;  // per lane, added up at the end
+  Vf highest;
+  Vf sums;  // added up over the lanes of a row at the end
 };
 constexpr float kLowest = -1e30f;
 
+// Scores [key][row] become weights; `padded` keys, those from `count` on weigh nothing.
 template <int R>
-KVXFER_INLINE void soften(const Attention& a, float* scores, int64_t count, RowState* state,
-                          float* values, int64_t stride) {
+KVXFER_INLINE void soften(const Attention& a, float* scores, int64_t count, int64_t padded,
+                          RowState& state, float* values, int64_t stride) {
   const float cap_log2 = a.logits_soft_cap * 1.44269504088896341f;
-  for (int r = 0; r < R; ++r) {
-    float* row = scores + r * kDecodeTile;
-    if (cap_log2 > 0) {
-      for (int64_t t = 0; t < kDecodeTile; t += kLanes)
-        store(row + t, soft_cap(load(row + t), cap_log2));
-    }
-    for (int64_t t = count; t < kDecodeTile; ++t) row[t] = -__builtin_inff();
-    Vf highest = splat(kLowest);
-    for (int64_t t = 0; t < kDecodeTile; t += kLanes) {
-      highest = max_or_second(load(row + t), highest);
-    }
-    const float new_highest = max_lanes(highest);
-    if (new_highest > state[r].highest) {
-      const float shrink = exp2_fast(splat(state[r].highest - new_highest))[0];
-      state[r].highest = new_highest;
-      state[r].sums *= shrink;
+  const int64_t n = padded * R;
+  if (cap_log2 > 0) {
+    for (int64_t i = 0; i < n; i += kLanes) store(scores + i, soft_cap(load(scores + i), cap_log2));
+  }
+  for (int64_t i = count * R; i < n; ++i) scores[i] = -__builtin_inff();
+  Vf highest = splat(kLowest);
+  for (int64_t i = 0; i < n; i += kLanes) highest = max_or_second(load(scores + i), highest);
+  highest = max_or_second(state.highest, max_of_each<R>(highest));
+  if (!all_equal(highest, state.highest)) {
+    const Vf shrink = exp2_fast(state.highest - highest);
+    state.highest = highest;
+    state.sums *= shrink;
+    for (int r = 0; r < R; ++r) {
       for (int64_t d = 0; d < stride; d += kLanes) {
-        store(values + r * stride + d, load(values + r * stride + d) * shrink);
+        store(values + r * stride + d, load(values + r * stride + d) * shrink[r]);
       }
     }
-    for (int64_t t = 0; t < kDecodeTile; t += kLanes) {
-      const Vf weight = exp2_fast(load(row + t) - state[r].highest);
-      state[r].sums += weight;
-      store(row + t, weight);
-    }
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vf weight = exp2_fast(load(scores + i) - highest);
+    state.sums += weight;
+    store(scores + i, weight);
   }
 }
 
 template <int R>
 KVXFER_INLINE void scale_keys(float* scores, const float* scales, int64_t count) {
   if (scales == nullptr) return;
-  for (int r = 0; r < R; ++r)
-    for (int64_t t = 0; t < count; ++t) scores[r * kDecodeTile + t] *= scales[t];
+  for (int64_t t = 0; t < count; ++t)
+    for (int r = 0; r < R; ++r) scores[t * R + r] *= scales[t];
 }
 
-// One tile of keys for R query rows of one KV head. The first rows of a group to see it prefetch
-// the next tile.
-template <int R, bool kTail, bool kPrefetch, class T>
-void decode_tile(const Attention& a, const TileRows<T>& rows, const TileRows<T>& next,
-                 int64_t k_shift, int64_t v_shift, const float* k_scales, const float* v_scales,
-                 const float* q, int64_t q_stride, RowState* state, float* values, int64_t stride) {
+// One tile of keys for R query rows of one KV head.
+template <int R, class T>
+void decode_tile(const Attention& a, const TileRows<T>& rows, int64_t k_shift, int64_t v_shift,
+                 Ahead<T> k_ahead, Ahead<T> v_ahead, const float* k_scales, const float* v_scales,
+                 const float* q, int64_t q_stride, RowState& state, float* values, int64_t stride) {
+  constexpr int kKeys = kLanes / R;
   alignas(64) float scores[R * kDecodeTile];
-  for (int64_t t = 0; t < rows.count; t += 4) {
-    // Short of four keys the last one stands in: its scores are masked, and no foreign row is read.
-    const T* k[4];
-    for (int64_t i = 0; i < 4; ++i) k[i] = rows.k[t + i < rows.count ? t + i : rows.count - 1];
-    dot_rows<R, kTail, kPrefetch>(q, q_stride, k, next.k + t, k_shift, a.head_dim, scores + t);
-  }
-  for (int64_t t = (rows.count + 3) / 4 * 4; t < kDecodeTile; ++t) {
-    for (int r = 0; r < R; ++r) scores[r * kDecodeTile + t] = 0;
+  // Short of a whole step the last key stands in: its scores are masked, and no foreign row is
+  // read.
+  const int64_t padded = (rows.count + kKeys - 1) / kKeys * kKeys;
+  for (int64_t t = 0; t < padded; t += kKeys) {
+    const T* k[kKeys];
+    for (int64_t i = 0; i < kKeys; ++i) k[i] = rows.k[t + i < rows.count ? t + i : rows.count - 1];
+    // What need not be asked for is asked for where it is: that costs less than a second loop.
+    const bool ask = k_ahead.asks(t / kKeys);
+    const Vf sums = dot_rows<R>(q, q_stride, k, k_shift, ask ? k_ahead.rows + t : k,
+                                ask ? k_ahead.shift : k_shift, a.head_dim);
+    store(scores + t * R, sums);
   }
   scale_keys<R>(scores, k_scales, rows.count);
-  soften<R>(a, scores, rows.count, state, values, stride);
+  soften<R>(a, scores, rows.count, padded, state, values, stride);
   scale_keys<R>(scores, v_scales, rows.count);
-  constexpr int kWide = R >= 4 ? 2 : R == 2 ? 4 : 8;
+  constexpr int kWide = R >= 4 ? kLanes / 4 : kLanes / R < 8 ? kLanes / R : 8;
+  const int64_t n = a.head_dim_v;
   int64_t d = 0;
-  for (; d + kWide * kLanes <= a.head_dim_v; d += kWide * kLanes) {
-    add_values<R, kWide, kPrefetch>(scores, rows.v, next.v, v_shift + d, rows.count, values + d,
-                                    stride);
-  }
-  for (; d + kLanes <= a.head_dim_v; d += kLanes) {
-    add_values<R, 1, kPrefetch>(scores, rows.v, next.v, v_shift + d, rows.count, values + d,
-                                stride);
-  }
-  if (d < a.head_dim_v) {
-    add_values_tail<R>(scores, rows.v, v_shift + d, rows.count, a.head_dim_v - d, values + d,
-                       stride);
+  const auto add = [&](auto vectors) KVXFER_LAMBDA {
+    constexpr int kVectors = decltype(vectors)::value;
+    const bool ask = v_ahead.asks(d / kLine<T>);
+    add_values<R, kVectors>(scores, rows.v, v_shift + d, ask ? v_ahead.rows : rows.v,
+                            (ask ? v_ahead.shift : v_shift) + d, rows.count, values + d, stride);
+    d += kVectors * kLanes;
+  };
+  while (d + kWide * kLanes <= n) add(std::integral_constant<int, kWide>{});
+  while (d + kLanes <= n) add(std::integral_constant<int, 1>{});
+  if (d < n) {
+    add_values_tail<R>(scores, rows.v, v_shift + d, rows.count, n - d, values + d, stride);
   }
 }
 
 struct DecodeScratch {
-  float* q;       // [heads][q_stride], scaled
-  float* values;  // [heads][v_stride]
-  RowState* state;
+  float* q;         // [heads][q_stride], scaled
+  float* values;    // [heads][v_stride]
+  RowState* state;  // [heads]: of a group of rows, at its first one
 };
 
 KVXFER_INLINE DecodeScratch carve(const Attention& a, void* scratch) {
@@ -247,6 +254,17 @@ KVXFER_INLINE float query_scale(const Attention& a) {
   return a.logits_soft_cap > 0 ? a.sm_scale * 2 * kLog2E / a.logits_soft_cap : a.sm_scale * kLog2E;
 }
 
+// A head's query rows in groups of 4, then 2, then 1: body(std::integral_constant, first row).
+template <class Body>
+KVXFER_INLINE void for_row_groups(int64_t group, const Body& body) {
+  int64_t g = 0;
+  for (; g + 4 <= group; g += 4) body(std::integral_constant<int, 4>{}, g);
+  if (g + 2 <= group) body(std::integral_constant<int, 2>{}, g), g += 2;
+  if (g < group) body(std::integral_constant<int, 1>{}, g);
+}
+
+KVXFER_INLINE int64_t num_passes(int64_t group) { return group / 4 + (group % 4 >= 2) + group % 2; }
+
 template <class T>
 void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
   const DecodeScratch s = carve(a, scratch);
@@ -260,9 +278,9 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
     convert(row_of(a.q, item.row, first + h), a.q.dtype, q, DType::kFloat32, a.head_dim, scale,
             1.0f);
     for (int64_t d = 0; d < v_stride; ++d) s.values[h * v_stride + d] = 0;
-    s.state[h] = {kLowest, Vf{}};
+    s.state[h] = {splat(kLowest), Vf{}};
   }
-  const bool tail = a.head_dim % kLanes != 0;
+  const int64_t passes = num_passes(group);
   TileRows<T> tiles[2];
   const auto tile_end = [&](int64_t begin) {
     return begin + kDecodeTile < item.key_end ? begin + kDecodeTile : item.key_end;
@@ -275,40 +293,39 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
     locate_rows(a, item.sequence, tile_end(begin), tile_end(tile_end(begin)), next);
     for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
       const int64_t k_shift = kv_head * a.k.strides.head, v_shift = kv_head * a.v.strides.head;
+      const bool last = kv_head + 1 == item.head_end;
+      const TileRows<T>& later = last ? next : rows;
+      const int64_t later_head = last ? item.head_begin : kv_head + 1;
+      Ahead<T> k_ahead{later.k, later_head * a.k.strides.head, 0, passes};
+      Ahead<T> v_ahead{later.v, later_head * a.v.strides.head, 0, passes};
       float k_buffer[kDecodeTile], v_buffer[kDecodeTile];
       const float* k_scales =
           load_scales(a, a.k_scales, item.sequence, begin, rows.count, kv_head, k_buffer);
       const float* v_scales =
           load_scales(a, a.v_scales, item.sequence, begin, rows.count, kv_head, v_buffer);
-      for (int64_t g = 0; g < group;) {
+      for_row_groups(group, [&](auto rows_at_once, int64_t g) {
+        constexpr int kRows = decltype(rows_at_once)::value;
         const int64_t h = (kv_head - item.head_begin) * group + g;
-        const float* q = s.q + h * q_stride;
-        float* values = s.values + h * v_stride;
-        const auto run = [&](auto rows_at_once) {
-          constexpr int kRows = decltype(rows_at_once)::value;
-          const auto tile = tail ? (g == 0 ? &decode_tile<kRows, true, true, T>
-                                           : &decode_tile<kRows, true, false, T>)
-                                 : (g == 0 ? &decode_tile<kRows, false, true, T>
-                                           : &decode_tile<kRows, false, false, T>);
-          tile(a, rows, next, k_shift, v_shift, k_scales, v_scales, q, q_stride, s.state + h,
-               values, v_stride);
-          g += kRows;
-        };
-        if (group - g >= kMaxDecodeRows) {
-          run(std::integral_constant<int, kMaxDecodeRows>{});
-        } else if (group - g >= 2) {
-          run(std::integral_constant<int, 2>{});
-        } else {
-          run(std::integral_constant<int, 1>{});
-        }
-      }
+        decode_tile<kRows>(a, rows, k_shift, v_shift, k_ahead, v_ahead, k_scales, v_scales,
+                           s.q + h * q_stride, q_stride, s.state[h], s.values + h * v_stride,
+                           v_stride);
+        ++k_ahead.pass, ++v_ahead.pass;
+      });
     }
   }
-  for (int64_t h = 0; h < heads; ++h) {
-    float* partial = item.partial + h * partial_stride(a.head_dim_v);
-    partial[0] = s.state[h].highest;
-    partial[1] = sum_lanes(s.state[h].sums);
-    for (int64_t d = 0; d < a.head_dim_v; ++d) partial[2 + d] = s.values[h * v_stride + d];
+  for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
+    for_row_groups(group, [&](auto rows_at_once, int64_t g) {
+      constexpr int kRows = decltype(rows_at_once)::value;
+      const int64_t h = (kv_head - item.head_begin) * group + g;
+      for (int r = 0; r < kRows; ++r) {
+        float* partial = item.partial + (h + r) * partial_stride(a.head_dim_v);
+        partial[0] = s.state[h].highest[r];
+        partial[1] = 0;
+        for (int i = r; i < kLanes; i += kRows) partial[1] += s.state[h].sums[i];
+        const float* values = s.values + (h + r) * v_stride;
+        for (int64_t d = 0; d < a.head_dim_v; ++d) partial[2 + d] = values[d];
+      }
+    });
   }
 }
 

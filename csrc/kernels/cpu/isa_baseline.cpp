@@ -3,6 +3,7 @@
 // What every CPU of the target architecture has: SSE2 on x86-64, NEON on Arm.
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/cpu/params.hpp"
 

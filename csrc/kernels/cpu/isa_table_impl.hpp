@@ -10,7 +10,6 @@ namespace {
 
 // Sized for the registers there are: 16 of them, or 32 with AVX-512.
 constexpr int kBroadcast = KVXFER_SIMD_BYTES == 64 ? 8 : 4;
-constexpr int kMaxDecodeRows = KVXFER_SIMD_BYTES == 64 ? 4 : 2;
 
 #include "kernels/cpu/simd.hpp"
 //

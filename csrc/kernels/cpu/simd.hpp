@@ -38,6 +38,7 @@ struct Int8 {
 };
 
 #define KVXFER_INLINE inline __attribute__((always_inline))
+#define KVXFER_LAMBDA __attribute__((always_inline))
 
 // Minus, because x - 0 is x for every x, so that only the broadcast is left; x + 0 would turn -0
 // into 0.
@@ -45,10 +46,43 @@ KVXFER_INLINE Vf splat(float x) { return x - Vf{}; }
 KVXFER_INLINE Vf load(const float* p) { return *reinterpret_cast<const VfLoose*>(p); }
 KVXFER_INLINE void store(float* p, Vf v) { *reinterpret_cast<VfLoose*>(p) = v; }
 
-KVXFER_INLINE Vf load(const BFloat* p) {
-  const Vh bits = *reinterpret_cast<const VhLoose*>(p);
-  return reinterpret_cast<Vf>(__builtin_convertvector(bits, Vu) << 16);
+// Unsigned and signed integers, each in a wider lane. GCC makes five instructions of
+// __builtin_convertvector where the CPU has one, and a cache of 16 bits is all conversion then.
+KVXFER_INLINE Vu widen_words(const void* p) {
+#if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
+  return reinterpret_cast<Vu>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
+  return reinterpret_cast<Vu>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#else
+  return __builtin_convertvector(*static_cast<const VhLoose*>(p), Vu);
+#endif
 }
+
+KVXFER_INLINE Vh widen_bytes(const void* p) {
+#if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
+  return reinterpret_cast<Vh>(_mm_cvtepu8_epi16(_mm_loadu_si64(p)));
+#elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
+  return reinterpret_cast<Vh>(
+      _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*static_cast<const VbLoose*>(p), Vh);
+#endif
+}
+
+KVXFER_INLINE Vi widen_signed_bytes(const void* p) {
+#if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
+  return reinterpret_cast<Vi>(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
+#elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
+  return reinterpret_cast<Vi>(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*static_cast<const VsLoose*>(p), Vi);
+#endif
+}
+
+KVXFER_INLINE Vf load(const BFloat* p) { return reinterpret_cast<Vf>(widen_words(p) << 16); }
 
 // The bits of halves, as floats.
 KVXFER_INLINE Vf widen(Vh bits) {
@@ -71,7 +105,7 @@ KVXFER_INLINE Vf load(const Half* p) { return widen(*reinterpret_cast<const VhLo
 // e4m3 is a half short of 3 mantissa bits and 8 of exponent bias: exact for all codes, subnormals
 // too.
 KVXFER_INLINE Vf load(const E4M3* p) {
-  const Vh code = __builtin_convertvector(*reinterpret_cast<const VbLoose*>(p), Vh);
+  const Vh code = widen_bytes(p);
   const Vf value = widen((code & 0x80) << 8 | (code & 0x7f) << 7) * 256.0f;
   // The one code that is no number, per sign.
   const Vu nan =
@@ -80,14 +114,9 @@ KVXFER_INLINE Vf load(const E4M3* p) {
 }
 
 // e5m2 is the upper byte of a half.
-KVXFER_INLINE Vf load(const E5M2* p) {
-  return widen(__builtin_convertvector(*reinterpret_cast<const VbLoose*>(p), Vh) << 8);
-}
+KVXFER_INLINE Vf load(const E5M2* p) { return widen(widen_bytes(p) << 8); }
 
-KVXFER_INLINE Vf load(const Int8* p) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const VsLoose*>(p), Vi),
-                                 Vf);
-}
+KVXFER_INLINE Vf load(const Int8* p) { return __builtin_convertvector(widen_signed_bytes(p), Vf); }
 
 // Like the instruction: when either is NaN the second operand is the result. Callers put the value
 // whose NaN must go on second, and a value whose NaN is seen elsewhere first.
@@ -123,15 +152,27 @@ KVXFER_INLINE V4 low_quarter_sum(Vf v) {
 #endif
 }
 
-// The sums of four vectors, in order: a quarter of the shuffles that four single sums would take.
-KVXFER_INLINE V4 sum_each(Vf a, Vf b, Vf c, Vf d) {
-  const V4 x = low_quarter_sum(a), y = low_quarter_sum(b);
-  const V4 z = low_quarter_sum(c), w = low_quarter_sum(d);
-  const V4 xy =
-      __builtin_shufflevector(x, y, 0, 4, 1, 5) + __builtin_shufflevector(x, y, 2, 6, 3, 7);
-  const V4 zw =
-      __builtin_shufflevector(z, w, 0, 4, 1, 5) + __builtin_shufflevector(z, w, 2, 6, 3, 7);
-  return __builtin_shufflevector(xy, zw, 0, 1, 4, 5) + __builtin_shufflevector(xy, zw, 2, 3, 6, 7);
+// Lanes without the bit kHalf: a's plus a's partner kHalf lanes on; those with it: b's likewise.
+template <int kHalf, int... kLane>
+KVXFER_INLINE Vf fold(Vf a, Vf b, std::integer_sequence<int, kLane...>) {
+  const Vf own = __builtin_shufflevector(a, b, ((kLane & kHalf) != 0 ? kLanes + kLane : kLane)...);
+  const Vf partner = __builtin_shufflevector(
+      a, b, ((kLane & kHalf) != 0 ? kLanes + (kLane ^ kHalf) : (kLane ^ kHalf))...);
+  return own + partner;
+}
+
+// Lane i of the result: the sum of the lanes of v[i]. Each step folds two vectors into one, so it
+// takes kLanes - 1 of them for kLanes sums.
+template <int kCount>
+KVXFER_INLINE Vf sum_lanes_of_each(const Vf* v, int step = 1) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    constexpr int kHalf = kLanes / kCount;
+    return fold<kHalf>(sum_lanes_of_each<kCount / 2>(v, step * 2),
+                       sum_lanes_of_each<kCount / 2>(v + step, step * 2),
+                       std::make_integer_sequence<int, kLanes>{});
+  }
 }
 
 KVXFER_INLINE float sum_lanes(Vf v) {
@@ -139,16 +180,23 @@ KVXFER_INLINE float sum_lanes(Vf v) {
   return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
-KVXFER_INLINE float max_lanes(Vf v) {
-  // Halves against each other by shuffles; which order does not matter to a maximum.
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    Vi index;
-    for (int i = 0; i < kLanes; ++i) index[i] = (i + step) % kLanes;
-    const Vf other = __builtin_shuffle(v, index);
-    v = max_or_second(other, v);
-  }
-  return v[0];
+template <int kStep, int... kLane>
+KVXFER_INLINE Vf partners(Vf v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
 }
+
+// Of the lanes that are kStep, 2 kStep, ... apart the largest, in all of them.
+template <int kStep>
+KVXFER_INLINE Vf max_of_each(Vf v) {
+  if constexpr (kStep < kLanes) {
+    v = max_or_second(partners<kStep>(v, std::make_integer_sequence<int, kLanes>{}), v);
+    return max_of_each<kStep * 2>(v);
+  } else {
+    return v;
+  }
+}
+
+KVXFER_INLINE float max_lanes(Vf v) { return max_of_each<1>(v)[0]; }
 
 KVXFER_INLINE bool all_equal(Vf a, Vf b) {
 #if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32

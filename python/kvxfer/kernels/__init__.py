@@ -20,9 +20,11 @@ from kvxfer.kernels.bound import BoundCache
 from kvxfer.kernels.cache import append_kv, copy_blocks, pack_blocks, unpack_blocks
 from kvxfer.kernels.checksum import checksum_blocks
 from kvxfer.kernels.mla import mla_decode
+from kvxfer.kernels.plan import DecodePlan, plan_decode
 
 __all__ = [
     "BoundCache",
+    "DecodePlan",
     "append_kv",
     "backend_reasons",
     "build_info",
@@ -35,6 +37,7 @@ __all__ = [
     "pack_blocks",
     "paged_decode",
     "paged_prefill",
+    "plan_decode",
     "set_num_threads",
     "unpack_blocks",
 ]

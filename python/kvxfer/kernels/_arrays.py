@@ -26,6 +26,7 @@ __all__ = [
     "as_numpy",
     "device_of",
     "dtype_of",
+    "facts_of",
     "is_torch",
     "same_memory",
 ]
@@ -113,6 +114,20 @@ def _device_range(tensor: Array) -> tuple[int, int]:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.data_ptr())
     return start, start + (int(last) + 1) * int(tensor.element_size())
+
+
+def facts_of(tensors: Sequence[Array]) -> tuple[Any, ...] | None:
+    """All that the checks look at in host tensors, to know a call again that has passed them; None: of another kind."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    kind = torch.Tensor
+    facts: list[Any] = []
+    for tensor in tensors:
+        if type(tensor) is not kind or not tensor.is_cpu:
+            return None
+        facts += tensor.shape, tensor.stride(), tensor.dtype
+    return tuple(facts)
 
 
 class Operands:

@@ -237,26 +237,35 @@ def _segments(src: _End, dst: _End, first: int, end: int) -> npt.NDArray[np.int6
     """Runs of tokens that lie in one source and one destination block each."""
     if first == end:
         return np.zeros((0, 5), np.int64)
-    edges = np.array([first, end], np.int64)
-    cuts = np.unique(np.concatenate([edges, src.cuts(first, end), dst.cuts(first, end)]))
-    starts = cuts[:-1]
+    inner = src.cuts(first, end), dst.cuts(first, end)
+    # A packed buffer has no cuts, and equal blocks the same ones: the usual cases need no sorting.
+    if not inner[0].size or not inner[1].size:
+        between = inner[0] if inner[0].size else inner[1]
+    elif np.array_equal(*inner):
+        between = inner[0]
+    else:
+        between = np.union1d(*inner)
+    starts = np.concatenate([[first], between])
+    ends = np.concatenate([between, [end]])
     (src_index, src_slot), (dst_index, dst_slot) = src.locate(starts), dst.locate(starts)
     wanted = dst.ids[dst_index] != -1
     src.check(src_index, wanted)
     dst.check(dst_index, wanted)
-    used = dst.ids[np.unique(dst_index[wanted])]
-    ids, counts = np.unique(used, return_counts=True)
-    if (counts > 1).any():
+    used = dst_index[wanted]  # ascending, so an index that repeats follows itself
+    used = np.sort(dst.ids[used[np.diff(used, prepend=-1) != 0]])
+    repeated = used[1:][used[1:] == used[:-1]]
+    if repeated.size:
+        times = int((used == repeated[0]).sum())
         raise InvalidArgumentError(
-            f"{dst.name}: expected each block at most once, given {int(ids[counts.argmax()])} "
-            f"{int(counts.max())} times"
+            f"{dst.name}: expected each block at most once, given {int(repeated[0])} {times} times"
         )
-    columns = [src.ids[src_index], src_slot, dst.ids[dst_index], dst_slot, cuts[1:] - starts]
+    columns = [src.ids[src_index], src_slot, dst.ids[dst_index], dst_slot, ends - starts]
     return np.ascontiguousarray(np.stack(columns, axis=1)[wanted])
 
 
 def _layers(a: LayoutLike, b: LayoutLike, layers: Sequence[int] | None) -> list[int]:
-    both = [layer for layer in a.layers if layer in set(b.layers)]
+    theirs = set(b.layers)
+    both = [layer for layer in a.layers if layer in theirs]
     if layers is None:
         return both
     for layer in layers:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvxfer.kernels._sides import ITEMSIZE
 
 __all__ = [
     "CACHE_DTYPES",
+    "append_again",
     "append_kv",
     "build_info",
     "checksum_blocks",
@@ -55,6 +57,12 @@ def describe() -> str:
 
 def append_kv(*arrays: Any, **options: Any) -> None:
     _kernels_cpu.append_kv(*arrays, **_native(options))
+
+
+def append_again(*arrays: Any, **options: Any) -> Callable[..., None]:
+    """What appends other arrays of the same shapes, strides and dtypes, given their five addresses."""
+    bytes_are = _DTYPE_TAG[options.pop("cache_dtype")]
+    return _kernels_cpu.AppendAgain(*arrays, bytes_are=bytes_are, **options)
 
 
 def paged_decode(*arrays: Any, split_size: int | None, **options: Any) -> None:

@@ -20,6 +20,7 @@ from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, dtype_of
 from kvxfer.kernels._checksum_job import ChecksumJob
 from kvxfer.kernels._copy_job import CopyJob, PartCopy
 from kvxfer.kernels._sides import ITEMSIZE
+from kvxfer.kernels.plan import DecodePlan
 
 try:
     from kvxfer import _kernels_cuda
@@ -42,6 +43,7 @@ __all__ = [
 TAKES_NUMPY = False
 CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3")
 SCALES = True  # fixed ones, in copies
+PLANS = True
 
 _DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3": 3}
 
@@ -164,6 +166,7 @@ def paged_decode(
     logits_soft_cap: float,
     sinks: Array | None,
     split_size: int | None,
+    plan: DecodePlan | None = None,
 ) -> None:
     """See :func:`kvxfer.kernels.paged_decode`. A split_size is rounded up to whole tiles of 64 tokens.
 
@@ -174,6 +177,10 @@ def paged_decode(
     torch = sys.modules["torch"]
     if _ids_are_checked():
         _check_block_table(block_table, seq_lens, window_left, *k_cache.shape[:2])
+        if plan is not None and tuple(seq_lens.tolist()) != plan.seq_lens:
+            raise InvalidArgumentError(
+                f"plan: expected one for seq_lens {seq_lens.tolist()}, given one for {list(plan.seq_lens)}"
+            )
     p = _decode_params(q, k_cache, v_cache)
     tile = _kernels_cuda.DECODE_TILE
     longest = int(block_table.shape[1]) * p.block_size
@@ -193,6 +200,9 @@ def paged_decode(
             p.split_size = -(-split_size // tile) * tile
             p.num_splits = max(1, -(-longest // p.split_size))
         p.num_items = p.batch * p.num_splits
+        if plan is not None:
+            p.num_splits, p.num_items = plan.num_splits, plan.num_items
+            p.items = plan.items.data_ptr()
         stream = torch.cuda.current_stream().cuda_stream
         if p.num_splits > 1:
             rows = p.batch * p.num_q_heads * p.num_splits

@@ -12,6 +12,7 @@ normalised everything before a backend is called:
   is passed by name, else what the caller gave, torch tensors as a rule (``triton``, ``cuda``);
 - scale caches, ``[block, token, head]`` float32, are passed only to a module that says ``SCALES``, and only
   when there are any;
+- a decode plan is passed only to a module that says ``PLANS``; others get its split_size, as all do;
 - a module with ``refuses(op, operands)`` has said with None that it takes these shapes and dtypes;
 - outputs are allocated; ``lse`` is a float32 array or None; ``k_scale`` is folded into ``sm_scale``.
 
@@ -151,6 +152,18 @@ def choose(
                 f"{op}: backend {backend!r} is unavailable: {reason}", reason=reason
             )
         return _loaded(backend)
+    # On the host nothing of the call but these decides, and the answer stays: asked for at every step of a server.
+    if device == "cpu":
+        return _auto_on_host(op, cache_dtype, scaled)
+    return _auto(op, device, needs)
+
+
+@cache
+def _auto_on_host(op: str, cache_dtype: str | None, scaled: bool) -> ModuleType:
+    return _auto(op, "cpu", Needs(cache_dtype, scaled))
+
+
+def _auto(op: str, device: str, needs: Needs) -> ModuleType:
     reasons: dict[str, str] = {}
     for name in BACKENDS:
         reason = _auto_why_not(name, op, device, needs)

@@ -55,6 +55,8 @@ def scale_factors(
         LayoutError: one side keeps its scales in memory, and the stored numbers would have to change.
     """
     a, b = src.scales, dst.scales
+    if a is None and b is None and src.dtype == dst.dtype:
+        return None
     in_memory = [x is not None and x.granularity in ("token", "token_head") for x in (a, b)]
     if any(in_memory):
         if all(in_memory) and src.dtype == dst.dtype:

@@ -8,8 +8,10 @@ A KVLayout is read by its fields alone; ``kernels`` does not import ``layout``.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -132,7 +134,13 @@ def token_range(
 
 
 def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:
-    array = np.asarray(as_numpy(ids) if is_torch(ids) else ids)
+    if is_torch(ids):
+        if not ids.is_cpu:  # reading them would wait for the device
+            raise InvalidArgumentError(
+                f"{name}: expected block ids on the host, given a tensor on {ids.device}"
+            )
+        ids = as_numpy(ids)
+    array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -148,21 +156,21 @@ def locate_layers(
     """Per layer the piece that holds it and the offset there; all of the layer must lie in that piece."""
     layout = side.layout
     sizes = [int(piece.shape[0]) for piece in side.pieces]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    starts = list(accumulate(sizes, initial=0))
     row = part.width * ITEMSIZE[part.dtype]
     heads_here = layout.head_range[1] - layout.head_range[0]
     reach = row + (layout.num_blocks - 1) * part.stride_block
     reach += (layout.block_size - 1) * part.stride_token + (heads_here - 1) * part.stride_head
+    shift = (first_head - layout.head_range[0]) * part.stride_head if num_heads else 0
     found = []
-    held = list(layout.layers)
+    held = {layer: index for index, layer in enumerate(layout.layers)}
     for layer in layers:
-        base = int(part.bases[held.index(layer)])
-        piece = int(np.searchsorted(starts, base, side="right")) - 1
+        base = int(part.bases[held[layer]])
+        piece = bisect_right(starts, base) - 1
         if piece >= len(sizes) or base + reach > starts[piece + 1]:
             raise InvalidArgumentError(
                 f"{name}: layer {layer}, part {part.name} needs bytes [{base}, {base + reach}) in one piece, "
                 f"given pieces of {sizes} bytes"
             )
-        shift = (first_head - layout.head_range[0]) * part.stride_head if num_heads else 0
-        found.append((piece, base - int(starts[piece]) + shift))
+        found.append((piece, base - starts[piece] + shift))
     return tuple(found)

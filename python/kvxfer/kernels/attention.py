@@ -17,6 +17,7 @@ from kvxfer.kernels._arrays import (
     same_memory,
 )
 from kvxfer.kernels._dispatch import choose, takes_numpy
+from kvxfer.kernels.plan import DecodePlan, check_plan
 
 __all__ = ["merge_states", "paged_decode", "paged_prefill"]
 
@@ -40,6 +41,7 @@ def paged_decode(
     kv_dtype: str | None = None,
     out: Array | None = None,
     return_lse: bool = False,
+    plan: DecodePlan | None = None,
     split_size: int | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -65,6 +67,8 @@ def paged_decode(
             channels, any strides: value = stored * scale_cache * scale. Both or none.
         kv_dtype: of caches that are NumPy ``uint8``: ``"float8_e4m3"`` or ``"float8_e5m2"``; never guessed.
         out: ``[batch, num_q_heads, head_dim_v]``, dtype of ``q``, overwritten; allocated when None.
+        plan: what :func:`plan_decode` made of these lengths; its split_size then holds. On a device, where
+            lengths are not looked at, a plan for other lengths gives wrong results.
         split_size: tokens per partial sum of the long axis; None: the backend's fixed length. Results do
             not depend on the batch's composition or on the number of threads.
     Returns:
@@ -85,6 +89,9 @@ def paged_decode(
         raise InvalidArgumentError(f"split_size: expected > 0 or None, given {split_size}")
     options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
     options["split_size"] = split_size
+    if plan is not None:
+        check_plan(plan, call, window_left, split_size)
+        options |= {"split_size": plan.split_size, "plan": plan}
     arrays = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
     width = call.views["v_cache"].shape[3]
     return attend("paged_decode", call, arrays, width, out, return_lse, options, backend)
@@ -341,6 +348,8 @@ def attend(
             options[name] = source[name]
     if numpy:
         options["cache_dtype"] = cache_dtype
+    if not getattr(module, "PLANS", False):
+        options.pop("plan", None)  # its split_size says all that these want to know
     getattr(module, op)(
         *[source[name] for name in arrays],
         source["out"],

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-"""The attention and append functions as PyTorch operators, ``torch.ops.kvxfer.*``: for torch.compile and CUDA graphs.
+"""The kernels as PyTorch operators, ``torch.ops.kvxfer.*``: for torch.compile and CUDA graphs.
 
 Importing this module imports torch and registers the operators, once. Each takes what the function of the same
 name in :mod:`kvxfer.kernels` takes, with the same meaning, checks and errors, less ``out``, ``return_lse``,
@@ -11,20 +11,33 @@ from its schema. The launch uses the current stream and never synchronises.
     import kvxfer.kernels.torch_ops
     out, lse = torch.ops.kvxfer.paged_decode(q, k_cache, v_cache, block_table, seq_lens)
 
-The copies and ``checksum_blocks`` take layouts, which are no operator arguments, and belong outside of a graph.
+The copies and ``checksum_blocks`` take a layout as text, which :func:`layout_text` makes: an operator takes no
+objects, and a number that stands for one would mean nothing to a graph that was saved and loaded in another process.
+Block ids are int64 tensors on the host, whose values the compiler does not look at, so other blocks do not compile
+anew. ``pack_blocks`` returns a new uint8 tensor, ``checksum_blocks`` uint64 on the host (of a GPU's cache it waits
+for the device).
+
+    text = layout_text(layout)
+    packed = torch.ops.kvxfer.pack_blocks(text, [pool], torch.tensor([3, 7]), num_tokens=20)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvxfer import kernels
+from kvxfer.errors import LayoutError
+from kvxfer.kernels._copy_job import wire_side
+from kvxfer.kernels._sides import token_range
+from kvxfer.layout import KVLayout
 
-__all__: list[str] = []
+__all__ = ["layout_text"]
 
 _CACHES = "Tensor k_cache, Tensor v_cache"
 _SCALES = (
@@ -34,6 +47,21 @@ _ATTENTION = (
     "float? sm_scale=None, str kv_layout='NHD', int window_left=-1, float logits_soft_cap=0.0, "
     f"Tensor? sinks=None, {_SCALES}"
 )
+
+
+def layout_text(layout: KVLayout) -> str:
+    """The layout as the operators take it: JSON of :meth:`KVLayout.to_wire`, equal for equal layouts."""
+    return json.dumps(layout.to_wire(), sort_keys=True, separators=(",", ":"))
+
+
+@lru_cache(maxsize=256)
+def _layout(text: str) -> KVLayout:
+    """The layout of a text, validated once."""
+    try:
+        message = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LayoutError("text", f"expected what layout_text() returns: {error}") from error
+    return KVLayout.from_wire(message)
 
 
 def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -73,6 +101,101 @@ def _mla_decode(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
 def _rows_like(q: Tensor, width: int | torch.SymInt) -> tuple[Tensor, Tensor]:
     rows, heads = q.shape[:2]
     return q.new_empty((rows, heads, width)), q.new_empty((rows, heads), dtype=torch.float32)
+
+
+def _copy_blocks(
+    src_layout: str,
+    src: list[Tensor],
+    dst_layout: str,
+    dst: list[Tensor],
+    src_blocks: Tensor,
+    dst_blocks: Tensor,
+    **options: Any,
+) -> None:
+    kernels.copy_blocks(
+        _layout(src_layout), src, _layout(dst_layout), dst, src_blocks, dst_blocks, **options
+    )
+
+
+def _pack_blocks(
+    layout: str,
+    tensors: list[Tensor],
+    block_ids: Tensor,
+    *,
+    heads: Sequence[int] | None = None,
+    out_layout: str | None = None,
+    **options: Any,
+) -> Tensor:
+    wire = None if out_layout is None else _layout(out_layout)
+    packed: Tensor = kernels.pack_blocks(
+        _layout(layout), tensors, block_ids, heads=_range(heads), out_layout=wire, **options
+    )
+    return packed
+
+
+def _unpack_blocks(
+    src: Tensor,
+    layout: str,
+    tensors: list[Tensor],
+    block_ids: Tensor,
+    *,
+    heads: Sequence[int] | None = None,
+    src_layout: str | None = None,
+    **options: Any,
+) -> None:
+    wire = None if src_layout is None else _layout(src_layout)
+    kernels.unpack_blocks(
+        src, _layout(layout), tensors, block_ids, heads=_range(heads), src_layout=wire, **options
+    )
+
+
+def _checksum_blocks(
+    layout: str,
+    tensors: list[Tensor],
+    block_ids: Tensor,
+    *,
+    heads: Sequence[int] | None = None,
+    **options: Any,
+) -> Tensor:
+    sums = kernels.checksum_blocks(
+        _layout(layout), tensors, block_ids, heads=_range(heads), **options
+    )
+    return torch.from_numpy(sums)
+
+
+def _range(heads: Sequence[int] | None) -> tuple[int, int] | None:
+    if heads is None:
+        return None
+    first, end = heads
+    return int(first), int(end)
+
+
+def _packed_shape(
+    layout: str,
+    tensors: list[Tensor],
+    block_ids: Tensor,
+    *,
+    num_tokens: int | None = None,
+    first_token: int = 0,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    out_layout: str | None = None,
+    max_ctas: int = 0,
+) -> Tensor:
+    if out_layout is not None:
+        return tensors[0].new_empty((_layout(out_layout).nbytes,), dtype=torch.uint8)
+    known = _layout(layout)
+    first, end = token_range(known, block_ids, num_tokens, first_token)
+    chosen = list(known.layers if layers is None else layers)
+    wire = wire_side(known, end - first, chosen, _range(heads) or known.head_range)
+    return tensors[0].new_empty((wire.nbytes,), dtype=torch.uint8)
+
+
+def _sum_shape(
+    layout: str, tensors: list[Tensor], block_ids: Tensor, *, layers: Any = None, **options: Any
+) -> Tensor:
+    count = len(_layout(layout).layers if layers is None else layers)
+    return torch.empty((count,), dtype=torch.uint64, device="cpu")
 
 
 def _nothing(*tensors: Tensor, **options: Any) -> None:
@@ -123,4 +246,30 @@ _register(
     "merge_states(Tensor v_a, Tensor lse_a, Tensor v_b, Tensor lse_b) -> (Tensor, Tensor)",
     kernels.merge_states,
     _merge_shapes,
+)
+
+_TOKENS = "int? num_tokens=None, int first_token=0, int[]? layers=None"
+_register(
+    "copy_blocks(str src_layout, Tensor[] src, str dst_layout, Tensor(a!)[] dst, Tensor src_blocks, "
+    f"Tensor dst_blocks, *, {_TOKENS}, int max_ctas=0) -> ()",
+    _copy_blocks,
+    _nothing,
+)
+_register(
+    f"pack_blocks(str layout, Tensor[] tensors, Tensor block_ids, *, {_TOKENS}, int[]? heads=None, "
+    "str? out_layout=None, int max_ctas=0) -> Tensor",
+    _pack_blocks,
+    _packed_shape,
+)
+_register(
+    f"unpack_blocks(Tensor src, str layout, Tensor(a!)[] tensors, Tensor block_ids, *, {_TOKENS}, "
+    "int[]? heads=None, str? src_layout=None, int max_ctas=0) -> ()",
+    _unpack_blocks,
+    _nothing,
+)
+_register(
+    f"checksum_blocks(str layout, Tensor[] tensors, Tensor block_ids, *, {_TOKENS}, int[]? heads=None) "
+    "-> Tensor",
+    _checksum_blocks,
+    _sum_shape,
 )
