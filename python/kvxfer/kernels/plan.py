@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ __all__ = ["DecodePlan", "check_plan", "plan_decode"]
 
 TILE = 64  # tokens: what the CUDA kernel takes at once, so a split of any plan is a multiple of it
 DEFAULT_SPLIT = 512  # of every backend, so that a plan changes no result unless it is asked to
-MIN_BALANCED_SPLIT = 256  # shorter ones cost more to merge than they gain
-MAX_SPLITS = 64
-FULL_WAVE = 0.85  # share of a wave of thread blocks that must be at work
+# Measured on an H100 over all split sizes (docs/gpu.md): one full wave of thread blocks beats more and fewer.
+FULL_WAVE = 0.97  # of what the device holds at once
+ALIKE = 1.3  # longest over mean length, up to which sequences need no balance between them
+ENOUGH = 0.42  # of a wave: so many unsplit thread blocks use all of the memory's bandwidth already
+MAX_BALANCED_SPLIT = 4096  # longer ones gain nothing, and one that starts late is waited for
 
 # Thread blocks of the CUDA kernel that fit on one processor, by head_dim (its shared memory decides).
 _CTAS_PER_SM = {64: 3, 128: 2, 256: 1}
@@ -80,15 +83,16 @@ def plan_decode(
         num_q_heads, num_kv_heads, head_dim, block_size, window_left: as the calls will have them.
         split_size: tokens per partial sum, rounded up to a multiple of 64. None: 512, so that results do not
             depend on the batch; or what ``balanced`` finds.
-        balanced: choose the split length for this batch and machine instead: of the fewest splits (at most 64 a
-            sequence, none under 256 tokens) that fill the last wave of thread blocks to 85 %. Results then depend
-            on the batch in their last bits.
+        balanced: choose the split length for this batch and machine instead, so that all splits together are about
+            as many as the thread blocks that the device holds at once, none longer than 4096 tokens; sequences of
+            like lengths, enough to use the memory's bandwidth, stay whole up to there. Results then depend on the
+            batch in their last bits.
         num_sms, ctas_per_sm: for ``balanced``: processors, and thread blocks on each at a time. None: those of
             ``device``, and what the CUDA kernel reaches at this ``head_dim``; on the host threads, and one.
         device: where ``items`` goes: ``"cpu"``, or what torch calls a device.
     Raises:
         InvalidArgumentError: a number out of range; lengths on a device.
-    Source: FlashDecoding; the wave rule of FlashAttention-3.
+    Source: FlashDecoding.
     """
     lens = _host_lens(seq_lens)
     sizes = {
@@ -220,20 +224,15 @@ def _split_range(
 def _balanced_split(
     lens: npt.NDArray[np.int64], first: npt.NDArray[np.int64], ctas_per_item: int, wave: int
 ) -> int:
-    longest = int((lens - first).max(initial=1))
-    best, best_share = max(_round_up(longest, TILE), MIN_BALANCED_SPLIT), 0.0
-    for count in range(1, MAX_SPLITS + 1):
-        split = _round_up(-(-longest // count), TILE)
-        if count > 1 and split < MIN_BALANCED_SPLIT:
-            break
-        split = max(split, MIN_BALANCED_SPLIT)
-        ctas = int(_split_range(lens, first, split)[1].sum()) * ctas_per_item
-        share = ctas / _round_up(ctas, wave) if ctas else 1.0
-        if share >= FULL_WAVE:
-            return split
-        if share > best_share:
-            best, best_share = split, share
-    return best
+    visible = lens - first
+    longest, units = int(visible.max(initial=1)), len(lens) * ctas_per_item
+    split = int(visible.sum()) * ctas_per_item / (FULL_WAVE * wave)
+    if units >= ENOUGH * wave and longest <= ALIKE * visible.mean():
+        split = longest
+    split = min(max(split, TILE), MAX_BALANCED_SPLIT)
+    return _round_up(
+        math.ceil(longest / math.ceil(longest / split)), TILE
+    )  # as equal as they can be
 
 
 def _items(
