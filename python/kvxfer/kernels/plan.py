@@ -230,9 +230,9 @@ def _balanced_split(
     if units >= ENOUGH * wave and longest <= ALIKE * visible.mean():
         split = longest
     split = min(max(split, TILE), MAX_BALANCED_SPLIT)
-    return _round_up(
-        math.ceil(longest / math.ceil(longest / split)), TILE
-    )  # as equal as they can be
+    # A short rest is shared out: equal splits end together.
+    count = max(math.ceil(longest / split - 0.25), 1)
+    return _round_up(math.ceil(longest / count), TILE)
 
 
 def _items(
