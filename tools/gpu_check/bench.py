@@ -215,7 +215,7 @@ class Bench:
                     f"{dtype_name}, {tokens} tokens",
                     lambda n=tokens, d=dtype: append_row(n, d),
                 )  # type: ignore[misc]
-        self.row("checksum_blocks", "LKBNHC, 1 GiB", lambda: checksum_row(self.bounds["read_gb_per_s"]))  # fmt: skip
+        self.row("checksum_blocks", "LKBNHC, 4 GiB", lambda: checksum_row(self.bounds["read_gb_per_s"]))  # fmt: skip
 
 
 def run_ways(
@@ -353,12 +353,12 @@ def append_row(tokens: int, dtype: torch.dtype) -> Row:
 
 
 def checksum_row(read_gb_per_s: float) -> Row:
-    """The call waits for its result, so it is timed as a whole, tables and all."""
+    """The call waits for its result, so it is timed as a whole, tables and all: over 4 GiB."""
     cache = KVLayout.from_order(
-        "LKBNHC", num_blocks=512, block_size=16, dtype="bfloat16", num_kv_heads=8, head_dim=128, num_layers=32
+        "LKBNHC", num_blocks=2048, block_size=16, dtype="bfloat16", num_kv_heads=8, head_dim=128, num_layers=32
     )  # fmt: skip
     memory = torch.randint(0, 100, (cache.nbytes,), dtype=torch.uint8, device="cuda")
-    ids = list(range(512))
+    ids = list(range(2048))
     seconds = []
     for _ in range(9):
         torch.cuda.synchronize()

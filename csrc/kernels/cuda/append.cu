@@ -24,34 +24,58 @@ __device__ void for_token(const Append& p, Row row) {
   row(part, src, dst, static_cast<int>(threadIdx.x % kWarp));
 }
 
+constexpr int kInFlight = 4;  // loads of a lane before its first store
+
+// load(in, i) and store(out, i) for each of a lane's vectors: kInFlight loads, then their stores.
+template <class Load, class Store>
+__device__ void each_vector(const AppendPart& part, int32_t heads, int32_t vectors, int lane,
+                            int32_t in_nbytes, int32_t out_nbytes, Load load, Store store) {
+  RowWalk walk(heads, vectors, lane, kWarp);
+  while (walk.token == 0) {
+    int64_t to[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      to[i] = walk.token == 0 ? walk.head * part.to.head + walk.vector * int64_t{out_nbytes} : -1;
+      if (to[i] >= 0) load(walk.head * part.from.head + walk.vector * int64_t{in_nbytes}, i);
+      walk.advance();
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (to[i] >= 0) store(to[i], i);
+    }
+  }
+}
+
 // Bytes as they are, in accesses of type V.
 template <class V>
 __global__ void __launch_bounds__(kThreads)
     append_bytes(const __grid_constant__ Append p, int32_t row_itemsize) {
   for_token(p, [&](const AppendPart& part, const char* src, char* dst, int lane) {
-    const int32_t vectors = part.width * row_itemsize / static_cast<int32_t>(sizeof(V));
-    RowWalk walk(p.num_kv_heads, vectors, lane, kWarp);
-    for (; walk.token == 0; walk.advance()) {
-      const int64_t in = walk.head * part.from.head + walk.vector * int64_t{sizeof(V)};
-      const int64_t out = walk.head * part.to.head + walk.vector * int64_t{sizeof(V)};
-      *reinterpret_cast<V*>(dst + out) = __ldcs(reinterpret_cast<const V*>(src + in));
-    }
+    constexpr auto kBytes = static_cast<int32_t>(sizeof(V));
+    V value[kInFlight];
+    each_vector(
+        part, p.num_kv_heads, part.width * row_itemsize / kBytes, lane, kBytes, kBytes,
+        [&](int64_t in, int i) { value[i] = __ldcs(reinterpret_cast<const V*>(src + in)); },
+        [&](int64_t out, int i) { *reinterpret_cast<V*>(dst + out) = value[i]; });
   });
 }
 
 template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kThreads) append_converted(const __grid_constant__ Append p) {
   for_token(p, [&](const AppendPart& part, const char* src, char* dst, int lane) {
-    RowWalk walk(p.num_kv_heads, part.width / kCount, lane, kWarp);
     const Divider by = divider_of(part.scale, kNarrows<To>);
-    for (; walk.token == 0; walk.advance()) {
-      Elements<From, kCount> from;
-      Elements<To, kCount> to;
-      from.load(src + walk.head * part.from.head + walk.vector * int64_t{from.kBytes});
+    Elements<From, kCount> from[kInFlight];
+    each_vector(
+        part, p.num_kv_heads, part.width / kCount, lane, Elements<From, kCount>::kBytes,
+        Elements<To, kCount>::kBytes, [&](int64_t in, int i) { from[i].load(src + in); },
+        [&](int64_t out, int i) {
+          Elements<To, kCount> to;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) to.value[i] = narrow<To>(divide(widen(from.value[i]), by));
-      to.store(dst + walk.head * part.to.head + walk.vector * int64_t{to.kBytes});
-    }
+          for (int j = 0; j < kCount; ++j) {
+            to.value[j] = narrow<To>(divide(widen(from[i].value[j]), by));
+          }
+          to.store(dst + out);
+        });
   });
 }
 

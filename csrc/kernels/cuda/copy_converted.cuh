@@ -9,14 +9,15 @@
 
 namespace kvxfer::kernels::cuda {
 
-// How many elements one thread takes at once: 16 bytes of the source where rows and accesses allow
-// it, else 1.
-template <class From>
-inline constexpr int kWidest = 16 / static_cast<int>(sizeof(From));
+// How many elements one thread takes at once: 16 bytes of the wider side where rows and accesses
+// allow it, so that a warp's accesses are dense on both sides; else 1.
+template <class From, class To>
+inline constexpr int kWidest = 16 / static_cast<int>(std::max(sizeof(From), sizeof(To)));
 
 template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kCopyThreads) copy_converted(const __grid_constant__ Copy p) {
-  constexpr int kInFlight = kCount == 1 ? 1 : 4;  // loads of a thread before its first store
+  // Loads of a thread before its first store.
+  constexpr int kInFlight = kCount == 1 ? 1 : sizeof(From) < sizeof(To) ? 8 : 4;
   for (int64_t index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
     const CopyTile tile = locate(p, index);
     RowWalk walk(p.num_heads, tile.part->width / kCount, threadIdx.x, kCopyThreads);
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kCopyThreads) copy_converted(const __grid_cons
 // source's row.
 template <class From, class To>
 bool in_widest_steps(const Copy& p) {
-  constexpr int kCount = kWidest<From>;
+  constexpr int kCount = kWidest<From, To>;
   constexpr int kAccess = std::max(Elements<From, kCount>::kAccess, Elements<To, kCount>::kAccess);
   bool whole = p.access % kAccess == 0;
   for (int i = 0; i < p.num_parts; ++i) whole = whole && p.part[i].width % kCount == 0;
@@ -69,8 +70,9 @@ void copy_converted_from(const Copy& p, int64_t ctas, cudaStream_t stream) {
   with_type(p.to, [&](auto to) {
     using To = decltype(to);
     if constexpr (!std::is_same_v<From, To> || std::is_same_v<From, E4m3>) {
-      const auto kernel = in_widest_steps<From, To>(p) ? &copy_converted<From, To, kWidest<From>>
-                                                       : &copy_converted<From, To, 1>;
+      const auto kernel = in_widest_steps<From, To>(p)
+                              ? &copy_converted<From, To, kWidest<From, To>>
+                              : &copy_converted<From, To, 1>;
       launch("copy_blocks", kernel, ctas, kCopyThreads, 0, stream, p);
     } else {
       fail(Code::kInvalidArgument, "copy_blocks: scales apply to conversions and to fp8");

@@ -59,7 +59,8 @@ __device__ inline float divide(float x, const Divider& by) {
   if (!by.corrects) return __fdiv_rn(x, by.divisor);
   const float near = __fmul_rn(x, by.reciprocal);
   const float closer = __fmaf_rn(__fmaf_rn(-near, by.divisor, x), by.reciprocal, near);
-  return fabsf(near) < INFINITY ? closer : near;  // of inf the remainder would be NaN
+  // Of inf the remainder would be NaN, and of -0 the sum is 0.
+  return fabsf(near) < INFINITY && near != 0 ? closer : near;
 }
 
 template <class To>

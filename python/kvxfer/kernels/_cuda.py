@@ -20,7 +20,7 @@ from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, dtype_of
 from kvxfer.kernels._checksum_job import ChecksumJob
 from kvxfer.kernels._copy_job import CopyJob, PartCopy
 from kvxfer.kernels._sides import ITEMSIZE
-from kvxfer.kernels.plan import DecodePlan
+from kvxfer.kernels.plan import ENOUGH, MAX_BALANCED_SPLIT, DecodePlan
 
 try:
     from kvxfer import _kernels_cuda
@@ -216,9 +216,10 @@ def paged_decode(
 def choose_splits(units: int, slots: int, longest: int) -> tuple[int, int]:
     """Into how many splits each sequence falls, and the least tokens of one.
 
-    Few sequences are split until the device is full once; more would only add sums to merge. From an eighth of
-    the device on, four times its thread blocks, since lengths differ: a short sequence makes fewer of them, as
-    its splits have a least size. The rule was fitted to a sweep over split sizes (docs/gpu.md).
+    Sequences are split until the device is full once; more would only add sums to merge. Where whole sequences
+    use all of the memory's bandwidth, splits have 4096 tokens, but no more than four times the device's thread
+    blocks are launched: those of a short sequence find nothing to do, and cost time all the same. A plan, which
+    knows the lengths, does better where they differ. The rule was fitted to a sweep (docs/gpu.md).
 
     Args:
         units: thread blocks of an unsplit call: sequences x KV heads x tiles of 16 query heads.
@@ -226,8 +227,11 @@ def choose_splits(units: int, slots: int, longest: int) -> tuple[int, int]:
         longest: tokens that a row of the block table can hold.
     """
     least = min(max(2048 * units // slots // 64 * 64, 64), 1024)
-    wanted = slots // units if 8 * units <= slots else -(-4 * slots // units)
-    return max(1, min(wanted, -(-longest // least))), least
+    if units < ENOUGH * slots:
+        wanted = min(slots // units, -(-longest // least))
+    else:
+        wanted = min(-(-longest // MAX_BALANCED_SPLIT), -(-4 * slots // units))
+    return max(1, wanted), least
 
 
 # By device, cache dtype, head_dim and whether pages are multiples of 16.

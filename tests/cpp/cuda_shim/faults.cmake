@@ -17,7 +17,7 @@ fault(append_writes_skipped_tokens cuda/append.cu cuda/append.cu
 fault(append_scale_of_the_keys_for_values cuda/append.cu cuda/append.cu
   "divider_of(part.scale," "divider_of(p.part[0].scale," "${cache}")
 fault(append_wrong_head cuda/append.cu cuda/append.cu
-  "walk.head * part.to.head + walk.vector * int64_t{to.kBytes}" "walk.vector * int64_t{to.kBytes}" "${cache}")
+  "walk.head * part.to.head + walk.vector" "walk.vector" "${cache}")
 
 set(decode "decode*")
 fault(decode_missing_wait cuda/decode.cuh cuda/decode_float16_64.cu
