@@ -69,7 +69,7 @@ def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 bound += f" (asked: {most} {'us over it' if key == 'us_over_bound' else 'times'})"
         elif row["case"] == "connect" and "bound" in row:
             bound = f"{row['times_bound']:.1f} x {row['bound']}"
-        elif row["case"] == "submit":
+        elif row["case"] in ("submit", "death"):
             bound = f"asked: {row['asked_us']:.2f} us"
         if row["case"] == "idle":
             out.append(line(["idle, CPU", f"{row['cpu_share'] * 100:.4f} %", ""]))

@@ -19,6 +19,7 @@ from common import interleave, kept, percentile, speed_ratio
 from kvxfer import _transfer
 from processes import Sample, Stopwatch, cpu_seconds
 from targets import submit_us
+from transfer_death import deaths
 from transfer_world import PATHS, World
 
 NOTIFICATION_NBYTES = 64
@@ -35,6 +36,7 @@ def run(world: World, rounds: int, *, quick: bool) -> list[Row]:
     rows = round_trips(world, 3 if quick else rounds, 20 if quick else 300)
     rows += submit_cost(world, 3 if quick else rounds)
     rows += connect_time(world, 3 if quick else rounds)
+    rows += deaths(world, 1 if quick else 7)
     rows.append(idle(world, 0.2 if quick else 5.0))
     print(flush=True)
     return rows

@@ -6,7 +6,7 @@
 # tests/fuzz/corpus. A finding ends the run and leaves its input in build/fuzz.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-targets=(wire token)
+targets=(wire token handshake shm)
 CXX=${FUZZ_CXX:-$(command -v clang++ clang++-{19,18,17,16,15,14} | head -1 || true)}
 [ -n "$CXX" ] || { echo "Fuzzing needs clang with libFuzzer. Debian, Ubuntu: apt-get install clang-14 libclang-rt-14-dev" >&2; exit 1; }
 command -v cmake >/dev/null || PATH="$PWD/${VENV:-.venv}/bin:$PATH"

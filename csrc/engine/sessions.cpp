@@ -301,16 +301,17 @@ void Engine::lost(Connection& from, const Failure& cause) noexcept {
     }
     link->lost = true;
     link->cause = cause;
-    if (was_alive) {
-      std::lock_guard innermost(inbox_mutex_);
-      events_.push_back({false, peer, cause.text});
-    }
   }
   unwatch_process(*link);
   for (auto& connection : link->data)
     if (connection.get() != &from) connection->close(cause);
   link->changed.notify_all();
   if (was_alive) {
+    {
+      // Last: whoever takes the event finds nothing of the peer's mapped any more.
+      std::lock_guard lock(inbox_mutex_);
+      events_.push_back({false, peer, cause.text});
+    }
     peer->tags_changed.notify_all();
     signal();
   }

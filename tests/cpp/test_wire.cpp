@@ -80,6 +80,29 @@ TEST_CASE("a stripe whose descriptors do not add up to its body is refused") {
   CHECK_FALSE(decode_stripe(head, ByteView(frame).subspan(kHeadBytes), out));
 }
 
+// Its lease alone admits it, which says nothing of writing.
+TEST_CASE("a notification that brings spans or bytes is refused") {
+  StripeHead stripe;
+  stripe.access.op = Op::kNotify;
+  stripe.access.lease.id = 3;
+  stripe.has_notify = true;
+  StripeHead out;
+  const auto decodes = [&](uint32_t body) {
+    const Head head{.type = Type::kStripe, .body_nbytes = body};
+    const Bytes frame = encode_stripe(head, stripe, as_bytes_view("x"));
+    return decode_stripe(head, ByteView(frame).subspan(kHeadBytes), out);
+  };
+  CHECK(decodes(0));
+  stripe.targets = {{0, 64}};
+  stripe.total_nbytes = 64;
+  CHECK_FALSE(decodes(64));
+  stripe.targets = {};
+  CHECK_FALSE(decodes(0));  // the spans might come later
+  stripe.total_nbytes = 0;
+  stripe.targets = {{0, 0}};
+  CHECK_FALSE(decodes(0));
+}
+
 TEST_CASE("random control bytes never make the reader overrun") {
   std::mt19937 rng(1);
   StripeHead s = example(8, true);

@@ -1,9 +1,12 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Writes the first inputs of a corpus, one valid example of each kind: fuzz_seeds tests/fuzz/corpus
+#include <array>
 #include <filesystem>
 #include <fstream>
+#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "engine/control.hpp"
 #include "fuzz.hpp"
@@ -51,6 +54,50 @@ void stripe(const std::string& name, Op op, size_t num_targets, bool uniform, By
   wire(name, type == Type::kRead ? 2 : 1, bytes);
 }
 
+void script(const std::string& target, const std::string& name,
+            std::initializer_list<uint8_t> bytes) {
+  write(target, name, std::as_bytes(std::span(bytes.begin(), bytes.size())));
+}
+
+// Steps of handshake.cpp: a role, then who does what.
+void handshakes() {
+  script("handshake", "connect", {0, 0, 1});
+  script("handshake", "connect_in_parts", {0, 1, 1});
+  script("handshake", "accept", {0x41});
+  const std::array<uint8_t, 2> as_it_is = {0, 0};  // unchanged, in one part
+  Bytes session{std::byte{0x42}};
+  const auto add = [&](std::initializer_list<uint8_t> bytes) {
+    for (uint8_t b : bytes) session.push_back(std::byte(b));
+    for (uint8_t b : as_it_is) session.push_back(std::byte(b));
+  };
+  session.insert(session.end(), {std::byte{0}, std::byte{1}, std::byte{3}});
+  session.resize(session.size() + 32);  // HELLO's nonce
+  add({});
+  add({6, 1});           // AUTH
+  add({6 * 2 + 1, 6});   // JOIN lane 1 on another socket
+  add({6 * 2 + 2, 12});  // and lane 2
+  write("handshake", "strangers", session);
+}
+
+// Steps of shm.cpp, each after a byte that is odd where the engine does not look in between.
+void shared_memory() {
+  const std::initializer_list<uint8_t> announce = {0, 11, 5, 0, 5, 0x40, 0x00, 0x10};
+  const auto after_announce = [&](const std::string& name, std::initializer_list<uint8_t> more) {
+    std::vector<uint8_t> bytes(announce);
+    bytes.insert(bytes.end(), more);
+    write("shm", name, std::as_bytes(std::span(bytes)));
+  };
+  script("shm", "staged_write", {0, 2, 0, 1, 8, 8, 0, 0, 1, 0, 0, 0, 63, 0, 7, 0, 8, 63});
+  after_announce("mapped_write", {0, 2, 0, 1, 8, 12, 0, 5, 1, 0, 0, 0, 63});
+  script("shm", "long_write", {0, 4, 0xdc, 5, 3, 4, 8, 0});
+  script("shm", "read_of_ours", {0, 2, 1, 1, 8, 0, 0, 0, 2, 0, 0, 32, 32, 0, 1, 0, 1});
+  script("shm", "granted_to_the_peer", {0, 2, 1, 2, 8, 4, 0, 0, 2, 0, 0, 32, 32, 0, 5, 4, 8});
+  after_announce("granted_to_us", {0, 14, 0x09, 0x20, 0, 0, 8, 1, 8, 5, 3});
+  script("shm", "answered", {0, 14, 0x08, 0x20, 0, 0, 1, 0, 8, 0x80, 8, 0x20});
+  script("shm", "notification", {0, 2, 2, 1, 8, 1, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0});
+  script("shm", "positions", {0, 10, 0, 0x41, 0, 1, 0, 0, 0, 10, 0x83, 63, 0, 0});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -80,5 +127,7 @@ int main(int argc, char** argv) {
   Token token;
   token.lease.id = 4, token.region = 2;
   write("token", "token", encode_token(token));
+  handshakes();
+  shared_memory();
   return 0;
 }

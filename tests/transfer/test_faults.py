@@ -143,6 +143,23 @@ def test_restarted_peer_is_a_new_incarnation(engine: TransferEngine, way: Way) -
     second.close()
 
 
+def test_counts_of_arrivals_begin_anew_with_each_incarnation(
+    engine: TransferEngine, way: Way
+) -> None:
+    engine.allocate(100, "kv")
+    seen = []
+    for n in (3, 1):
+        process = PeerProcess("prefill", way)
+        process.call("add_region", "source", 100, "allocated")
+        seen.append(engine.connect(process.address))
+        for _ in range(n):
+            process.call("write_back", "source", "kv", 0, 10, arrival=7)
+        engine.wait_arrivals(7, seen[-1], n, TIMEOUT_S)
+        process.kill()
+        wait_for(engine, lost(engine))
+    assert [engine.arrivals(7, peer) for peer in seen] == [3, 1]
+
+
 def test_one_engine_serves_twenty_peers_and_loses_them_one_by_one(
     engine: TransferEngine, way: Way
 ) -> None:

@@ -98,24 +98,71 @@ def test_silent_clients_are_dropped_and_do_not_keep_others_out(pair: Pair) -> No
         client.close()
 
 
-def test_hello_split_at_every_byte_is_understood(pair: Pair) -> None:
-    """The engine's own first frame, caught by a listener and replayed byte by byte."""
-    a, b = pair
+def caught_hello(engine: TransferEngine) -> bytes:
+    """The engine's own first frame, caught by a listener."""
     with socket.create_server(("127.0.0.1", 0)) as trap:
         address = f"127.0.0.1:{trap.getsockname()[1]}"
-        attempt = threading.Thread(target=_try_connect, args=(a, address))
+        attempt = threading.Thread(target=_try_connect, args=(engine, address))
         attempt.start()
         caught, _ = trap.accept()
         with caught:
             caught.settimeout(TIMEOUT_S)
             hello = caught.recv(4096)
     attempt.join(TIMEOUT_S)
+    return hello
+
+
+def test_hello_split_at_every_byte_is_understood(pair: Pair) -> None:
+    a, b = pair
+    hello = caught_hello(a)
     with raw(b) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for i in range(len(hello)):
             client.send(hello[i : i + 1])
         answer = client.recv(4096)
     assert answer[5] == 1  # HELLO
+
+
+@pytest.mark.parametrize(
+    ("speaks", "chosen"), [((1, 1), 1), ((1, 900), 1), ((2, 900), None), ((0, 0), None)]
+)
+def test_versions_are_negotiated(pair: Pair, speaks: tuple[int, int], chosen: int | None) -> None:
+    """A client of the future that still speaks version 1 is answered; one that does not, is told."""
+    a, b = pair
+    hello = bytearray(caught_hello(a))
+    hello[32:36] = struct.pack("<HH", *speaks)
+    with raw(b) as client:
+        client.sendall(hello)
+        if chosen is None:
+            text = ended(client)
+            assert text[5] == 14  # ERROR
+            assert f"ours is 1, the client's are {speaks[0]} to {speaks[1]}".encode() in text
+        else:
+            answer = client.recv(4096)
+            assert answer[5] == 1
+            assert struct.unpack("<HH", answer[32:36]) == (chosen, chosen)
+
+
+def test_client_that_goes_on_talking_after_its_proof_is_turned_away(pair: Pair) -> None:
+    """Nobody reads there until the lanes have joined: the bytes once kept the engine busy for two
+    seconds, and an end behind them went unseen."""
+    a, b = pair
+    host, port = b.address.rsplit(":", 1)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"127.0.0.1:{proxy.getsockname()[1]}"
+        attempt = threading.Thread(target=_try_connect, args=(a, address))
+        attempt.start()
+        client, _ = proxy.accept()
+        with client, socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as server:
+            client.settimeout(TIMEOUT_S)
+            server.sendall(client.recv(4096))
+            client.sendall(server.recv(4096))
+            server.sendall(client.recv(4096))  # the proof
+            assert server.recv(4096)[5] == 2  # and the engine's
+            server.sendall(b"x")
+            assert b"out of order" in ended(server)
+        attempt.join(TIMEOUT_S)
+    assert "out of order" in b.stats()["last_handshake_refusal"]
 
 
 def test_replayed_proof_is_refused(pair: Pair) -> None:

@@ -15,7 +15,7 @@ import pytest
 from transfer_peers import TIMEOUT_S, PeerProcess, wait_for
 
 from kvxfer.errors import KvxferError, LeaseError, PeerDisconnectedError, TransferTimeoutError
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import Transfer, TransferEngine
 
 Pair = tuple[TransferEngine, TransferEngine]
 
@@ -140,7 +140,7 @@ def test_extended_lease_outlives_its_first_ttl(pair: Pair) -> None:
 
 _INTERRUPTED = """
 import os, signal, sys, threading
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import Transfer, TransferEngine
 a, b = TransferEngine("a"), TransferEngine("b")
 peer = a.connect(b.address)
 for _ in range(256):
@@ -167,7 +167,7 @@ def test_ctrl_c_interrupts_a_wait() -> None:
 
 
 _NEVER_CLOSED = """
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import Transfer, TransferEngine
 a, b = TransferEngine("a"), TransferEngine("b")
 region = a.allocate(1 << 24, "kv"); b.allocate(1 << 24, "kv")
 peer = a.connect(b.address)
@@ -210,6 +210,37 @@ def test_many_threads_share_one_engine(pair: Pair) -> None:
         "in_flight": 0,
         "unquiesced": 0,
     }
+
+
+def test_many_threads_submit_more_than_may_be_in_flight(
+    engine: TransferEngine, shared_peer: PeerProcess
+) -> None:
+    """4,000 at once, half with a message: 1,024 requests and 256 messages may be under way."""
+    num_threads, each, size = 8, 500, 256
+    shared_peer.call("add_region", "crowded", num_threads * each * size, "allocated")
+    local = engine.allocate(num_threads * each * size, "kv")
+    local.array[:] = np.random.default_rng(2).integers(0, 256, local.nbytes, np.uint8)
+    remote = engine.connect(shared_peer.address).regions["crowded"]
+    xfers: list[Transfer] = []
+
+    def run(index: int) -> None:
+        for k in range(index * each, (index + 1) * each):
+            notify = b"%d" % k if k % 2 else None
+            xfers.append(engine.write(local, remote, k * size, k * size, size, notify=notify))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()  # nobody waited for room
+    assert not all(xfer.done for xfer in xfers)  # the messages' window is full: nobody drains yet
+    got = shared_peer.call("notifications", num_threads * each // 2)
+    for xfer in xfers:
+        xfer.wait(TIMEOUT_S)
+    assert sorted(int(payload) for _, payload in got) == list(range(1, num_threads * each, 2))
+    assert shared_peer.call("bytes_of", "crowded") == local.array.tobytes()
+    shared_peer.call("drop_region", "crowded")
 
 
 def test_deadline_is_kept_although_the_pipe_is_full(own_tcp_peer: PeerProcess) -> None:

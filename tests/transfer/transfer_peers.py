@@ -113,6 +113,9 @@ class Agent:
         self.leases[lease].revoke(TIMEOUT_S)
         return self.leases[lease].quiet
 
+    def extend(self, lease: int, ttl_s: float) -> None:
+        self.leases[lease].extend(ttl_s)
+
     def wait_quiet(self, lease: int) -> None:
         wait_for(self.engine, lambda: self.leases[lease].quiet)
 

@@ -137,7 +137,8 @@ class RingConsumer {
       RecordHead head;
       std::memcpy(&head, data_ + (head_ & (capacity_ - 1)), sizeof(head));
       if (head.nbytes == kSkip) {
-        if (rest > ready) return Pop::kBroken;
+        // Nobody skips a whole ring; and who did so again and again would keep us here.
+        if (rest > ready || rest == capacity_) return Pop::kBroken;
         head_ += rest;
         continue;
       }

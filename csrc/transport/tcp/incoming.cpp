@@ -83,8 +83,11 @@ void Incoming::on_events(uint32_t) {
   // While lanes are joining nothing is due on this one; only its end matters.
   if (!ended_ && token_ != 0 && want_ == Want::kLanes) {
     std::byte peek;
-    if (::recv(stream_->fd(), &peek, 1, MSG_PEEK | MSG_DONTWAIT) == 0)
+    const ssize_t n = ::recv(stream_->fd(), &peek, 1, MSG_PEEK | MSG_DONTWAIT);
+    if (n == 0)
       end({}, false);  // authenticated, and found that it knows us already
+    else if (n > 0)    // nobody reads it here, so it would wake us again and again
+      end("handshake frames out of order", true);
   }
 }
 

@@ -62,23 +62,28 @@ void TcpTransport::accept_all() noexcept {
       }
       return;
     }
-    if (incoming_.size() >= kMaxHalfOpen) {
-      // The oldest gives way: a flood of silent clients must not keep an honest one out.
-      auto oldest = std::min_element(incoming_.begin(), incoming_.end(), [](auto& a, auto& b) {
-        return a.second->serial() < b.second->serial();
-      });
-      auto victim = oldest->second;
-      victim->end("too many half-open connections", false);
-    }
-    set_options(fd.get(), false);
     try {
-      auto incoming = std::make_shared<Incoming>(*this, std::move(fd), next_serial_++);
-      incoming_.emplace(incoming.get(), incoming);
-      incoming->start();
+      take(std::move(fd));
     } catch (const std::exception& error) {
       host_.turned_away("?", error.what());
     }
   }
+}
+
+std::shared_ptr<FdHandler> TcpTransport::take(Fd fd) {
+  if (incoming_.size() >= kMaxHalfOpen) {
+    // The oldest gives way: a flood of silent clients must not keep an honest one out.
+    auto oldest = std::min_element(incoming_.begin(), incoming_.end(), [](auto& a, auto& b) {
+      return a.second->serial() < b.second->serial();
+    });
+    auto victim = oldest->second;
+    victim->end("too many half-open connections", false);
+  }
+  set_options(fd.get(), false);
+  auto incoming = std::make_shared<Incoming>(*this, std::move(fd), next_serial_++);
+  incoming_.emplace(incoming.get(), incoming);
+  incoming->start();
+  return incoming;
 }
 
 void TcpTransport::forget(Incoming* incoming) noexcept { incoming_.erase(incoming); }
@@ -100,10 +105,22 @@ StreamPtr TcpTransport::secure(Fd fd, int64_t deadline_ns) const {
   }
 }
 
-TcpTransport::Established TcpTransport::connect(
-    const std::string& address, int64_t deadline_ns,
-    const std::function<bool(const PeerIdentity&)>& wanted) {
-  Fd first = tcp::connect(address, deadline_ns, false);
+TcpTransport::Established TcpTransport::connect(const std::string& address, int64_t deadline_ns,
+                                                const Wanted& wanted) {
+  Fd first = tcp::connect(address, deadline_ns, false);  // its errors name the address already
+  const auto dial = [&](bool bulk) {
+    return secure(bulk ? tcp::connect(address, deadline_ns, true) : std::move(first), deadline_ns);
+  };
+  try {
+    return establish(dial, deadline_ns, wanted);
+  } catch (const Error& error) {
+    throw Error(error.code, cat("connecting to ", address, " failed: ", error.what()), error.err,
+                "tcp", address);
+  }
+}
+
+TcpTransport::Established TcpTransport::establish(const Dial& dial, int64_t deadline_ns,
+                                                  const Wanted& wanted) {
   std::vector<StreamPtr> lanes;
   Bytes frame;
   auto read_frame = [&](Type expected) {
@@ -123,44 +140,38 @@ TcpTransport::Established TcpTransport::connect(
     if (head->type != expected) fail(Code::kTransport, "handshake frames out of order");
     return control;
   };
-  try {
-    lanes.push_back(secure(std::move(first), deadline_ns));
-    const Hello ours = hello();
-    Transcript transcript;
-    transcript.add(lanes[0]->binding());
-    const Bytes opening = encode_hello(ours);
-    transcript.add(opening);
-    write_all(*lanes[0], opening, deadline_ns);
-    const auto theirs = decode_hello(read_frame(Type::kHello));
-    if (!theirs || theirs->min_version != kVersion || theirs->max_version != kVersion ||
-        theirs->num_lanes > config_.num_lanes)
-      fail(Code::kTransport, "malformed HELLO");
-    transcript.add(frame);
-    const Keys keys = derive_keys(secret_, ours, *theirs);
-    const Bytes auth = encode_plain(Type::kAuth, client_proof(keys, transcript));
-    transcript.add(auth);
-    write_all(*lanes[0], auth, deadline_ns);
-    const Digest expected = server_proof(keys, transcript);
-    if (!equal_constant_time(read_frame(Type::kAuth), expected))
-      fail(Code::kTransport, kAuthenticationFailed);
-    if (!wanted(theirs->self)) return {};
-    Session session{
-        .id = keys.session_id, .key = keys.session, .peer = theirs->self, .initiator = true};
-    for (uint32_t lane = 1; lane <= theirs->num_lanes; ++lane) {
-      Stream& stream =
-          *lanes.emplace_back(secure(tcp::connect(address, deadline_ns, true), deadline_ns));
-      const Digest proof = lane_proof(session.key, session.id, lane, stream.binding());
-      write_all(stream, encode_join({session.id, lane, proof}), deadline_ns);
-    }
-    const ByteView offers = read_frame(Type::kOffer);
-    Established out;
-    out.offers.assign(offers.begin(), offers.end());
-    out.connection = std::make_shared<TcpConnection>(host_, std::move(session), std::move(lanes));
-    return out;
-  } catch (const Error& error) {
-    throw Error(error.code, cat("connecting to ", address, " failed: ", error.what()), error.err,
-                "tcp", address);
+  lanes.push_back(dial(false));
+  const Hello ours = hello();
+  Transcript transcript;
+  transcript.add(lanes[0]->binding());
+  const Bytes opening = encode_hello(ours);
+  transcript.add(opening);
+  write_all(*lanes[0], opening, deadline_ns);
+  const auto theirs = decode_hello(read_frame(Type::kHello));
+  if (!theirs || theirs->min_version != kVersion || theirs->max_version != kVersion ||
+      theirs->num_lanes > config_.num_lanes)
+    fail(Code::kTransport, "malformed HELLO");
+  transcript.add(frame);
+  const Keys keys = derive_keys(secret_, ours, *theirs);
+  const Bytes auth = encode_plain(Type::kAuth, client_proof(keys, transcript));
+  transcript.add(auth);
+  write_all(*lanes[0], auth, deadline_ns);
+  const Digest expected = server_proof(keys, transcript);
+  if (!equal_constant_time(read_frame(Type::kAuth), expected))
+    fail(Code::kTransport, kAuthenticationFailed);
+  if (!wanted(theirs->self)) return {};
+  Session session{
+      .id = keys.session_id, .key = keys.session, .peer = theirs->self, .initiator = true};
+  for (uint32_t lane = 1; lane <= theirs->num_lanes; ++lane) {
+    Stream& stream = *lanes.emplace_back(dial(true));
+    const Digest proof = lane_proof(session.key, session.id, lane, stream.binding());
+    write_all(stream, encode_join({session.id, lane, proof}), deadline_ns);
   }
+  const ByteView offers = read_frame(Type::kOffer);
+  Established out;
+  out.offers.assign(offers.begin(), offers.end());
+  out.connection = std::make_shared<TcpConnection>(host_, std::move(session), std::move(lanes));
+  return out;
 }
 
 }  // namespace kvxfer::tcp

@@ -39,8 +39,15 @@ class TcpTransport {
   };
   // `wanted` is asked once the peer has proved who it is; false ends the attempt (it is known
   // already), and the result is empty.
-  Established connect(const std::string& address, int64_t deadline_ns,
-                      const std::function<bool(const PeerIdentity&)>& wanted);
+  using Wanted = std::function<bool(const PeerIdentity&)>;
+  Established connect(const std::string& address, int64_t deadline_ns, const Wanted& wanted);
+
+  // What is below listen() and connect(), whatever the streams are; fuzzed by tests/fuzz.
+  // `dial` opens one: lane 0 first, then the bulk lanes.
+  using Dial = std::function<StreamPtr(bool bulk)>;
+  Established establish(const Dial& dial, int64_t deadline_ns, const Wanted& wanted);
+  // Begins the acceptor's side on a socket, which the reactor then drives.
+  std::shared_ptr<FdHandler> take(Fd fd);
 
  private:
   friend class Incoming;

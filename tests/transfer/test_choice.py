@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which way is gone, which is not and why; nothing is fallen back to in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess
+
+from kvxfer.errors import UnavailableError
+from kvxfer.transfer import TransferEngine, probe_transports
+
+WORKING = [name for name, reason in probe_transports() if reason is None and name != "tcp"]
+NBYTES = 1 << 20
+
+
+@pytest.mark.parametrize("transport", WORKING)
+def test_a_transport_that_was_asked_for_alone_is_not_replaced(transport: str) -> None:
+    """Tcp would be there: it carries the session."""
+    with (
+        TransferEngine("a", transports=(transport,), secret=SECRET) as a,
+        TransferEngine("b", transports=("tcp",), secret=SECRET) as b,
+    ):
+        with pytest.raises(UnavailableError, match=f"{transport}: the peer does not offer it"):
+            a.connect(b.address)
+        with pytest.raises(UnavailableError, match="none of the transports asked for"):
+            a.connect(b.address)
+
+
+@pytest.mark.parametrize("transport", WORKING)
+def test_each_refusal_is_explained(transport: str) -> None:
+    with (
+        TransferEngine("a", transports=(transport, "tcp"), secret=SECRET) as a,
+        TransferEngine("b", transports=("tcp",), secret=SECRET) as b,
+    ):
+        local = a.register(np.ones(100, np.uint8), "kv")
+        theirs = b.register(np.zeros(100, np.uint8), "kv")
+        peer = a.connect(b.address)
+        assert f"{transport}: the peer does not offer it" in a.explain(peer)
+        xfer = a.write(local, peer.regions["kv"], 0, 0, 100)
+        xfer.wait(TIMEOUT_S)
+        assert xfer.transport == "tcp"
+        assert theirs.array.all()
+
+
+def test_engines_listen_on_the_loopback_unless_told_otherwise() -> None:
+    with TransferEngine("a") as engine:
+        assert engine.address.startswith("127.0.0.1:")
+
+
+@pytest.mark.skipif("shm" not in WORKING, reason="shared memory does not work here")
+@pytest.mark.parametrize("share", ["auto", "never"])
+def test_only_memory_that_may_be_shared_is_mapped_by_the_peer(share: str) -> None:
+    """What is allocated can be mapped; what is registered with share="never" is not, on no way."""
+    peer_process = PeerProcess("peer", ("shm",))
+    peer_process.call("add_region", "theirs", NBYTES, "allocated")
+    with TransferEngine("a", transports=("shm",), secret=SECRET) as a:
+        allocated = a.allocate(NBYTES, "pool-to-share")
+        allocated.array[:] = 5
+        peer = a.connect(peer_process.address)
+        source = allocated
+        if share == "never":
+            source = a.register(allocated.array, "the-same-bytes", share="never")
+        a.write(source, peer.regions["theirs"], 0, 0, NBYTES).wait(TIMEOUT_S)
+        maps = Path(f"/proc/{peer_process.pid}/maps").read_text()
+        assert ("kvxfer:pool-to-share" in maps) == (share == "auto")
+        assert peer_process.call("bytes_of", "theirs") == bytes([5]) * NBYTES
+    peer_process.close()
