@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """1024 scattered blocks in one request between two processes, against bounds and peers of the same run.
 
-    python bench/bench_transfer.py [--quick] [--nixl-python PATH] [--mooncake-python PATH] [--json PATH]
+    python bench/bench_transfer.py [--quick] [--budget-s S] [--nixl-python PATH] [--mooncake-python PATH] [--json PATH]
 
 Also: round trip of a 64-byte notification, cost of submitting, time to connect, CPU time per GB, and what
 an idle engine costs. README.md beside this file has the method; report.py prints the result as a table.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 
 import calibrate
 import transfer_small
-from common import interleave, kept, kib, machine_facts, speed_ratio, summary, table, write_json
+from budget import Budget, Report, terminated_like_interrupted
+from common import interleave, kept, kib, machine_facts, speed_ratio, summary, table
 from peer_pairs import PeerError, PeerPair, start_peers
 from processes import Sample, cpu_sides
 from targets import ALLOCATED, REGISTERED, TARGETS
@@ -57,6 +59,7 @@ class Throughput:
         self.verified: dict[str, bool] = {}
         self.kinds: dict[str, str] = {}
         self.cases: dict[str, Callable[[], Sample | None]] = {}
+        self.taken: dict[str, list[Sample | None]] = {}
         src, dst = (each.astype(np.int64) * block for each in (self.src, self.dst))
         self.offsets = src, dst
         for path in world.paths():
@@ -97,17 +100,22 @@ class Throughput:
             self.world.verify(path, *self.offsets, self.block)
             self.verified[path.name] = True
 
-    def run(self, rounds: int) -> Samples:
+    def run(self, rounds: int, deadline: float) -> None:
+        began = time.monotonic()
         self.verify()
-        taken = interleave(self.cases, rounds, seed=self.block)
+        deadline -= time.monotonic() - began  # what the second one will take
+        interleave(self.cases, rounds, seed=self.block, deadline=deadline, into=self.taken)
         self.verify()  # and nothing that came in between has done harm
+
+    def samples(self) -> Samples:
+        """Of the rounds that are whole so far."""
         return {
             name: [each for each in samples if each is not None]
-            for name, samples in taken.items()
-            if name not in self.skipped
+            for name, samples in self.taken.items()
+            if name not in self.skipped and samples
         }
 
-    def rows(self, samples: Samples) -> list[Row]:
+    def rows(self) -> list[Row]:
         nbytes = self.num_blocks * self.block
         return [
             {
@@ -119,7 +127,7 @@ class Throughput:
                 **({"verified": self.verified[name]} if name in self.verified else {}),
                 **summary(each, nbytes),
             }
-            for name, each in samples.items()
+            for name, each in self.samples().items()
         ]
 
 
@@ -185,6 +193,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", default="4,16,64,256", help="KiB, comma-separated")
     parser.add_argument("--num-blocks", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=30, help="of the largest blocks; small: more")
+    parser.add_argument("--budget-s", type=float, help="about as long as that; fewer rounds")
     parser.add_argument("--paths", help="comma-separated parts of names, for example 'shm,tcp'")
     parser.add_argument("--no-small", action="store_true", help="throughput only")
     parser.add_argument(
@@ -207,6 +216,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def measure(
+    args: argparse.Namespace,
+    world: World,
+    peers: Sequence[PeerPair],
+    budget: Budget,
+    report: Report,
+) -> None:
+    found = report.found
+    found["facts"]["default_paths"] = default = default_paths(world)
+    if args.calibrate:
+        report.add([calibrate.run(world, num_spans=args.num_blocks, rounds=args.rounds)])
+        return
+    for block in (int(each) * 1024 for each in args.blocks.split(",")):
+        deadline = budget.next_deadline()
+        run = Throughput(world, peers, args.num_blocks, block)
+        try:
+            run.run(rounds_for(block, args.rounds), deadline)
+        finally:  # an interrupted run has what it has
+            rows, compared = run.rows(), ratios(run.samples(), block, default)
+            print_rows(block, rows, compared)
+            found["skipped"] |= run.skipped
+            report.add(rows, compared)
+    if not args.no_small:
+        for rows in transfer_small.run(world, args.rounds, budget, quick=args.quick):
+            report.add(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     blocks = [int(each) * 1024 for each in args.blocks.split(",")]
@@ -215,34 +251,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts["pinned"] = [sorted(side) for side in sides] if sides else None
     if sides is None and not args.no_pin:
         print("too few CPUs to pin the two processes apart: they share, and ratios suffer\n")
-    report: dict[str, Any] = {"schema": 2, "facts": facts, "rows": [], "ratios": [], "skipped": {}}
+    report = Report(args.json, facts)
+    budget = Budget(
+        args.budget_s, [1.0] * len(blocks) + list(transfer_small.SHARES) * (not args.no_small)
+    )
     pool_nbytes = max(2 * args.num_blocks * max(blocks), 4 << 20)
-    peers, report["skipped"] = start_peers(args.nixl_python, args.mooncake_python, sides)
+    peers: list[PeerPair] = []
     try:
-        with World(pool_nbytes, sides, args.spin_us) as world:
-            world.keep(args.paths.split(",") if args.paths else [])
-            report["skipped"] |= world.refused
-            facts["default_paths"] = default = default_paths(world)
-            if args.calibrate:
-                how = {"num_spans": args.num_blocks, "rounds": args.rounds}
-                report["rows"].append(calibrate.run(world, **how))
-            for block in [] if args.calibrate else blocks:
-                run = Throughput(world, peers, args.num_blocks, block)
-                samples = run.run(rounds_for(block, args.rounds))
-                rows, found = run.rows(samples), ratios(samples, block, default)
-                print_rows(block, rows, found)
-                report["rows"] += rows
-                report["ratios"] += found
-                report["skipped"] |= run.skipped
-            if not args.no_small:
-                report["rows"] += transfer_small.run(world, args.rounds, quick=args.quick)
+        with terminated_like_interrupted():
+            peers, absent = start_peers(args.nixl_python, args.mooncake_python, sides)
+            if args.budget_s is not None:
+                for peer in peers:  # one that is stuck must not eat the others' time
+                    peer.answer_s = max(5.0, args.budget_s / 20)
+            report.found["skipped"] |= absent
+            with World(pool_nbytes, sides, args.spin_us) as world:
+                world.keep(args.paths.split(",") if args.paths else [])
+                report.found["skipped"] |= world.refused
+                measure(args, world, peers, budget, report)
+    except KeyboardInterrupt:
+        report.write(stopped="it was interrupted")
+        print("interrupted: what was measured before is written", flush=True)
+        return 130
+    except Exception as error:
+        report.write(stopped=f"{type(error).__name__}: {error}")
+        raise
     finally:
         for peer in peers:
             peer.close()
-    for name, reason in report["skipped"].items():
+    for name, reason in report.found["skipped"].items():
         # What --calibrate prints is Python to the last line.
         print(f"{'# ' if args.calibrate else ''}not measured: {name}: {reason}")
-    write_json(args.json, report)
+    report.write(stopped=None)
     return 0
 
 

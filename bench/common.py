@@ -11,6 +11,7 @@ import platform
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,19 +25,33 @@ MIN_CLEAN = 5  # fewer undisturbed samples than this say nothing
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], T]], rounds: int, *, seed: int = 0
+    cases: Mapping[str, Callable[[], T]],
+    rounds: int,
+    *,
+    seed: int = 0,
+    deadline: float = math.inf,
+    into: dict[str, list[T]] | None = None,
 ) -> dict[str, list[T]]:
     """One sample of every case per round, in an order that is shuffled anew each round.
 
     So neighbours, clock rates and what the case before left in the caches disturb all alike.
+    No round begins that would likely end after ``deadline`` (``time.monotonic()``), but one is
+    always taken. ``into`` gets whole rounds only, also when a sample raises.
     """
     shuffler = random.Random(seed)
-    out: dict[str, list[T]] = {name: [] for name in cases}
+    out = {} if into is None else into
+    out |= {name: [] for name in cases}
     order = list(cases)
-    for _ in range(rounds):
+    longest = 0.0
+    for done in range(rounds):
+        began = time.monotonic()
+        if done > 0 and began + longest > deadline:
+            break
         shuffler.shuffle(order)
-        for name in order:
-            out[name].append(cases[name]())
+        taken = {name: cases[name]() for name in order}
+        for name, sample in taken.items():
+            out[name].append(sample)
+        longest = max(longest, time.monotonic() - began)
     return out
 
 
@@ -138,4 +153,7 @@ def write_json(path: Path | str | None, report: Mapping[str, Any]) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    # In one step: a run that is killed just then leaves the one before.
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(report, indent=1) + "\n")
+    new.replace(path)

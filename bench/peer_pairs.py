@@ -42,6 +42,7 @@ class PeerPair:
     def __init__(self, name: str, command: list[str], *, pause: bool = False) -> None:
         self.name = name
         self._pids: list[int] = []
+        self.answer_s = ANSWER_S
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the pair
         try:
             self.process = subprocess.Popen(
@@ -64,7 +65,7 @@ class PeerPair:
     def _ask(self, **message: Any) -> dict[str, Any]:
         self._signal(signal.SIGCONT)
         self._lines.send(**message)
-        answer = self._answer(ANSWER_S)
+        answer = self._answer(self.answer_s)
         self._signal(signal.SIGSTOP)
         return answer
 

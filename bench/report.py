@@ -71,6 +71,8 @@ def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             bound = f"{row['times_bound']:.1f} x {row['bound']}"
         elif row["case"] in ("submit", "death"):
             bound = f"asked: {row['asked_us']:.2f} us"
+            if "asleep_us" in row:
+                bound += f"; the first of a burst: {row['asleep_us']:.0f} us"
         if row["case"] == "idle":
             out.append(line(["idle, CPU", f"{row['cpu_share'] * 100:.4f} %", ""]))
             continue
@@ -90,6 +92,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{facts['cpu']}, {facts['cpus_usable']} CPUs, {facts['platform']}, "
         f"kvxfer {facts['kvxfer']}. `~`: nearly all samples were disturbed."
     )
+    if found.get("stopped"):
+        head += f" **Not a whole run: {found['stopped']}.**"
     parts = [[head], ratio_table(found), rate_table(blocks)]
     if small:
         parts.append(small_table(small))

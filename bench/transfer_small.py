@@ -9,12 +9,13 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 import transfer_target
+from budget import Budget
 from common import interleave, kept, percentile, speed_ratio
 from kvxfer import _transfer
 from processes import Sample, Stopwatch, cpu_seconds
@@ -25,21 +26,25 @@ from transfer_world import PATHS, World
 NOTIFICATION_NBYTES = 64
 SUBMIT_SIZES = (1, 64, 1024, 16384)
 SPAN, STRIDE = 64, 128  # of the submit cases: gaps, so that nothing is coalesced
-BURST = 10  # requests of one size in a row, as a server submits them: all that they touch is warm
+BURST = 10  # requests of one size in a row, as a server submits them; the first wakes the target
 TIMEOUT_S = 60.0
 WARM = 5  # round trips at the start of a batch, while the other side is still on its way
 
 Row = dict[str, Any]
+# Of the time, in the order of run(); a block size has 1.
+SHARES = (0.4, 0.3, 0.2, 0.2, 0.1)
 
 
-def run(world: World, rounds: int, *, quick: bool) -> list[Row]:
-    rows = round_trips(world, 3 if quick else rounds, 20 if quick else 300)
-    rows += submit_cost(world, 3 if quick else rounds)
-    rows += connect_time(world, 3 if quick else rounds)
-    rows += deaths(world, 1 if quick else 7)
-    rows.append(idle(world, 0.2 if quick else 5.0))
+def run(world: World, rounds: int, budget: Budget, *, quick: bool) -> Iterator[list[Row]]:
+    rounds = 3 if quick else rounds
+    yield round_trips(world, rounds, 20 if quick else 300, budget.next_deadline())
+    yield submit_cost(world, rounds, budget.next_deadline())
+    yield connect_time(world, rounds, budget.next_deadline())
+    budget.next_deadline()
+    yield deaths(world, 1 if quick else 7)
+    left = budget.next_deadline() - time.monotonic()
+    yield [idle(world, 0.2 if quick else min(5.0, max(0.5, left)))]
     print(flush=True)
-    return rows
 
 
 # ---------------------------------------------------------------------- round trips
@@ -109,7 +114,7 @@ class RoundTrips:
         )
 
 
-def round_trips(world: World, rounds: int, per_batch: int) -> list[Row]:
+def round_trips(world: World, rounds: int, per_batch: int, deadline: float) -> list[Row]:
     trips = RoundTrips(world, per_batch)
     bounds = {"shm, polling": "memory, polling", "shm, asleep": "socket, asleep"}
     bounds |= {"tcp, polling": "socket, polling", "tcp, asleep": "socket, asleep"}
@@ -125,7 +130,7 @@ def round_trips(world: World, rounds: int, per_batch: int) -> list[Row]:
                 cases[name] = lambda name=name, pair=pair, way=way: trips.notify(
                     name, pair, way == "polling"
                 )
-    samples = interleave(cases, rounds)
+    samples = interleave(cases, rounds, deadline=deadline)
     medians = {
         name: statistics.median(each.seconds for each in kept(taken)[0])
         for name, taken in samples.items()
@@ -158,34 +163,46 @@ def round_trips(world: World, rounds: int, per_batch: int) -> list[Row]:
 # ---------------------------------------------------------------------- submitting
 
 
-def submit_cost(world: World, rounds: int) -> list[Row]:
+def submit_cost(world: World, rounds: int, deadline: float) -> list[Row]:
     """The call alone, from Python, by the calling thread's CPU time; awaited outside the clock.
 
-    Not by wall time: the wake-up of another thread may put that on the caller's CPU first.
+    Not by wall time: the wake-up of another thread may put that on the caller's CPU first. The first
+    request of a burst finds everybody asleep and its caches cold: it is a number of its own.
     """
     rng = np.random.default_rng(1)
     rows = []
-    for path in (each for each in PATHS if each.name in ("shm mapped", "shm staged", "tcp")):
-        if path.pair not in world.pairs:
-            continue
-        cases: dict[str, Callable[[], float]] = {}
+    paths = [
+        each
+        for each in PATHS
+        if each.name in ("shm mapped", "shm staged", "tcp") and each.pair in world.pairs
+    ]
+    budget = Budget(deadline - time.monotonic(), [1.0] * len(paths))
+    for path in paths:
+        cases: dict[str, Callable[[], tuple[float, float]]] = {}
         for n in SUBMIT_SIZES:
             src, dst = (
                 rng.permutation(SUBMIT_SIZES[-1])[:n].astype(np.int64) * STRIDE for _ in "sd"
             )
 
-            def take(path: Any = path, src: Any = src, dst: Any = dst) -> float:
-                burst = []
+            def take(path: Any = path, src: Any = src, dst: Any = dst) -> tuple[float, float]:
+                burst, xfers = [], []
                 for _ in range(BURST):
                     began = time.thread_time()
-                    xfer = world.submit(path, src, dst, SPAN)
+                    xfers.append(world.submit(path, src, dst, SPAN))
                     burst.append(time.thread_time() - began)
+                for xfer in xfers:
                     xfer.wait(TIMEOUT_S)
-                return statistics.median(burst)
+                return burst[0], statistics.median(burst[1:])
 
             cases[str(n)] = take
-        taken = {int(n): each for n, each in interleave(cases, rounds).items()}
-        us = {n: statistics.median(each) * 1e6 for n, each in taken.items()}
+        taken = {
+            int(n): each
+            for n, each in interleave(cases, rounds, deadline=budget.next_deadline()).items()
+        }
+        first_us = {
+            n: statistics.median(each[0] for each in all_) * 1e6 for n, all_ in taken.items()
+        }
+        us = {n: statistics.median(each[1] for each in all_) * 1e6 for n, all_ in taken.items()}
         first, last = SUBMIT_SIZES[0], SUBMIT_SIZES[-1]
         slope = (us[last] - us[first]) / (last - first) * 1e3
         rows += [
@@ -195,13 +212,14 @@ def submit_cost(world: World, rounds: int) -> list[Row]:
                 "name": path.name,
                 "num_blocks": n,
                 "p50_us": us[n],
-                "p10_us": percentile(taken[n], 0.1) * 1e6,
+                "p10_us": percentile((each[1] for each in taken[n]), 0.1) * 1e6,
+                "asleep_us": first_us[n],
                 "asked_us": submit_us(n),
                 "ns_per_block": slope,
             }
             for n in us
         ]
-        each = "  ".join(f"{n}: {us[n]:.1f} us" for n in us)
+        each = "  ".join(f"{n}: {us[n]:.1f} us ({first_us[n]:.0f} asleep)" for n in us)
         print(f"submit      {path.name:16} {each}  | {slope:.1f} ns a block", flush=True)
     return rows
 
@@ -209,7 +227,7 @@ def submit_cost(world: World, rounds: int) -> list[Row]:
 # ---------------------------------------------------------------------- connecting
 
 
-def connect_time(world: World, rounds: int) -> list[Row]:
+def connect_time(world: World, rounds: int, deadline: float) -> list[Row]:
     """Until regions and transports of the peer are known; a bare connect of the kernel's beside it."""
 
     def ours(pair: str) -> float:
@@ -233,7 +251,7 @@ def connect_time(world: World, rounds: int) -> list[Row]:
     for pair in ("shm", "tcp"):
         if pair in world.pairs:
             cases[pair] = lambda pair=pair: ours(pair)
-    taken = interleave(cases, rounds)
+    taken = interleave(cases, rounds, deadline=deadline)
     bound = statistics.median(taken["bare tcp"])
     rows = []
     for name, seconds in taken.items():

@@ -72,6 +72,16 @@ check 'no fence after the head' "$hang" -DNO_FENCE_ROOM
 check 'no second look' "$hang" -DLOOK_ONCE
 check 'room is made, and nobody looks who waits for it' "$hang" -DFORGET_STARVING
 
+model=lend
+hang='assertion violated (head==2)'
+check 'callers that poll, rest or simply stop' none
+check 'rest() is enough, without a watch that knows the time' none -DRESTS
+check 'no time, and callers that simply stop' "$hang" -DNO_TIME
+check 'a caller looks at epoll before it was lent' "$hang" -DLOOK_BEFORE_LENT
+check 'a caller reads the eventfd' "$hang" -DHEAR_TOLD -DRESTS
+check 'rest() writes, then withdraws' "$hang" -DWRITE_FIRST -DRESTS
+check 'asleep after the watch, without a look' "$hang" -DSLEEP_AFTER_WATCH
+
 model=aborts
 wrong_byte='assertion violated ((cell[0]==(a+1))&&(cell[1]==(a+1)))'
 check 'cancel and retry over two lanes' none

@@ -7,9 +7,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 import common  # noqa: E402
 import report  # noqa: E402
+from budget import Budget  # noqa: E402
 from processes import MAX_DELAY, Sample  # noqa: E402
 
 # Those that bench_transfer has paths for, where they work.
@@ -98,6 +101,36 @@ def test_the_report_is_a_table_of_reached_and_asked(quick: dict[str, Any]) -> No
     assert mapped.count("|") == lines[lines.index(mapped) - 1].count("|")
 
 
+def test_a_whole_run_says_so(quick: dict[str, Any]) -> None:
+    assert quick["stopped"] is None
+    assert "Not a whole run" not in report.markdown(quick)
+
+
+def test_an_interrupted_run_leaves_the_rounds_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    command = [
+        *(sys.executable, str(BENCH / "bench_transfer.py"), "--blocks", "4,64"),
+        *("--rounds", "200", "--num-blocks", "64", "--paths", "tcp 1 lane", "--no-small"),
+        *("--json", str(path)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        # The table of the first block size ends in an empty line; the second one takes seconds.
+        for line in run.stdout:
+            if line.strip() == "":
+                break
+        time.sleep(0.5)
+        run.terminate()
+        rest = run.stdout.read()
+        assert run.wait(60) == 130, rest
+    found = json.loads(path.read_text())
+    assert found["stopped"] == "it was interrupted"
+    done = [row for row in found["rows"] if row["block_nbytes"] == 4096]
+    assert {row["name"] for row in done} == {"tcp 1 lane", "raw socket"}
+    assert len({row["samples"] for row in found["rows"] if row["block_nbytes"] == 4096}) == 1
+    assert "Not a whole run" in report.markdown(found)
+
+
 def test_a_peer_that_is_not_there_is_named_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     done = kvxfer(
@@ -125,6 +158,32 @@ def test_without_a_checkout_the_command_says_so(
     spec.loader.exec_module(module)
     assert module.run(argparse.Namespace(what="transfer", arguments=["--quick"])) == 2
     assert "source checkout" in capsys.readouterr().err
+
+
+def test_a_round_that_is_cut_off_is_not_counted() -> None:
+    taken: dict[str, list[int]] = {}
+    count = 0
+
+    def sample() -> int:
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise KeyboardInterrupt
+        return count
+
+    with pytest.raises(KeyboardInterrupt):
+        common.interleave(dict.fromkeys("abc", sample), 10, into=taken)
+    assert {name: len(each) for name, each in taken.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_budget_shares_what_is_left() -> None:
+    assert common.interleave({"a": lambda: 1}, 5, deadline=0.0) == {"a": [1]}
+    budget = Budget(100.0, [1.0, 3.0])
+    first, second = budget.next_deadline(), budget.next_deadline()
+    assert first < second
+    assert 20 < first - time.monotonic() <= 25
+    assert 99 < second - time.monotonic() <= 100
+    assert Budget(None, [1.0]).next_deadline() == math.inf
 
 
 def test_disturbed_samples_are_left_out_and_counted() -> None:

@@ -203,10 +203,10 @@ BlockIdArray::BlockIdArray(const char* name, const py::object& value) {
 BlockIdArray::~BlockIdArray() { PyBuffer_Release(&view_); }
 
 void Offsets::take(const char* name, const py::object& value, int columns) {
-  const std::string expected = columns == 1 ? "an int or a one-dimensional C-contiguous int64 array"
-                                            : "a C-contiguous int64 array of shape [m, 2]";
   auto bad = [&](const std::string& given) {
-    raise(Code::kInvalidArgument, std::string(name) + " must be " + expected + ", not " + given);
+    const char* expected = columns == 1 ? "an int or a one-dimensional C-contiguous int64 array"
+                                        : "a C-contiguous int64 array of shape [m, 2]";
+    raise(Code::kInvalidArgument, cat(name, " must be ", expected, ", not ", given));
   };
   if (columns == 1 && !PyBool_Check(value.ptr()) && PyIndex_Check(value.ptr()) &&
       !PyObject_CheckBuffer(value.ptr())) {

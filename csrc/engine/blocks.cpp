@@ -100,8 +100,9 @@ void check_overlap(const Side& to) {
 }
 
 template <typename L, typename R>
-void build(Expanded& out, const BlockView& local, const BlockView& remote, std::span<const L> from,
-           std::span<const R> into) {
+void build(Expanded& expanded, const BlockView& local, const BlockView& remote,
+           std::span<const L> from, std::span<const R> into) {
+  SpanBuilder out(expanded, from.size() * static_cast<size_t>(local.num_layers));
   for (int64_t layer = 0; layer < local.num_layers; ++layer) {
     const int64_t at = local.base + layer * local.layer_stride,
                   to = remote.base + layer * remote.layer_stride;
@@ -110,6 +111,7 @@ void build(Expanded& out, const BlockView& local, const BlockView& remote, std::
               static_cast<uint64_t>(to + into[i] * remote.block_stride),
               static_cast<uint64_t>(local.nbytes), static_cast<uint32_t>(i));
   }
+  out.finish();
 }
 
 }  // namespace
@@ -150,7 +152,6 @@ Expanded expand(const BlockArguments& arguments, const Bounds& bounds) {
     l.nbytes = r.nbytes = l.nbytes * l.num_layers;
     l.num_layers = r.num_layers = 1;
   }
-  out.spans.reserve(n * static_cast<size_t>(l.num_layers));
   if (from.wide && into.wide)
     build(out, l, r, as<int64_t>(from), as<int64_t>(into));
   else if (from.wide)

@@ -171,6 +171,7 @@ void Engine::signal() noexcept {
   if (signalled_.exchange(true, std::memory_order_acq_rel)) return;
   const uint64_t one = 1;
   [[maybe_unused]] const ssize_t n = ::write(event_.get(), &one, sizeof one);
+  woke_somebody = true;
 }
 
 void Engine::clear_wakeup() noexcept {
@@ -179,13 +180,19 @@ void Engine::clear_wakeup() noexcept {
   uint64_t count;
   [[maybe_unused]] const ssize_t n = ::read(event_.get(), &count, sizeof count);
   signalled_.exchange(false, std::memory_order_acq_rel);
+  rest();  // who calls this is going to sleep on the eventfd
 }
 
 std::vector<Notification> Engine::notifications() {
   std::vector<Notification> out;
-  {
+  const auto take = [&] {
     std::lock_guard lock(inbox_mutex_);
     out.swap(inbox_);
+    return !out.empty();
+  };
+  if (!take()) {
+    poll();
+    take();
   }
   for (auto& notification : out) {
     Peer& peer = *notification.peer;
@@ -200,14 +207,20 @@ std::vector<Notification> Engine::notifications() {
         control = peer.links.front()->control;
       }
     }
-    if (control) control->send_control(encode(Credit{count}));
+    if (control) control->send_control_now(encode(Credit{count}));
   }
   return out;
 }
 
 std::vector<PeerEvent> Engine::peer_events() {
-  std::lock_guard lock(inbox_mutex_);
-  return std::exchange(events_, {});
+  const auto take = [this] {
+    std::lock_guard lock(inbox_mutex_);
+    return std::exchange(events_, {});
+  };
+  auto out = take();
+  if (!out.empty()) return out;
+  poll();
+  return take();
 }
 
 uint64_t Engine::arrivals(uint64_t tag, const Peer& peer) const {

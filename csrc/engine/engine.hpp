@@ -120,6 +120,13 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   void cancel(const TransferPtr& transfer) noexcept;  // it has ended when this returns
   void let_go(const TransferPtr& transfer) noexcept;  // its `after` has settled
 
+  // The caller polls: it found nothing, and may look again at once. Moves what can be moved, in the
+  // progress thread's stead. Any thread that holds no lock of ours.
+  void poll() noexcept {
+    if (!closed()) reactor_.poll();
+  }
+  // The caller is about to sleep, so the progress thread goes back to work (Reactor::rest).
+  void rest() noexcept { reactor_.rest(); }
   std::vector<Notification> notifications();
   std::vector<PeerEvent> peer_events();
 

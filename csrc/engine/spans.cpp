@@ -51,6 +51,27 @@ void check_value(const char* what, size_t index, int64_t value, int64_t low) {
        "; the result would depend on their order");
 }
 
+struct Array {
+  const int64_t* data;
+  int64_t operator[](size_t i) const noexcept { return data[i]; }
+};
+struct Same {
+  int64_t value;
+  int64_t operator[](size_t) const noexcept { return value; }
+};
+
+// Calls f(local, remote, nbytes) with columns whose kind the compiler knows, for those kinds that
+// requests of many spans have: it saves a third of the time of a loop over them.
+template <typename F>
+void with_kinds(const SpanArguments& a, F&& f) {
+  if (a.local.scalar || a.remote.scalar)
+    f(a.local, a.remote, a.nbytes);
+  else if (a.nbytes.scalar)
+    f(Array{a.local.data}, Array{a.remote.data}, Same{a.nbytes[0]});
+  else
+    f(Array{a.local.data}, Array{a.remote.data}, Array{a.nbytes.data});
+}
+
 }  // namespace
 
 Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
@@ -65,13 +86,18 @@ Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
   // the upper bits.
   uint64_t bits = 0;
   int64_t local_end = 0, remote_end = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const auto l = static_cast<uint64_t>(local[i]), r = static_cast<uint64_t>(remote[i]),
-               size = static_cast<uint64_t>(nbytes[i]);
-    bits |= l | r | (size - 1);
-    local_end = std::max(local_end, static_cast<int64_t>(l + size));
-    remote_end = std::max(remote_end, static_cast<int64_t>(r + size));
-  }
+  with_kinds(arguments, [&](const auto& locals, const auto& remotes, const auto& sizes) {
+    uint64_t seen = 0;
+    int64_t local_last = 0, remote_last = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const auto l = static_cast<uint64_t>(locals[i]), r = static_cast<uint64_t>(remotes[i]),
+                 size = static_cast<uint64_t>(sizes[i]);
+      seen |= l | r | (size - 1);
+      local_last = std::max(local_last, static_cast<int64_t>(l + size));
+      remote_last = std::max(remote_last, static_cast<int64_t>(r + size));
+    }
+    bits = seen, local_end = local_last, remote_end = remote_last;
+  });
   if (bits >= static_cast<uint64_t>(kMaxOffset)) {
     for (size_t i = 0; i < n; ++i) {  // name the first offender
       check_value("local_offsets", i, local[i], 0);
@@ -108,15 +134,18 @@ Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
   if (auto which = find_overlap(to, nbytes, n, repeats)) overlapping(arguments, bounds, n, *which);
 
   out.num_given = n * m;
-  out.spans.reserve(n * m);
-  for (size_t b = 0; b < m; ++b) {
-    const uint64_t base_local = has_bases ? static_cast<uint64_t>(bases[2 * b]) : 0;
-    const uint64_t base_remote = has_bases ? static_cast<uint64_t>(bases[2 * b + 1]) : 0;
-    for (size_t i = 0; i < n; ++i)
-      out.add(base_local + static_cast<uint64_t>(local[i]),
-              base_remote + static_cast<uint64_t>(remote[i]), static_cast<uint64_t>(nbytes[i]),
-              static_cast<uint32_t>(b * n + i));
-  }
+  with_kinds(arguments, [&](const auto& locals, const auto& remotes, const auto& sizes) {
+    SpanBuilder builder(out, n * m);
+    for (size_t b = 0; b < m; ++b) {
+      const uint64_t base_local = has_bases ? static_cast<uint64_t>(bases[2 * b]) : 0;
+      const uint64_t base_remote = has_bases ? static_cast<uint64_t>(bases[2 * b + 1]) : 0;
+      for (size_t i = 0; i < n; ++i)
+        builder.add(base_local + static_cast<uint64_t>(locals[i]),
+                    base_remote + static_cast<uint64_t>(remotes[i]),
+                    static_cast<uint64_t>(sizes[i]), static_cast<uint32_t>(b * n + i));
+    }
+    builder.finish();
+  });
   return out;
 }
 

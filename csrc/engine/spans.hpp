@@ -29,24 +29,49 @@ struct Expanded {
   std::vector<Span> spans;
   uint64_t nbytes = 0;
   uint64_t num_given = 0;  // before neighbours became one
+};
 
+// Fills an Expanded. A local variable of the loop over the spans: what it counts stays in
+// registers.
+class SpanBuilder {
+ public:
+  SpanBuilder(Expanded& out, size_t most) : out_(out) {
+    out.spans.resize(most);
+    begin_ = at_ = out.spans.data();
+  }
   // Neighbours on both sides become one; what is longer than a descriptor can
   // say is cut.
   void add(uint64_t local, uint64_t remote, uint64_t size, uint32_t index) {
-    nbytes += size;
-    if (!spans.empty()) {
-      Span& last = spans.back();
-      if (last.local + last.nbytes == local && last.remote + last.nbytes == remote &&
-          last.nbytes + size <= kMaxSpanBytes) {
-        last.nbytes += static_cast<uint32_t>(size);
-        return;
-      }
+    nbytes_ += size;
+    if (local == next_local_ && remote == next_remote_ && at_[-1].nbytes + size <= kMaxSpanBytes) {
+      at_[-1].nbytes += static_cast<uint32_t>(size);
+    } else {
+      if (size > kMaxSpanBytes) make_room((size - 1) / kMaxSpanBytes);
+      uint64_t done = 0;
+      for (; size - done > kMaxSpanBytes; done += kMaxSpanBytes)
+        *at_++ = {local + done, remote + done, kMaxSpanBytes, index};
+      *at_++ = {local + done, remote + done, static_cast<uint32_t>(size - done), index};
     }
-    for (; size > kMaxSpanBytes;
-         local += kMaxSpanBytes, remote += kMaxSpanBytes, size -= kMaxSpanBytes)
-      spans.push_back({local, remote, kMaxSpanBytes, index});
-    spans.push_back({local, remote, static_cast<uint32_t>(size), index});
+    next_local_ = local + size;
+    next_remote_ = remote + size;
   }
+  void finish() {
+    out_.spans.resize(static_cast<size_t>(at_ - begin_));
+    out_.nbytes = nbytes_;
+  }
+
+ private:
+  void make_room(uint64_t more) {
+    const auto used = at_ - begin_;
+    out_.spans.resize(out_.spans.size() + more);
+    begin_ = out_.spans.data();
+    at_ = begin_ + used;
+  }
+
+  Expanded& out_;
+  Span *begin_, *at_;
+  uint64_t nbytes_ = 0;
+  uint64_t next_local_ = ~uint64_t{0}, next_remote_ = 0;  // no offset is that large
 };
 
 // A quarter of int64: a sum of two such offsets and a length cannot overflow.

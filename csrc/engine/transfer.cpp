@@ -34,6 +34,8 @@ Woken Transfer::wait(int64_t deadline_ns) noexcept {
     if (const auto owner = engine.lock())
       if (const auto what = connection->pollable())
         owner->reactor().spin_for(what, deadline_ns, [this] { return terminal(); });
+  if (!terminal())
+    if (const auto owner = engine.lock()) owner->rest();
   for (;;) {
     const uint32_t seen = changed.read();
     if (terminal()) return Woken::kNotified;
@@ -43,6 +45,7 @@ Woken Transfer::wait(int64_t deadline_ns) noexcept {
 }
 
 bool Transfer::watch(const std::shared_ptr<Watch>& who) {
+  if (const auto owner = engine.lock()) owner->rest();
   std::lock_guard lock(mutex);
   if (terminal()) return true;
   watchers.push_back(who);

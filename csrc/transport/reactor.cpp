@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transport/reactor.hpp"
 
+#include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
@@ -18,12 +20,20 @@
 namespace kvxfer {
 namespace {
 constexpr Reactor::Token kEventToken = 1, kTimerToken = 2;
+constexpr int kMaxEvents = 64;
 // Looks at shared memory between two looks at epoll or at the clock: about a microsecond.
 constexpr int kLooks = 16;
 // A progress thread that merely spins gives way sooner than this; one that works does not.
 constexpr int64_t kGiveWayNs = 3'000;
 // A caller that finds work after work in the progress thread's stead hands it over at last.
 constexpr int64_t kMaxTurnNs = 5'000'000;
+// Whoever has polled for this long, without a gap as long as that, is lent the work: it costs two
+// wake-ups to lend it and to take it back.
+constexpr int64_t kPolledNs = 100'000, kGapNs = 50'000;
+// Looks at attended rings between two at epoll, of whoever was lent the work: some microseconds.
+constexpr uint32_t kLentLooks = 64;
+// How often the progress thread looks whether those to whom it lent its work still do it.
+constexpr int kWatchMs = 1;
 }  // namespace
 
 Reactor::Reactor(int64_t spin_ns)
@@ -93,13 +103,16 @@ void Reactor::remove(Token token, int fd) {
 }
 
 void Reactor::post(std::function<void()> task) {
-  bool first;
+  const bool mine = on_thread() && lent_;
+  bool tell;
   {
     std::lock_guard lock(mutex_);
-    first = tasks_.empty();
+    tell = !told_ && !mine;
+    told_ |= tell;
     tasks_.push_back(std::move(task));
+    any_tasks_.store(true, std::memory_order_relaxed);
   }
-  if (first) wake();
+  if (tell) wake();
 }
 
 void Reactor::wake() noexcept {
@@ -138,6 +151,8 @@ void Reactor::run_tasks() {
   {
     std::lock_guard lock(mutex_);
     tasks.swap(tasks_);
+    told_ = false;
+    any_tasks_.store(false, std::memory_order_relaxed);
   }
   for (auto& task : tasks) task();
 }
@@ -169,20 +184,23 @@ void Reactor::attend(const std::shared_ptr<Pollable>& what) {
   attended_.push_back(what);
 }
 
+// Once round all that are attended to; true when one had work.
+bool Reactor::pass() {
+  bool some = false;
+  for (size_t i = 0; i < attended_.size(); ++i) some |= attended_[i]->poll();
+  return some;
+}
+
 // True: look at epoll without sleeping and come again.
 bool Reactor::poll_attended() {
-  bool some = false;
-  const auto pass = [&] {
-    for (size_t i = 0; i < attended_.size(); ++i) some |= attended_[i]->poll();
-    return some;
-  };
-  if (attended_.empty() || pass()) {
+  const bool some = pass();
+  if (attended_.empty() || some) {
     idle_since_ns_ = 0;
     spin_.give();
     return some;
   }
   if (spin_ns_ > 0 && callers_.load(std::memory_order_relaxed) == 0 && spin_.take()) {
-    step_aside(num_cpus_);
+    step_aside();
     const int64_t now = now_ns();
     if (idle_since_ns_ == 0) idle_since_ns_ = now;
     if (now - idle_since_ns_ < spin_ns_) {
@@ -196,6 +214,14 @@ bool Reactor::poll_attended() {
     return each->doze() && std::exchange(each->attended_, false);
   });
   return !attended_.empty();
+}
+
+// The progress thread's own way to the token: it waits, and whoever polls meanwhile gives way.
+void Reactor::progress_lock() noexcept {
+  wanted_.store(true, std::memory_order_relaxed);
+  progress_.lock();
+  wanted_.store(false, std::memory_order_relaxed);
+  hold();
 }
 
 void Reactor::hold() noexcept {
@@ -213,7 +239,7 @@ Reactor::Turn::Turn(Reactor& reactor, const std::shared_ptr<Pollable>& what, int
       begin_ns_(now_ns()),
       last_ns_(std::min(deadline_ns, begin_ns_ + kMaxTurnNs)),
       until_ns_(std::min(deadline_ns, begin_ns_ + reactor.spin_ns_)) {
-  step_aside(reactor.num_cpus_);
+  reactor.step_aside();
   reactor_.callers_.fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -241,44 +267,112 @@ bool Reactor::Turn::look() {
 Reactor::Turn::~Turn() {
   reactor_.callers_.fetch_sub(1, std::memory_order_relaxed);
   if (!mine_) return;
-  if (!what_->doze()) reactor_.post([&r = reactor_, what = what_] { r.attend(what); });
+  // One that is attended to stays awake: whoever polls it will let it doze.
+  if (!what_->attended_ && !what_->doze())
+    reactor_.post([&r = reactor_, what = what_] { r.attend(what); });
   reactor_.give();
 }
 
+// Under the token, while the work is not lent: asks for it once the caller has shown patience.
+void Reactor::ask() {
+  const int64_t now = now_ns();
+  if (now - polled_ns_ > kGapNs) polled_since_ns_ = now;
+  polled_ns_ = now;
+  if (now - polled_since_ns_ < kPolledNs || asked_.load(std::memory_order_relaxed)) return;
+  asked_.store(true, std::memory_order_relaxed);
+  wake();
+}
+
+void Reactor::poll() noexcept {
+  if (on_thread()) return;
+  // The one at work may stand still because we have its CPU.
+  if (wanted_.load(std::memory_order_relaxed) || !progress_.try_lock()) {
+    if (num_cpus_ <= 2) ::sched_yield();
+    return;
+  }
+  hold();
+  if (lent_ && any_tasks_.load(std::memory_order_relaxed)) run_tasks();
+  const bool some = pass();
+  if (!lent_) {
+    // The progress thread is in epoll, and nobody else looks there: what it has been told, it does.
+    ask();
+  } else {
+    num_polls_.store(num_polls_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    if (!some && (attended_.empty() || ++looks_ >= kLentLooks)) {
+      looks_ = 0;
+      epoll_event events[kMaxEvents];
+      const int n = ::epoll_wait(epoll_.get(), events, kMaxEvents, 0);
+      if (n > 0) handle(events, n);
+    }
+  }
+  const bool waits = !lent_ && asked_.load(std::memory_order_relaxed);
+  give();
+  if (waits) ::sched_yield();  // the progress thread may have to use this CPU before it lends
+}
+
+// The progress thread, while others do its work: looks whether they still do. What must not wait
+// for them (a task, rest(), stop()) comes by the eventfd, which therefore is read by nobody else.
+void Reactor::keep_watch() {
+  for (;;) {
+    const uint32_t seen = num_polls_.load(std::memory_order_relaxed);
+    pollfd told{.fd = event_.get(), .events = POLLIN, .revents = 0};
+    if (::poll(&told, 1, kWatchMs) != 0) break;  // EINTR cannot be: signals are blocked
+    if (num_polls_.load(std::memory_order_relaxed) == seen) break;
+  }
+  progress_lock();
+  asked_.store(false, std::memory_order_relaxed);
+  lent_ = false;
+  polled_since_ns_ = polled_ns_ = 0;
+  give();
+  // What is attended to is polled by us now, and may doze; what came through epoll is still there.
+}
+
+// What epoll told, then timers and tasks; by whoever holds the token.
+void Reactor::handle(const epoll_event* events, int n) {
+  bool timer = false;
+  for (int i = 0; i < n; ++i) {
+    const Token token = events[i].data.u64;
+    if (token == kEventToken || token == kTimerToken) {
+      uint64_t count;
+      if (token == kEventToken && lent_) continue;  // it wakes the one that keeps watch
+      [[maybe_unused]] const ssize_t got =
+          ::read(token == kEventToken ? event_.get() : timer_.get(), &count, sizeof count);
+      timer |= token == kTimerToken;
+      continue;
+    }
+    std::shared_ptr<FdHandler> handler;
+    {
+      std::lock_guard lock(mutex_);
+      if (auto it = handlers_.find(token); it != handlers_.end()) handler = it->second;
+    }
+    if (handler) handler->on_events(events[i].events);
+  }
+  if (timer) run_timers();
+  if (!lent_) run_tasks();  // a caller's next poll does: what it found is told to it first
+}
+
 void Reactor::run() {
-  epoll_event events[64];
+  epoll_event events[kMaxEvents];
   bool sleepy = true;
   while (!stopping_.load(std::memory_order_acquire)) {
-    const int n = ::epoll_wait(epoll_.get(), events, 64, sleepy ? -1 : 0);
+    const int n = ::epoll_wait(epoll_.get(), events, kMaxEvents, sleepy ? -1 : 0);
     if (sleepy) num_wakeups_.fetch_add(1, std::memory_order_relaxed);
-    wanted_.store(true, std::memory_order_relaxed);
-    progress_.lock();
-    wanted_.store(false, std::memory_order_relaxed);
-    hold();
-    bool timer = false;
-    for (int i = 0; i < n; ++i) {
-      const Token token = events[i].data.u64;
-      if (token == kEventToken || token == kTimerToken) {
-        uint64_t count;
-        [[maybe_unused]] const ssize_t got =
-            ::read(token == kEventToken ? event_.get() : timer_.get(), &count, sizeof count);
-        timer |= token == kTimerToken;
-        continue;
-      }
-      std::shared_ptr<FdHandler> handler;
-      {
-        std::lock_guard lock(mutex_);
-        if (auto it = handlers_.find(token); it != handlers_.end()) handler = it->second;
-      }
-      if (handler) handler->on_events(events[i].events);
+    progress_lock();
+    handle(events, n);
+    // Before anything dozes: what is lent stays awake.
+    const bool lend = lent_ = asked_.load(std::memory_order_relaxed);
+    if (lend) {
+      spin_.give();
+    } else {
+      sleepy = !poll_attended();
     }
-    if (timer) run_timers();
-    run_tasks();
-    sleepy = !poll_attended();
     give();
+    if (lend) {
+      keep_watch();
+      sleepy = false;
+    }
   }
-  progress_.lock();
-  hold();
+  progress_lock();
   // What close() posted must still end its requests; tasks may post further ones.
   for (;;) {
     {

@@ -4,7 +4,8 @@
 // The timerfd is armed only while something is due, so an idle engine never wakes.
 //
 // "The progress thread" is who holds the progress token. A thread that waits for a transfer may
-// take it while the real one sleeps, and does its work for a moment (spin_for).
+// take it while the real one sleeps, and does its work for a moment (spin_for). A thread that looks
+// for news again and again (poll) is lent all of it: epoll, and rings that need ring no bell.
 #pragma once
 
 #include <atomic>
@@ -20,6 +21,8 @@
 #include "common/clock.hpp"
 #include "common/fd.hpp"
 #include "common/spin.hpp"
+
+struct epoll_event;
 
 namespace kvxfer {
 
@@ -59,7 +62,9 @@ class Reactor {
   Token add(int fd, uint32_t events, std::shared_ptr<FdHandler> handler);
   void remove(Token token, int fd);  // before the fd is closed
 
-  void post(std::function<void()> task);  // runs on the progress thread, in order of posting
+  // Runs on the progress thread, in order of posting; what a caller posts that was lent the work
+  // runs at the next poll.
+  void post(std::function<void()> task);
   // Polls it, between looks at epoll, until it has nothing to do and has dozed off. Any thread.
   void attend(const std::shared_ptr<Pollable>& what);
   // The caller waits for `done`, a plain look at an atomic: spins for the configured time at most,
@@ -72,6 +77,15 @@ class Reactor {
     }
   }
   bool spins() const noexcept { return spin_ns_ > 0; }
+  // The caller looks for news, found none, and may look again at once: does a piece of the progress
+  // thread's work if nobody else is at it. Who goes on like this is lent the work; then nothing
+  // that comes has to wake a thread. Any thread that holds no lock; never sleeps.
+  void poll() noexcept;
+  // The caller is about to sleep, or has just made it likely: the progress thread takes back what
+  // it lent, at once rather than within two milliseconds.
+  void rest() noexcept {
+    if (asked_.load(std::memory_order_relaxed) && asked_.exchange(false)) wake();
+  }
   // Runs again after the next look at epoll: how a long job gives way to small messages.
   void defer(std::function<void()> task) { post(std::move(task)); }
 
@@ -82,6 +96,11 @@ class Reactor {
   bool on_thread() const noexcept {
     return holder_.load(std::memory_order_relaxed) == std::this_thread::get_id();
   }
+  // On the progress thread: whether it is a caller to whom the work was lent, and who may come back
+  // with an answer before anything else happens.
+  bool lent() const noexcept { return lent_; }
+  // Lets who was just woken by this thread have its CPU, where there are too few.
+  void step_aside() const noexcept { kvxfer::step_aside(num_cpus_); }
   uint64_t num_wakeups() const noexcept { return num_wakeups_.load(std::memory_order_relaxed); }
 
  private:
@@ -103,6 +122,11 @@ class Reactor {
   void hold() noexcept;  // the token is ours
   void give() noexcept;
   void run();
+  void keep_watch();
+  void handle(const epoll_event* events, int n);
+  void progress_lock() noexcept;
+  bool pass();
+  void ask();
   bool poll_attended();
   void run_tasks();
   void run_timers();
@@ -123,14 +147,25 @@ class Reactor {
   // callers want to spin in its stead.
   std::atomic<bool> wanted_{false};
   std::atomic<uint32_t> callers_{0};
+  // A caller polls without a break and wants to be lent the work. Cleared by whoever ends that,
+  // before the eventfd is written, so that who was woken by it sees it.
+  std::atomic<bool> asked_{false};
+  // How often it was polled while it was lent; relaxed: the watch looks whether it still grows.
+  std::atomic<uint32_t> num_polls_{0};
+
   // Under the token.
+  bool lent_ = false;                            // written by the progress thread alone
+  int64_t polled_since_ns_ = 0, polled_ns_ = 0;  // callers poll without a gap since; last at
+  uint32_t looks_ = 0;                           // at the attended, since the last one at epoll
   std::vector<std::shared_ptr<Pollable>> attended_;
   int64_t idle_since_ns_ = 0;  // no attended one had work since; 0: some had
   SpinToken spin_;
 
-  std::mutex mutex_;  // over the four below; never held while a callback runs
+  std::mutex mutex_;  // over all below; never held while a callback runs
   std::unordered_map<Token, std::shared_ptr<FdHandler>> handlers_;
   std::vector<std::function<void()>> tasks_;
+  bool told_ = false;                   // the eventfd says that there are some
+  std::atomic<bool> any_tasks_{false};  // for a look without the lock, by who posted them
   std::map<TimerId, std::function<void()>> timers_;
   int64_t armed_ns_ = kNever;
   uint64_t next_token_ = 16, next_timer_ = 1;

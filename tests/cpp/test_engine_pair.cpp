@@ -234,3 +234,55 @@ TEST_CASE("a region of several pieces is one offset space") {
   CHECK(three[2] == std::byte(4007 % 256));
   CHECK(three[3] == std::byte{0});
 }
+
+TEST_CASE("who polls brings its messages in by polling, and what it owes is told when it stops") {
+  Pair pair;
+  PeerPtr to_a;
+  for (const int64_t end_ns = deadline_after(30); !to_a && now_ns() < end_ns;)
+    for (auto& event : pair.b->peer_events()) to_a = event.peer;
+  REQUIRE(to_a);
+  const auto message = [] {
+    SubmitOptions options;
+    options.has_notify = true;
+    options.notify = Bytes(64);
+    options.deadline_ns = deadline_after(60);
+    return options;
+  };
+  const auto take = [](Engine& engine) {
+    for (const int64_t end_ns = deadline_after(60); now_ns() < end_ns;)
+      if (const auto got = engine.notifications(); !got.empty()) return got.size();
+    return size_t{0};
+  };
+  constexpr size_t kTrips = 2000;
+  std::vector<TransferPtr> sent;
+  std::thread echo([&] {
+    for (size_t i = 0; i < kTrips; ++i) {
+      if (take(*pair.b) != 1) return;
+      pair.b->notify(to_a, message());
+    }
+  });
+  size_t came = 0;
+  for (size_t i = 0; i < kTrips; ++i) {
+    sent.push_back(pair.a->notify(pair.to_b, message()));
+    const size_t n = take(*pair.a);
+    if (n == 0) break;
+    came += n;
+  }
+  CHECK(came == kTrips);
+  echo.join();
+  // Nobody polls b any more, and a only sleeps: the last outcomes come all the same.
+  for (auto& transfer : sent) finish(transfer);
+  finish(pair.a->notify(pair.to_b, message()));
+}
+
+TEST_CASE("polling for a transfer's end is enough to bring it about") {
+  Pair pair;
+  std::memset(pair.at_a(0), 0x77, 1 << 22);
+  for (int round = 0; round < 20; ++round) {
+    const TransferPtr t = pair.move(round % 2 ? Op::kRead : Op::kWrite, 0, 0, 1 << 22);
+    for (const int64_t end_ns = deadline_after(60); !t->terminal() && now_ns() < end_ns;)
+      pair.a->poll();
+    REQUIRE(t->state.load() == State::kDone);
+  }
+  CHECK(all_equal(pair.at_b(0), 1 << 22, 0x77));
+}

@@ -2,9 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The progress token: who polls, who gives way to whom, and that nobody falls asleep over work.
 #include <doctest/doctest.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <chrono>
+#include <functional>
 #include <thread>
+#include <vector>
 
 #include "common/cpus.hpp"
 #include "common/wait_word.hpp"
@@ -126,4 +132,137 @@ TEST_CASE("one thread of a process spins") {
   CHECK_FALSE(other.take());
   one.give();
   CHECK(other.take());
+}
+
+namespace {
+
+struct News final : FdHandler {
+  News() : fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+  void on_events(uint32_t) override {
+    uint64_t count;
+    [[maybe_unused]] const ssize_t n = ::read(fd.get(), &count, sizeof count);
+    by = std::this_thread::get_id();
+    word.notify_all();
+  }
+  void tell() const {
+    const uint64_t one = 1;
+    REQUIRE(::write(fd.get(), &one, sizeof one) == sizeof one);
+  }
+  bool heard_here() const { return by.load() == std::this_thread::get_id(); }
+  Fd fd;
+  std::atomic<std::thread::id> by{};
+  WaitWord word;
+};
+
+// A reactor that this thread polls until it is lent the work, and a file descriptor in its epoll.
+struct Lent {
+  Lent() {
+    news = std::make_shared<News>();
+    token = running.reactor.add(news->fd.get(), EPOLLIN, news);
+    poll_until_lent();
+  }
+  ~Lent() { running.reactor.remove(token, news->fd.get()); }
+  void poll_until_lent() {
+    news->by = std::thread::id{};
+    for (const int64_t end_ns = deadline_after(60); !news->heard_here() && now_ns() < end_ns;) {
+      news->tell();
+      running.reactor.poll();
+    }
+    REQUIRE(news->heard_here());
+  }
+  bool heard_by_progress_thread() {
+    news->by = std::thread::id{};
+    news->tell();
+    return eventually(news->word, [&] { return news->by.load() != std::thread::id{}; }) &&
+           !news->heard_here();
+  }
+  Running running{0};
+  std::shared_ptr<News> news;
+  Reactor::Token token = 0;
+};
+
+}  // namespace
+
+TEST_CASE("who polls without a break is lent the work, and does not come back: it is taken back") {
+  Lent lent;
+  CHECK(lent.heard_by_progress_thread());
+  lent.poll_until_lent();
+  CHECK(lent.heard_by_progress_thread());
+}
+
+TEST_CASE("who rests gives the work back") {
+  Lent lent;
+  lent.running.reactor.rest();
+  CHECK(lent.heard_by_progress_thread());
+}
+
+TEST_CASE("a task that another thread posts does not wait for who was lent the work") {
+  std::atomic<bool> ran{false};
+  WaitWord word;  // before the reactor: a task may still be inside notify_all()
+  Lent lent;
+  std::thread other([&] {
+    lent.running.reactor.post([&] {
+      ran = true;
+      word.notify_all();
+    });
+  });
+  CHECK(eventually(word, [&] { return ran.load(); }));
+  other.join();
+}
+
+TEST_CASE("what a handler posts while the work is lent runs at the next poll, or when it is over") {
+  for (const bool polls : {true, false}) {
+    struct Posting final : FdHandler {
+      std::function<void()> call;
+      void on_events(uint32_t) override { call(); }
+    };
+    std::atomic<int> ran{0};
+    WaitWord word;
+    News second;
+    auto posting = std::make_shared<Posting>();
+    Lent lent;
+    posting->call = [&] {
+      second.on_events(0);
+      lent.running.reactor.post([&] {
+        ++ran;
+        word.notify_all();
+      });
+    };
+    const auto token = lent.running.reactor.add(second.fd.get(), EPOLLIN, posting);
+    second.tell();
+    while (polls && ran == 0) lent.running.reactor.poll();
+    CHECK(eventually(word, [&] { return ran == 1; }));
+    lent.running.reactor.remove(token, second.fd.get());
+  }
+}
+
+TEST_CASE("many threads poll and rest while others have work for them") {
+  const auto news = std::make_shared<News>();
+  std::atomic<int> ran{0};
+  std::atomic<bool> over{false};
+  Running running(0);
+  const auto token = running.reactor.add(news->fd.get(), EPOLLIN, news);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i)
+    threads.emplace_back([&, i] {
+      for (int k = 0; !over; ++k) {
+        running.reactor.poll();
+        if (k % 5000 == 1000 * i) running.reactor.rest();
+        if (k % 7000 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100));
+      }
+    });
+  constexpr int kTasks = 300;
+  for (int k = 0; k < kTasks; ++k) {
+    const int before = ran;
+    running.reactor.post([&] {
+      ++ran;
+      news->word.notify_all();
+    });
+    news->tell();
+    REQUIRE(eventually(news->word, [&] { return ran > before; }));
+  }
+  over = true;
+  for (auto& thread : threads) thread.join();
+  CHECK(ran == kTasks);
+  running.reactor.remove(token, news->fd.get());
 }

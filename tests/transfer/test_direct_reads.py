@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from transfer_peers import TIMEOUT_S, PeerProcess, wait_for
@@ -96,9 +98,10 @@ def test_owner_killed_amid_reads_ends_them(
     reads[0].wait(TIMEOUT_S)
     own_peer.kill()
     for read in reads:
-        if read.state != "done":
-            with pytest.raises(PeerDisconnectedError):
-                read.wait(TIMEOUT_S)
+        # Done or ended by the owner's death; what was granted may still be pulled while we ask.
+        with contextlib.suppress(PeerDisconnectedError):
+            read.wait(TIMEOUT_S)
+        assert read.state in ("done", "failed")
         wait_for(engine, lambda read=read: read.quiesced)
     assert (local.array == OLD).all()  # what came, came from the region
 

@@ -284,3 +284,23 @@ def test_idle_engine_uses_no_cpu(engine: TransferEngine, shared_peer: PeerProces
     assert time.process_time() - began < 0.05
     assert engine.stats()["wakeups"] - wakeups[0] <= 2
     assert shared_peer.call("stats")["wakeups"] - wakeups[1] <= 2
+
+
+def test_an_engine_that_was_polled_is_idle_when_nobody_polls_any_more(
+    engine: TransferEngine, shared_peer: PeerProcess
+) -> None:
+    peer = engine.connect(shared_peer.address)
+    for _ in range(50):  # long enough to be lent the progress thread's work
+        xfer = engine.notify(peer, b"polled")
+        end = time.monotonic() + TIMEOUT_S
+        while not xfer.done and time.monotonic() < end:
+            pass
+        assert xfer.done
+    shared_peer.call("notifications", 50)
+    end = time.monotonic() + 0.01
+    while time.monotonic() < end:
+        assert engine.notifications() == []
+    threading.Event().wait(0.1)  # neither waits for the other: the watch ends by itself
+    began = time.process_time()
+    threading.Event().wait(1.0)
+    assert time.process_time() - began < 0.05

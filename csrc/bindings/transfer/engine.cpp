@@ -15,6 +15,7 @@ void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64
   uint64_t have = 0;
   bool alive = true;
   const Woken why = blocking([&] {
+    engine.rest();
     for (;;) {
       const uint32_t seen = peer->tags_changed.read();
       alive = peer->alive;
@@ -40,6 +41,7 @@ void deregister(EngineHandle& self, const RegionHandle& region, const Timeout& t
   Engine& engine = self.get();
   const int64_t deadline_ns = deadline_of(timeout_s);
   const Woken why = blocking([&] {
+    engine.rest();
     engine.deregister(region.region);
     return region.region->gate.wait_quiet(deadline_ns);
   });
@@ -131,8 +133,13 @@ void register_engine(py::module_& m) {
            })
       .def("peer_events",
            [](EngineHandle& e) {
+             std::vector<PeerEvent> taken;
+             {
+               py::gil_scoped_release release;
+               taken = e.get().peer_events();
+             }
              py::list out;
-             for (auto& each : e.get().peer_events())
+             for (auto& each : taken)
                out.append(
                    py::make_tuple(each.connected ? "connected" : "lost", each.peer, each.cause));
              return out;
@@ -165,7 +172,9 @@ void register_engine(py::module_& m) {
       .def(
           "arrivals",
           [](EngineHandle& e, uint64_t tag, const PeerPtr& peer) {
-            return e.get().arrivals(tag, *peer);
+            py::gil_scoped_release release;
+            e.get().poll();
+            return e.engine->arrivals(tag, *peer);
           },
           py::arg("tag"), py::arg("peer"))
       .def("wait_arrivals", &wait_arrivals, py::arg("tag"), py::arg("peer"), py::arg("n"),

@@ -25,6 +25,7 @@ void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& t
   Lease& lease = *self.lease;
   bool closed = false;
   const Woken why = blocking([&] {
+    self.engine->rest();
     for (;;) {
       const uint32_t seen = lease.arrival_word.read();
       closed = lease.gate.closed();
@@ -46,6 +47,7 @@ void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& t
 void revoke(LeaseHandle& self, const Timeout& timeout_s) {
   const int64_t deadline_ns = deadline_of(timeout_s);
   Woken why = blocking([&] {
+    self.get().rest();
     self.get().begin_revoke(self.lease);
     return self.lease->gate.wait_quiet(deadline_ns);
   });
@@ -54,7 +56,15 @@ void revoke(LeaseHandle& self, const Timeout& timeout_s) {
                               " s; its spans stay quarantined until lease.quiet is true"));
 }
 
+// Before a look at what may come: who looks again and again brings it in by looking.
+void poll(const LeaseHandle& self) {
+  if (!self.engine->here()) return;
+  py::gil_scoped_release release;
+  self.engine->poll();
+}
+
 py::list arrived(const LeaseHandle& self) {
+  poll(self);
   py::list out;
   for (uint64_t i = 0; i < self.lease->num_arrivals; ++i)
     if (self.lease->arrived(i)) out.append(i);
@@ -68,9 +78,11 @@ void register_leases(py::module_& m) {
       .def_property_readonly("token", [](const LeaseHandle& l) { return to_bytes(l.lease->token); })
       .def_property_readonly("num_arrivals",
                              [](const LeaseHandle& l) { return l.lease->num_arrivals; })
-      .def_property_readonly(
-          "num_arrived",
-          [](const LeaseHandle& l) { return l.lease->num_arrived.load(std::memory_order_acquire); })
+      .def_property_readonly("num_arrived",
+                             [](const LeaseHandle& l) {
+                               poll(l);
+                               return l.lease->num_arrived.load(std::memory_order_acquire);
+                             })
       .def("arrived_indices", &arrived)
       .def("wait_arrived", &wait_arrived, py::arg("indices"), py::arg("timeout_s"))
       .def(

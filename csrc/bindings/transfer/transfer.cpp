@@ -8,6 +8,16 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 namespace {
 
+// A program that asks whether it is done, and does nothing else, makes it so by asking.
+bool ask(const Transfer& t) {
+  if (t.terminal()) return true;
+  if (t.birth.here()) {
+    py::gil_scoped_release release;
+    if (const auto engine = t.engine.lock()) engine->poll();
+  }
+  return t.terminal();
+}
+
 py::object error_of(const Transfer& t) {
   if (!t.terminal() || t.state.load() == State::kDone) return py::none();
   const char* transport = t.transport.load();
@@ -38,8 +48,12 @@ void register_transfers(py::module_& m) {
   py::class_<Transfer, TransferPtr>(m, "Transfer")
       .def_readonly("id", &Transfer::id)
       .def_readonly("nbytes", &Transfer::nbytes)
-      .def_property_readonly("state", [](const Transfer& t) { return to_string(t.state.load()); })
-      .def_property_readonly("done", [](const Transfer& t) { return t.terminal(); })
+      .def_property_readonly("state",
+                             [](const Transfer& t) {
+                               ask(t);
+                               return to_string(t.state.load());
+                             })
+      .def_property_readonly("done", &ask)
       .def_property_readonly("error", &error_of)
       .def_property_readonly("agreed", [](const Transfer& t) { return t.terminal() && t.agreed; })
       .def_property_readonly(

@@ -61,6 +61,7 @@ void Channel::message(Type type, std::initializer_list<ByteView> parts) {
     // An honest peer has a handful under way for each slot, and reads them.
     if (queued_.size() >= kMaxQueued) return broken_.store(true, std::memory_order_relaxed);
     queued_.push_back({type, std::move(body)});
+    any_queued_.store(true, std::memory_order_relaxed);
   }
   flush();  // the room may have come between the two
 }
@@ -75,6 +76,7 @@ void Channel::ring_early() noexcept {
 }
 
 bool Channel::flush() {
+  if (!any_queued_.load(std::memory_order_relaxed)) return false;
   bool some = false, wake = false;
   {
     std::lock_guard lock(mutex_);
@@ -85,6 +87,7 @@ bool Channel::flush() {
       some = true;
     }
     if (out_messages_.broken()) broken_.store(true, std::memory_order_relaxed);
+    any_queued_.store(!queued_.empty(), std::memory_order_relaxed);
     if (some) wake = out_messages_.must_ring();
   }
   if (wake) ring();

@@ -80,6 +80,9 @@ class Channel {
   std::mutex mutex_;  // over the next two; held for a push of at most 48 KiB
   RingProducer out_messages_;
   std::deque<Queued> queued_;
+  // Whether there are some, for a look without the lock. Relaxed: it is stored before `starving` is
+  // raised for them, and whoever makes room has seen that, and rings.
+  std::atomic<bool> any_queued_{false};
   std::atomic<bool> broken_{false};  // a producer's position made no sense; relaxed: advice to look
 
   RingProducer out_bulk_;

@@ -241,10 +241,7 @@ bool ShmConnection::take_bulk() {
     // What stood there when we peeked is at most a ring full of empty records.
     for (uint64_t n = 0; n < kMessageRingBytes / sizeof(RecordHead) && take_message(); ++n) {
     }
-    {
-      std::lock_guard lock(mutex_);
-      if (dead_) return false;
-    }
+    if (is_dead()) return false;
   }
   bool sane = false, finished = true;
   switch (static_cast<Type>(held_type_)) {
@@ -292,19 +289,19 @@ bool ShmConnection::step() {
   return some;
 }
 
-bool ShmConnection::is_dead() const noexcept {
-  std::lock_guard lock(mutex_);
-  return dead_;
-}
-
 bool ShmConnection::poll() {
   bool some = false;
+  incoming_.tell_late();
   for (int round = 0; round < kMaxRounds && !is_dead() && step(); ++round) some = true;
   if (channel_.broken()) broken("a ring position out of its bounds");
   return some;
 }
 
-bool ShmConnection::doze() { return is_dead() || channel_.prepare_sleep(bulk_held_); }
+bool ShmConnection::doze() {
+  if (is_dead()) return true;
+  incoming_.tell_late();
+  return channel_.prepare_sleep(bulk_held_);
+}
 
 std::shared_ptr<CopyClient> ShmConnection::make_copiers(Host& host, ShmConnection* connection) {
   if (!host.copy_pool()) return nullptr;

@@ -49,7 +49,8 @@ class ShmConnection final : public Connection, public Pollable {
     return std::static_pointer_cast<ShmConnection>(shared_from_this());
   }
   static std::shared_ptr<CopyClient> make_copiers(Host& host, ShmConnection* connection);
-  bool is_dead() const noexcept;
+  // Of the progress thread, which alone stores it (under mutex_, for the others).
+  bool is_dead() const noexcept { return dead_; }
   bool step();
   bool take_message();
   bool take_bulk();

@@ -9,11 +9,9 @@
 namespace kvxfer::shm {
 
 Incoming::JobPtr Incoming::find(Ticket ticket) const {
-  const auto found = jobs_.find(ticket.slot);
-  return found != jobs_.end() && found->second->ticket.generation == ticket.generation &&
-                 !found->second->stopping
-             ? found->second
-             : nullptr;
+  if (ticket.slot >= kNumSlots) return nullptr;
+  const JobPtr& job = jobs_[ticket.slot];
+  return job && job->ticket.generation == ticket.generation && !job->stopping ? job : nullptr;
 }
 
 void Incoming::tell(Ticket ticket, Code code, uint64_t nbytes, const Failure* failure) {
@@ -29,6 +27,11 @@ void Incoming::tell(Ticket ticket, Code code, uint64_t nbytes, const Failure* fa
   channel_.message(Type::kOutcome, {view_of(head), as_bytes_view(text)});
 }
 
+void Incoming::tell_late() {
+  for (const Ticket& ticket : accepted_late_) tell(ticket, Code::kOk, 0, nullptr);
+  accepted_late_.clear();
+}
+
 void Incoming::refuse(const JobPtr& job, Failure failure) {
   uint64_t posted = slot_word(job->ticket.generation, Slot::kPosted);
   channel_.peer_slot(job->ticket.slot)
@@ -36,12 +39,12 @@ void Incoming::refuse(const JobPtr& job, Failure failure) {
                                std::memory_order_acq_rel);
   connection_.counters.refused.fetch_add(1, std::memory_order_relaxed);
   tell(job->ticket, failure.code, job->done, &failure);
-  jobs_.erase(job->ticket.slot);
+  jobs_[job->ticket.slot].reset();
 }
 
 void Incoming::drop(const JobPtr& job) {
   tell(job->ticket, Code::kCancelled, job->done, nullptr);
-  jobs_.erase(job->ticket.slot);
+  jobs_[job->ticket.slot].reset();
 }
 
 // The peer hears of the end, and may use the slot again, only when no copier is inside.
@@ -72,25 +75,31 @@ bool Incoming::wanted(const JobPtr& job) {
 }
 
 void Incoming::finish(const JobPtr& job) {
-  std::atomic<uint64_t>& slot = channel_.peer_slot(job->ticket.slot);
-  bool committed = false;
+  struct Commit {
+    std::atomic<uint64_t>& slot;
+    const uint32_t generation;
+    bool done = false;
+  } commit{channel_.peer_slot(job->ticket.slot), job->ticket.generation};
   // Inside the gates, after the bytes and before anything is counted or shown: the one moment at
   // which the initiator's cancel and our acceptance exclude each other.
-  job->arrival.commit = [&]() noexcept {
-    uint64_t posted = slot_word(job->ticket.generation, Slot::kPosted);
-    committed = slot.compare_exchange_strong(
-        posted, slot_word(job->ticket.generation, Slot::kAccepted), std::memory_order_acq_rel);
-    return committed;
+  job->arrival.commit = [&commit]() noexcept {
+    uint64_t posted = slot_word(commit.generation, Slot::kPosted);
+    commit.done = commit.slot.compare_exchange_strong(
+        posted, slot_word(commit.generation, Slot::kAccepted), std::memory_order_acq_rel);
+    return commit.done;
   };
   const uint64_t nbytes = job->nbytes;
   std::optional<Failure> failure = host_.accept(connection_, job->landing, std::move(job->arrival));
-  if (committed) {
+  if (commit.done) {
     Counters& counters = connection_.counters;
     counters.requests_served.fetch_add(1, std::memory_order_relaxed);
     (job->op == Op::kRead ? counters.bytes_served : counters.bytes_received)
         .fetch_add(nbytes, std::memory_order_relaxed);
-    tell(job->ticket, Code::kOk, nbytes, nullptr);
-    jobs_.erase(job->ticket.slot);
+    if (job->op == Op::kNotify && host_.reactor().lent())
+      accepted_late_.push_back(job->ticket);
+    else
+      tell(job->ticket, Code::kOk, nbytes, nullptr);
+    jobs_[job->ticket.slot].reset();
   } else if (failure && failure->code != Code::kCancelled) {
     refuse(job, std::move(*failure));
   } else {
@@ -100,6 +109,17 @@ void Incoming::finish(const JobPtr& job) {
 
 // Why one of the spans may not be copied.
 std::optional<Failure> Incoming::judge(const Job& job, std::span<const SpanRecord> spans) {
+  if (job.landing.region && !job.landing.lease) {
+    // One pass without a branch, since no byte moves before it is over; then, if need be, the
+    // passes that can say what is wrong.
+    const uint64_t here = job.landing.region->nbytes,
+                   there = job.source ? job.source->nbytes() : ~uint64_t{0};
+    bool bad = false;
+    for (const SpanRecord& span : spans)
+      bad |= (span.target > here) | (span.nbytes > here - span.target) | (span.source > there) |
+             (span.nbytes > there - span.source);
+    if (!bad) return {};
+  }
   targets_.clear();
   for (const SpanRecord& span : spans) targets_.push_back({span.target, span.nbytes});
   std::optional<Failure> failure = job.landing.check(targets_, 0);
@@ -122,7 +142,7 @@ bool Incoming::on_request(ByteView body) {
   const auto head = reader.get<RequestHead>();
   if (!reader.ok() || head.ticket.slot >= kNumSlots ||
       head.op > static_cast<uint32_t>(Op::kNotify) || head.notify_nbytes > kMaxNotificationBytes ||
-      jobs_.contains(head.ticket.slot))
+      jobs_[head.ticket.slot])
     return false;
   // A notification is admitted by its lease alone, so it must bring nothing that would be copied.
   if (head.op == static_cast<uint32_t>(Op::kNotify) &&
@@ -140,8 +160,9 @@ bool Incoming::on_request(ByteView body) {
   job->arrival.notify.assign(notify.begin(), notify.end());
   job->arrival.arrival = head.arrival;
   job->arrival.nbytes = head.nbytes;
-  jobs_.emplace(head.ticket.slot, job);
+  jobs_[head.ticket.slot] = job;
 
+  if (job->op == Op::kRead) job->spans.emplace();
   if (job->op != Op::kNotify || head.lease.id != 0) {
     if (auto failure = host_.admit(connection_, {job->op, head.region, head.lease}, job->landing)) {
       stop(job, std::move(failure));
@@ -176,7 +197,7 @@ bool Incoming::on_request(ByteView body) {
   } else if (job->nbytes == 0) {
     finish(job);
   } else if (job->op == Op::kRead) {
-    job->spans.assign(spans.begin(), spans.end());
+    job->spans->assign(spans.begin(), spans.end());
     if (!spans.empty()) serving_.push_back(job);
   } else if (inlined) {
     job->window = std::move(spans);

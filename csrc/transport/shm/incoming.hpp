@@ -10,7 +10,6 @@
 #include <deque>
 #include <memory>
 #include <optional>
-#include <unordered_map>
 #include <vector>
 
 #include "transport/copy_pool.hpp"
@@ -36,7 +35,8 @@ class Incoming {
         copiers_(std::move(copiers)),
         source_(source),
         show_(show),
-        context_(context) {}
+        context_(context),
+        jobs_(kNumSlots) {}
 
   // False: the peer broke the protocol, and its connection must end.
   bool on_request(ByteView body);
@@ -50,7 +50,10 @@ class Incoming {
   bool copy_one();   // one chunk of one mapped write; true when it did something
   bool serve_one();  // one staging slot for one read
   bool collect();    // what the pool has copied
-  void clear();      // returns when no copier is inside
+  // Notifications that a caller has brought in who was lent the work: their outcome is told when it
+  // comes back, after the answer that it may give at once.
+  void tell_late();
+  void clear();  // returns when no copier is inside
 
  private:
   struct Job {
@@ -73,8 +76,8 @@ class Incoming {
     uint32_t num_inside = 0;  // chunks that copiers have
     bool stopping = false;    // ends, with `failure` or else as cancelled, when the last is back
     std::optional<Failure> failure;
-    std::deque<SpanRecord> spans;  // a read: not yet served; checked
-    uint64_t offset = 0;           // within the first of them
+    std::optional<std::deque<SpanRecord>> spans;  // of a read: not yet served; checked
+    uint64_t offset = 0;                          // within the first of them
   };
   using JobPtr = std::shared_ptr<Job>;
   // What a copier does at a time; the progress thread writes it before, and reads it after.
@@ -118,7 +121,8 @@ class Incoming {
   Show show_;
   void* context_;
 
-  std::unordered_map<uint32_t, JobPtr> jobs_;  // by slot
+  std::vector<JobPtr> jobs_;  // by slot; null: it is free
+  std::vector<Ticket> accepted_late_;
   std::deque<JobPtr> copying_, serving_;
   std::vector<const Chunk*> inside_;  // given to the pool and not collected
   std::vector<ChunkPtr> idle_;        // to be used again

@@ -78,18 +78,28 @@ Incoming::ChunkPtr Incoming::new_chunk(const JobPtr& job) {
 // The next of the job's spans, as far as a chunk may go. Staged bytes stand one behind the other.
 void Incoming::cut(Job& job, Chunk& chunk, ChunkLimit limit) {
   uint64_t left = limit.nbytes;
+  const Region& region = *job.landing.region;
+  const bool whole = region.pieces.size() == 1 && !chunk.staged;
+  // Most spans: one piece, and all of it fits.
+  while (whole && job.next_offset == 0 && chunk.pulls.size() < limit.num_pulls &&
+         job.next < job.window.size() && job.window[job.next].nbytes <= left) {
+    const SpanRecord& span = job.window[job.next++];
+    chunk.pulls.push_back(
+        {region.pieces[0].base + span.target, span.source, span.nbytes, span.index});
+    chunk.nbytes += span.nbytes;
+    left -= span.nbytes;
+  }
   while (left > 0 && chunk.pulls.size() < limit.num_pulls && job.next < job.window.size()) {
     const SpanRecord& span = job.window[job.next];
     const uint64_t begin = chunk.staged ? chunk.nbytes : span.source + job.next_offset;
     uint64_t from = begin;
     // Pieces that do not fit any more are left to the next chunk.
-    job.landing.region->resolve(span.target + job.next_offset,
-                                std::min(left, span.nbytes - job.next_offset),
-                                [&](std::byte* to, size_t size) {
-                                  if (chunk.pulls.size() == limit.num_pulls) return;
-                                  chunk.pulls.push_back({to, from, size, span.index});
-                                  from += size;
-                                });
+    region.resolve(span.target + job.next_offset, std::min(left, span.nbytes - job.next_offset),
+                   [&](std::byte* to, size_t size) {
+                     if (chunk.pulls.size() == limit.num_pulls) return;
+                     chunk.pulls.push_back({to, from, size, span.index});
+                     from += size;
+                   });
     left -= from - begin;
     chunk.nbytes += from - begin;
     job.next_offset += from - begin;
@@ -143,7 +153,7 @@ void Incoming::land(ChunkPtr chunk) {
   else if (!job->stopping)
     stop(job, std::move(chunk->failure));
   // A job that was stopped before its last copier left ends here, unless stop() has just done so.
-  if (jobs_.contains(job->ticket.slot) && jobs_[job->ticket.slot] == job) settle(job);
+  if (jobs_[job->ticket.slot] == job) settle(job);
   chunk->pulls.clear();
   chunk->staged = nullptr;
   chunk->stage.reset();
@@ -170,7 +180,8 @@ void Incoming::clear() {
     }
   }
   inside_.clear();
-  jobs_.clear();
+  jobs_.assign(kNumSlots, nullptr);
+  accepted_late_.clear();
   copying_.clear();
   serving_.clear();
 }

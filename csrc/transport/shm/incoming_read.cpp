@@ -26,9 +26,9 @@ bool Incoming::on_read_part(ByteView body) {
     grant(*job);
     return true;
   }
-  if (job->spans.size() + spans.size() > kMaxReadSpans) return false;
-  const bool idle = job->spans.empty();
-  job->spans.insert(job->spans.end(), spans.begin(), spans.end());
+  if (job->spans->size() + spans.size() > kMaxReadSpans) return false;
+  const bool idle = job->spans->empty();
+  job->spans->insert(job->spans->end(), spans.begin(), spans.end());
   if (idle) serving_.push_back(job);
   return true;
 }
@@ -53,7 +53,7 @@ bool Incoming::on_read_done(ByteView body) {
   if (!reader.finished() || !job || !job->granted || job->announced != job->nbytes) return false;
   connection_.counters.requests_served.fetch_add(1, std::memory_order_relaxed);
   connection_.counters.bytes_served.fetch_add(job->nbytes, std::memory_order_relaxed);
-  jobs_.erase(job->ticket.slot);
+  jobs_[job->ticket.slot].reset();
   return true;
 }
 
@@ -74,8 +74,8 @@ bool Incoming::serve_one() {
   uint32_t filled = 0;
   uint64_t offset = job->offset;
   size_t used = 0;
-  for (; used < job->spans.size() && filled < kStageSlotBytes;) {
-    const SpanRecord& span = job->spans[used];
+  for (; used < job->spans->size() && filled < kStageSlotBytes;) {
+    const SpanRecord& span = (*job->spans)[used];
     const uint64_t n = std::min<uint64_t>(kStageSlotBytes - filled, span.nbytes - offset);
     job->landing.region->resolve(span.target + offset, n, [&](const std::byte* from, size_t size) {
       std::memcpy(stage + filled, from, size);
@@ -91,12 +91,12 @@ bool Incoming::serve_one() {
     return false;
   }
   channel_.stage_used();
-  job->spans.erase(job->spans.begin(), job->spans.begin() + static_cast<ptrdiff_t>(used));
+  job->spans->erase(job->spans->begin(), job->spans->begin() + static_cast<ptrdiff_t>(used));
   job->offset = offset;
   job->done += filled;
   if (job->done == job->nbytes)
     finish(job);
-  else if (!job->spans.empty())
+  else if (!job->spans->empty())
     serving_.push_back(job);
   return true;
 }

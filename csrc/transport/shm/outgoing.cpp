@@ -70,7 +70,7 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   std::lock_guard lock(mutex_);
   if (dead_) return {Code::kPeerDisconnected};
   if (free_.empty()) {
-    room_wanted_ = true;
+    room_wanted_.store(true, std::memory_order_relaxed);
     return {Code::kAgain};
   }
   const uint32_t slot = free_.back();
@@ -79,10 +79,11 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   // Before the record: the owner's CAS must find it.
   channel_.my_slot(slot).store(slot_word(flight.generation, Slot::kPosted),
                                std::memory_order_release);
-  if (!channel_.try_message(Type::kRequest, {view_of(head), request->notify, view_of(spans)})) {
-    room_wanted_ = true;
+  // Before the attempt: it asks the consumer for a bell, and who hears that looks at this.
+  const bool wanted = room_wanted_.exchange(true, std::memory_order_relaxed);
+  if (!channel_.try_message(Type::kRequest, {view_of(head), request->notify, view_of(spans)}))
     return {Code::kAgain};
-  }
+  room_wanted_.store(wanted, std::memory_order_relaxed);
   free_.pop_back();
   flight.request = request;
   flight.mapped = mapped;
@@ -90,7 +91,10 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   flight.asked_spans = spans.size();
   for (const Span& span : spans) flight.asked += span.nbytes;
   by_id_.emplace(request->id, slot);
-  if (needs_pump) pumping_.push_back(head.ticket);
+  if (needs_pump) {
+    pumping_.push_back(head.ticket);
+    any_pumping_.store(true, std::memory_order_relaxed);
+  }
   return {};
 }
 
@@ -118,8 +122,9 @@ Cancelled Outgoing::cancel(const RequestPtr& request) noexcept {
 }
 
 bool Outgoing::room_wanted() noexcept {
+  if (!room_wanted_.load(std::memory_order_relaxed)) return false;
   std::lock_guard lock(mutex_);
-  return !free_.empty() && std::exchange(room_wanted_, false);
+  return !free_.empty() && room_wanted_.exchange(false, std::memory_order_relaxed);
 }
 
 void Outgoing::end(Ticket ticket, Completion completion) {
@@ -240,9 +245,11 @@ bool Outgoing::pump_one(Ticket ticket, const Request& request, Flight& flight, b
 }
 
 bool Outgoing::pump() {
+  if (!any_pumping_.load(std::memory_order_relaxed)) return false;
   Ticket ticket;
   {
     std::lock_guard lock(mutex_);
+    any_pumping_.store(!pumping_.empty(), std::memory_order_relaxed);
     if (pumping_.empty()) return false;
     ticket = pumping_.front();
     pumping_.pop_front();

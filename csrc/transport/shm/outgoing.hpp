@@ -4,6 +4,7 @@
 // ends.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -92,7 +93,9 @@ class Outgoing {
     size_t nbytes;
   };
   std::vector<Piece> pieces_;  // of one staging slot
-  bool room_wanted_ = false;
+  // The two that every poll looks at without the lock, for which a stale answer does no harm: what
+  // is stored before the lock is released is seen by whoever is woken because of it.
+  std::atomic<bool> any_pumping_{false}, room_wanted_{false};
   bool dead_ = false;
 };
 

@@ -52,6 +52,7 @@ struct RecordHead {
   uint32_t type;
 };
 inline constexpr uint32_t kSkip = 0xffffffff;
+inline constexpr uint64_t kLine = 64;
 
 enum class Pop : uint8_t { kEmpty, kRecord, kBroken };
 
@@ -69,9 +70,9 @@ class RingProducer {
     uint64_t body = 0;
     for (ByteView part : parts) body += part.size();
     const uint64_t need = align(sizeof(RecordHead) + body);
-    if (!fits(need)) {
+    if (!fits(need) && !look_and_fits(need)) {
       shared_->starving.store(1, std::memory_order_seq_cst);
-      if (!fits(need)) return false;
+      if (!look_and_fits(need)) return false;
       shared_->starving.store(0, std::memory_order_relaxed);
     }
     const uint64_t rest = capacity_ - position(tail_);
@@ -91,6 +92,9 @@ class RingProducer {
     tail_ += need;
     tsan_publish();
     shared_->tail.store(tail_, std::memory_order_seq_cst);
+    // The next record's lines become ours while nobody waits for it.
+    for (uint64_t ahead = 0; ahead < 4 * kLine; ahead += kLine)
+      __builtin_prefetch(data_ + position(tail_ + ahead), 1);
     return true;
   }
   // After a push: true when the consumer sleeps and must be woken (once).
@@ -103,21 +107,26 @@ class RingProducer {
  private:
   static uint64_t align(uint64_t n) noexcept { return (n + 7) & ~uint64_t{7}; }
   uint64_t position(uint64_t n) const noexcept { return n & (capacity_ - 1); }
-  bool fits(uint64_t need) noexcept {
-    const uint64_t used = tail_ - shared_->head.load(std::memory_order_seq_cst);
+  bool fits(uint64_t need) const noexcept {
+    const uint64_t rest = capacity_ - position(tail_);
+    return capacity_ - (tail_ - head_) >= (rest < need ? rest + need : need);
+  }
+  bool look_and_fits(uint64_t need) noexcept {
+    const uint64_t head = shared_->head.load(std::memory_order_seq_cst);
     tsan_observe();
-    if (used > capacity_) {
+    if (tail_ - head > capacity_) {
       broken_ = true;
       return false;
     }
-    const uint64_t rest = capacity_ - position(tail_);
-    return capacity_ - used >= (rest < need ? rest + need : need);
+    head_ = head;
+    return fits(need);
   }
 
   RingHead* shared_ = nullptr;
   std::byte* data_ = nullptr;
   uint64_t capacity_ = 0;  // a power of two
   uint64_t tail_ = 0;      // ours; the shared one is a copy for the consumer
+  uint64_t head_ = 0;      // the consumer's when it was last looked at: that costs a cache miss
   bool broken_ = false;
 };
 
@@ -134,6 +143,9 @@ class RingConsumer {
       tsan_observe();
       if (ready > capacity_ || ready < sizeof(RecordHead)) return Pop::kBroken;
       const uint64_t rest = capacity_ - (head_ & (capacity_ - 1));
+      // All lines of a short record at once, not one miss after the other.
+      for (uint64_t ahead = kLine; ahead < 4 * kLine; ahead += kLine)
+        __builtin_prefetch(data_ + ((head_ + ahead) & (capacity_ - 1)));
       RecordHead head;
       std::memcpy(&head, data_ + (head_ & (capacity_ - 1)), sizeof(head));
       if (head.nbytes == kSkip) {

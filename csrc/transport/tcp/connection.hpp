@@ -44,6 +44,8 @@ class TcpConnection final : public Connection {
   bool same_host() const noexcept;
   // Any thread, no system call but a wake-up; in order on lane 0.
   void send_control(ByteView payload) { enqueue(encode_plain(Type::kControl, payload)); }
+  // The same, sent by the caller itself, who holds no lock.
+  void send_control_now(ByteView payload);
   void send_ready() { enqueue(encode_plain(Type::kReady, {})); }
 
   Status post(const RequestPtr& request) noexcept override;
@@ -139,6 +141,7 @@ class TcpConnection final : public Connection {
   // Progress thread only.
   std::unordered_map<uint64_t, InboundPtr> inbound_;
   std::vector<uint64_t> acks_;
+  bool acks_wait_ = true;  // all of them are of bare notifications: an answer may take them along
 };
 
 }  // namespace kvxfer::tcp

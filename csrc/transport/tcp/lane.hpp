@@ -113,6 +113,8 @@ struct Lane {
   enum class Phase : uint8_t { kHead, kControl, kBody, kTrailer } phase = Phase::kHead;
   Bytes buffer;
   size_t begin = 0, end = 0;
+  bool drained =
+      false;  // the last read took less than there was room for: an event will tell of more
   Head head;
   StripeHead stripe;
   size_t last_control = 0;  // control bytes of the last frame with a body: a good guess of the next

@@ -87,6 +87,7 @@ TcpConnection::Step TcpConnection::on_stripe_end(Lane& lane, Code trailer) {
   counters.requests_served.fetch_add(1, std::memory_order_relaxed);
   inbound_.erase(lane.head.request);
   acks_.push_back(lane.head.request);
+  acks_wait_ = acks_wait_ && inbound->op == Op::kNotify;
   if (acks_.size() >= 1024) flush_acks();
   return Step::kAgain;
 }
@@ -106,6 +107,13 @@ void TcpConnection::flush_acks() {
     queue_locked(0, encode_acks(acks_));
   }
   acks_.clear();
+  if (std::exchange(acks_wait_, true)) {
+    // Nobody's memory waits for the end of a notification, and the application may be about to
+    // answer it: one segment then takes both. At once if it polls, else if it gets this CPU.
+    Reactor& reactor = host_.reactor();
+    if (reactor.lent()) return pump_soon(*lanes_[0]);
+    reactor.step_aside();
+  }
   pump(*lanes_[0], 64 * 1024);
 }
 

@@ -35,6 +35,7 @@ void TcpConnection::receive(Lane& lane) noexcept {
   };
   const uint64_t before = taken();
   heard_ns_ = now_ns();
+  lane.drained = false;
   pinged_ns_.store(0, std::memory_order_relaxed);
   Step result = Step::kAgain;
   for (int turns = 0; result == Step::kAgain; ++turns) {
@@ -88,10 +89,12 @@ TcpConnection::Step TcpConnection::fill(Lane& lane, size_t need) {
       if (need > lane.buffer.size()) lane.buffer.resize(need);
     }
     const size_t want = lane.index == 0 ? lane.buffer.size() - lane.end : need - lane.buffered();
+    if (lane.drained) return Step::kBlocked;
     const iovec into{lane.buffer.data() + lane.end, want};
     const ssize_t n = lane.stream->receive({&into, 1});
     if (n > 0) {
       lane.end += static_cast<size_t>(n);
+      lane.drained = static_cast<size_t>(n) < want && lane.stream->shared();  // of a bare socket
     } else if (n == 0) {
       return stream_ended(lane, 0);
     } else if (errno == EAGAIN) {

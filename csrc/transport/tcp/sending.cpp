@@ -45,6 +45,15 @@ void TcpConnection::enqueue(Bytes frame) {
   pump_soon(*lanes_[0]);
 }
 
+void TcpConnection::send_control_now(ByteView payload) {
+  {
+    std::lock_guard lock(mutex_);
+    if (dead_) return;
+    queue_locked(0, encode_plain(Type::kControl, payload));
+  }
+  pump(*lanes_[0], kTurn);
+}
+
 // One system call's worth; what waits longer is chosen later, so a new small request or an ABORT is
 // at most that far behind.
 void TcpConnection::fill_out(Lane& lane) {
