@@ -17,7 +17,7 @@ inline constexpr int kWidest = 16 / static_cast<int>(std::max(sizeof(From), size
 template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kCopyThreads) copy_converted(const __grid_constant__ Copy p) {
   // Loads of a thread before its first store.
-  constexpr int kInFlight = kCount == 1 ? 1 : sizeof(From) < sizeof(To) ? 8 : 4;
+  constexpr int kInFlight = kCount == 1 ? 1 : 4;
   for (int64_t index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
     const CopyTile tile = locate(p, index);
     RowWalk walk(p.num_heads, tile.part->width / kCount, threadIdx.x, kCopyThreads);
