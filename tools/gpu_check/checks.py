@@ -59,15 +59,17 @@ class Checks:
         sizes = (16, 7) if self.quick else (1, 7, 16, 32)
         groups = (4,) if self.quick else (1, 4, 8, 20)
         cases = itertools.product(self.cache_dtypes(), dims, sizes, groups)
-        for (q_dtype, kv_dtype), dim, size, group in self.some(cases, 24):
-            for window, cap, sinks in ((-1, 0.0, False), (100, 3.0, True)):
+        options = ((-1, 0.0, False), (100, 3.0, True))
+        for index, ((q_dtype, kv_dtype), dim, size, group) in enumerate(self.some(cases, 16)):
+            # Under compute-sanitizer a launch takes seconds.
+            for window, cap, sinks in options[index % 2 :][:1] if self.quick else options:
                 self._decode(q_dtype, kv_dtype, dim, size, group, window, cap, sinks)
 
     def _decode(
         self, q_dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, size: int, group: int,
         window: int, cap: float, with_sinks: bool,
     ) -> None:  # fmt: skip
-        lengths = [0, 1, size - 1, size, size + 1, 700 if self.quick else 1500]
+        lengths = [0, 1, size - 1, size, size + 1, 300 if self.quick else 1500]
         heads = 2
         blocks = sum(-(-n // size) for n in lengths) + 2
         nan = torch.full((2, blocks, heads, size, dim), float("nan"))
@@ -91,21 +93,22 @@ class Checks:
             window_left=window, logits_soft_cap=cap, v_scale=0.5, out=out, return_lse=True,
             sinks=None if sinks is None else sinks.to(self.device), backend=self.backend,
         )  # fmt: skip
-        # On the device, all heads of a sequence at once: float64, so where does not matter.
-        wide = cache.double().to(self.device)
+        # All heads of a sequence at once, on the device unless its kernels are slow: float64 is float64 anywhere.
+        where = torch.device("cpu") if self.quick else self.device
+        wide, result, lse = cache.double().to(where), result.to(where), lse.to(where)
         for row, length in enumerate(lengths):
             first = 0 if window < 0 else max(0, length - 1 - window)
             keys = torch.arange(first, length)
             columns = table[row, keys // size].long()
-            ks, vs = wide[:, columns.to(self.device), :, (keys % size).to(self.device)].unbind(1)
-            queries = q[row].double().to(self.device).view(heads, group, dim)
+            ks, vs = wide[:, columns.to(where), :, (keys % size).to(where)].unbind(1)
+            queries = q[row].double().to(where).view(heads, group, dim)
             logits = torch.einsum("nhd,hgd->hgn", ks, queries).reshape(heads * group, -1)
             logits *= dim**-0.5
             if cap:
                 logits = cap * torch.tanh(logits / cap)
             all_logits = logits
             if sinks is not None:
-                sink = sinks.double().to(self.device)[:, None]
+                sink = sinks.double().to(where)[:, None]
                 all_logits = torch.cat([logits, sink], dim=1)
             want_lse = torch.logsumexp(all_logits, 1)
             weights = torch.exp(logits - want_lse[:, None]).nan_to_num(0).view(heads, group, -1)
@@ -201,7 +204,7 @@ class Checks:
         # Whole prompts and continuations; the last ones are short, so that heads share tiles.
         batches = [([70, 300, 0], [70, 130, 0]), ([200, 33, 9], [1, 5, 2])]
         cases = itertools.product(self.cache_dtypes(), dims, (16, 64), batches)
-        for (q_dtype, kv_dtype), dim, size, batch in self.some(cases, 12):
+        for (q_dtype, kv_dtype), dim, size, batch in self.some(cases, 6):
             for window, cap, sinks, causal in (
                 (-1, 0.0, False, True), (40, 3.0, True, True), (-1, 0.0, False, False),
             ):  # fmt: skip
@@ -263,7 +266,7 @@ class Checks:
         if self.backend == "cuda":
             return  # it has none
         cases = itertools.product(self.cache_dtypes(), (64, 7), (16, 128))
-        for (q_dtype, kv_dtype), size, heads in self.some(cases, 10):
+        for (q_dtype, kv_dtype), size, heads in self.some(cases, 8):
             lengths = [0, 1, 65, 700]
             blocks = sum(-(-n // size) for n in lengths) + 1
             cache = torch.full((blocks, size, 576), float("nan"))

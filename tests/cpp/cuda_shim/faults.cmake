@@ -24,13 +24,13 @@ fault(decode_missing_wait cuda/decode.cuh cuda/decode_float16_64.cu
   "cp_async_wait<Shape::kStages - 2>();" "" "${decode}")
 fault(decode_off_by_one_page cuda/decode.cuh cuda/decode_float16_64.cu
   "table_[p_.by_block_size.quotient(mine)]" "table_[p_.by_block_size.quotient(mine + 1)]" "${decode}")
-fault(decode_wrong_head_mapping cuda/decode.cuh cuda/decode_float16_64.cu
+fault(decode_wrong_head_mapping cuda/decode_work.cuh cuda/decode_float16_64.cu
   "w.first_head = w.kv_head * group +" "w.first_head = w.kv_head +" "${decode}")
 fault(decode_missing_mask cuda/decode.cuh cuda/decode_float16_64.cu
   "if (!inner && !wanted(" "if (inner && !wanted(" "${decode}")
 fault(decode_copies_too_much_of_an_edge_tile cuda/decode.cuh cuda/decode_float16_64.cu
   "kAll || wanted(token + row)" "true" "${decode}")
-fault(decode_split_sizes_that_leave_keys_out cuda/decode.cuh cuda/decode_float16_64.cu
+fault(decode_split_sizes_that_leave_keys_out cuda/decode_work.cuh cuda/decode_float16_64.cu
   "(length + p.num_splits - 1) / p.num_splits" "length / p.num_splits / 2" "${decode}")
 fault(decode_reads_a_group_that_was_not_copied cuda/decode.cuh cuda/decode_float16_64.cu
   "Shape::kGroups == 1 || inner ||" "true ||" "${decode}")
