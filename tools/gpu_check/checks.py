@@ -414,6 +414,27 @@ class Checks:
                 rows = src.view(2, 2, blocks, -1)
                 assert torch.equal(dst.view(2, 2, blocks, -1), rows.flip(2)), blocks
 
+    def pinned_host_memory(self) -> None:
+        """Copies out to pinned host memory and back, in another order, give the same bytes."""
+        if self.device.type != "cuda" or self.backend != "cuda":
+            return
+        how: dict[str, Any] = {"num_layers": 2, "num_blocks": 40, "num_kv_heads": 2, "head_dim": 64}
+        device, host = (
+            KVLayout.from_order(order, block_size=16, dtype="bfloat16", **how)
+            for order in ("LKBNHC", "LKBHNC")
+        )
+        memory = torch.randint(0, 256, (device.nbytes,), generator=self.generator).to(torch.uint8)
+        src, back = memory.to(self.device), torch.zeros_like(memory, device=self.device)
+        pinned = torch.zeros(host.nbytes, dtype=torch.uint8).pin_memory()
+        ids = torch.randperm(40, generator=self.generator).tolist()
+        kernels.copy_blocks(device, src, host, pinned, list(range(40)), ids, backend="cuda")
+        torch.cuda.synchronize()
+        want = torch.zeros(host.nbytes, dtype=torch.uint8)
+        kernels.copy_blocks(device, memory, host, want, list(range(40)), ids, backend="reference")
+        assert torch.equal(pinned, want)
+        kernels.copy_blocks(host, pinned, device, back, ids, list(range(40)), backend="cuda")
+        assert torch.equal(back.cpu(), memory)
+
     def planned(self) -> None:
         """A plan gives what the call gives without one, and takes any lengths."""
         if self.device.type != "cuda" or self.backend != "cuda":

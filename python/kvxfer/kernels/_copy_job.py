@@ -8,6 +8,7 @@ A row is the channels of one (layer, part, head, token). The job is factored: a 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class CopyJob:
     src_extent: tuple[int, int]  # num_blocks, block_size
     dst_extent: tuple[int, int]
     max_ctas: int = 0
+    device: str = "cpu"  # where it runs; one side may be host memory that this device reaches
 
     @property
     def nbytes(self) -> int:
@@ -142,10 +144,7 @@ def make_job(
     ``src_origin`` and ``dst_origin`` are the sequence positions of the first token of each block list.
     """
     a, b = src.layout, dst.layout
-    if src.device != dst.device:
-        raise InvalidArgumentError(
-            f"dst: expected memory on {src.device} like src, given {dst.device}"
-        )
+    device = _device_of_copy(src, dst)
     if a.format != b.format:
         raise LayoutError("format", f"source {a.format!r}, destination {b.format!r}")
     _check_atom(a, b)
@@ -184,10 +183,28 @@ def make_job(
         src_extent=(a.num_blocks, a.block_size),
         dst_extent=(b.num_blocks, b.block_size),
         max_ctas=max_ctas,
+        device=device,
     )
     if job.nbytes:
         _check_overlap(src, dst, segments)
     return job
+
+
+def _device_of_copy(src: Side, dst: Side) -> str:
+    """A GPU reaches host memory that is pinned, and nothing else that is not its own."""
+    if src.device == dst.device:
+        return src.device
+    for gpu, host in ((src, dst), (dst, src)):
+        if gpu.device.startswith("cuda") and host.device == "cpu" and _is_pinned(host):
+            return gpu.device
+    raise InvalidArgumentError(
+        f"dst: expected memory on {src.device} like src, or pinned host memory on one side, given {dst.device}"
+    )
+
+
+def _is_pinned(side: Side) -> bool:
+    torch = sys.modules["torch"]  # there, since the other side is a tensor
+    return all(p.flags.writeable and torch.from_numpy(p).is_pinned() for p in side.pieces)
 
 
 def _check_atom(a: LayoutLike, b: LayoutLike) -> None:

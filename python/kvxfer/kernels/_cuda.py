@@ -44,6 +44,7 @@ TAKES_NUMPY = False
 CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3")
 SCALES = True  # fixed ones, in copies
 PLANS = True
+REACHES_HOST = True  # pinned memory, in copies
 
 _DTYPE_TAG = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3": 3}
 
@@ -359,7 +360,7 @@ def _segments(job: ChecksumJob) -> np.ndarray[Any, Any]:
 def copy_blocks(job: CopyJob) -> None:
     """One launch for all parts that are converted alike: as a rule, for all of them."""
     torch = sys.modules["torch"]
-    device = job.dst_pieces[0].device
+    device = torch.device(job.device)
     kinds = sorted({part.converts for part in job.parts})
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
@@ -409,8 +410,8 @@ def plan_launch(job: CopyJob, kind: tuple[str, ...]) -> dict[str, Any]:
         float32 ``[parts, layers, heads, 2]`` or None, and ``access``, the widest access in bytes to which every
         address of the launch is aligned.
     """
-    src = [int(piece.data_ptr()) for piece in job.src_pieces]
-    dst = [int(piece.data_ptr()) for piece in job.dst_pieces]
+    src = [_address(piece) for piece in job.src_pieces]
+    dst = [_address(piece) for piece in job.dst_pieces]
     chosen = [part for part in job.parts if part.converts == kind]
     bases = np.array(
         [
@@ -435,6 +436,10 @@ def plan_launch(job: CopyJob, kind: tuple[str, ...]) -> dict[str, Any]:
         "factors": _factors(chosen, job.num_heads),
         "access": math.gcd(16, *numbers),
     }
+
+
+def _address(piece: Array) -> int:
+    return int(piece.ctypes.data if isinstance(piece, np.ndarray) else piece.data_ptr())
 
 
 def _factors(parts: list[PartCopy], num_heads: int) -> np.ndarray[Any, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvxfer.errors import InvalidArgumentError
+from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, facts_of, is_torch
 from kvxfer.kernels._copy_job import make_job, wire_side
 from kvxfer.kernels._dispatch import choose, takes_numpy
@@ -139,7 +139,8 @@ def copy_blocks(
     Args:
         src_layout, dst_layout: ``KVLayout`` of each side; the heads and layers that both hold are copied.
         src, dst: the memory: one contiguous array, or several that form one linear offset space in the order
-            given (as in ``engine.register``). May be one cache under one layout, with disjoint blocks.
+            given (as in ``engine.register``). May be one cache under one layout, with disjoint blocks. On a GPU
+            one side may be pinned host memory: the kernel then reads or writes it across the bus.
         src_blocks, dst_blocks: block ids, indexed from token 0 of the sequence; a destination id of -1 skips
             its tokens.
         num_tokens, first_token: tokens ``[first_token, num_tokens)`` are copied; None: all that both hold.
@@ -241,11 +242,14 @@ def _run(
     )
     module = choose(
         "copy_blocks",
-        src.device,
+        job.device,
         backend,
         cache_dtype=next((d for p in job.parts for d in p.converts if d not in FLOAT_DTYPES), None),
         scaled=any(part.factors is not None for part in job.parts),
     )
+    if src.device != dst.device and not getattr(module, "REACHES_HOST", False):
+        reason = "only the cuda kernel copies between a device and pinned host memory"
+        raise UnavailableError(f"copy_blocks: {reason}", reason=reason)
     for piece in dst.pieces:
         if isinstance(piece, np.ndarray) and not piece.flags.writeable:
             raise InvalidArgumentError("dst: expected writable memory, given a read-only array")

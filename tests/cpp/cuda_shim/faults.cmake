@@ -7,7 +7,7 @@ fault(copy_off_by_one_block cuda/copy_tile.cuh cuda/copy.cu
 fault(copy_missing_mask cuda/copy.cu cuda/copy.cu
   "const bool inside = walk.token < tile.tokens;" "const bool inside = true;" "${cache}")
 fault(copy_one_token_too_many cuda/copy_converted.cuh cuda/copy_from_float16.cu
-  "const bool inside = walk.token < tile.tokens;" "const bool inside = walk.token <= tile.tokens;" "${cache}")
+  "walk.token < tile.tokens" "walk.token <= tile.tokens" "${cache}")
 fault(copy_wrong_head_of_scales cuda/copy_converted.cuh cuda/copy_from_float8.cu
   "tile.scales[head[i] * 2]" "tile.scales[0]" "${cache}")
 fault(copy_32_bit_offsets index_math.hpp cuda/copy.cu
