@@ -435,6 +435,43 @@ class Checks:
         kernels.copy_blocks(host, pinned, device, back, ids, list(range(40)), backend="cuda")
         assert torch.equal(back.cpu(), memory)
 
+    def compiled(self) -> None:
+        """A decode step of operators, compiled whole by torch.compile and captured, gives what plain calls give."""
+        if self.device.type != "cuda" or self.backend != "cuda" or self.quick:
+            return
+        import kvxfer.kernels.torch_ops  # noqa: F401
+
+        ops = torch.ops.kvxfer
+        k, v = (self.randn(64, 16, 2, 64).half().to(self.device) for _ in range(2))
+        q, new = self.randn(2, 8, 64).half().to(self.device), self.randn(2, 2, 64).half()
+        new = new.to(self.device)
+        table = torch.arange(64, dtype=torch.int32, device=self.device).reshape(2, 32)
+        lens = torch.tensor([500, 12], dtype=torch.int32, device=self.device)
+
+        def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            slots = (
+                table[torch.arange(2, device=q.device), (lens - 1) // 16].long() * 16
+                + (lens - 1) % 16
+            )
+            ops.append_kv(new * 2, new + 1, k, v, slots)
+            return ops.paged_decode(q * 2, k, v, table, lens)[0] + 1
+
+        want_k, want_v = k.clone(), v.clone()
+        want = step(q, want_k, want_v)
+        compiled = torch.compile(step, fullgraph=True)
+        ours_k, ours_v = k.clone(), v.clone()
+        for _ in range(2):
+            assert torch.allclose(compiled(q, ours_k, ours_v), want, rtol=0, atol=2e-3)
+        assert torch.equal(ours_k, want_k)
+        assert torch.equal(ours_v, want_v)
+        graph_k, graph_v = k.clone(), v.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step(q, graph_k, graph_v)
+        graph.replay()
+        assert torch.equal(out, want)
+        assert torch.equal(graph_k, want_k)
+
     def planned(self) -> None:
         """A plan gives what the call gives without one, and takes any lengths."""
         if self.device.type != "cuda" or self.backend != "cuda":
