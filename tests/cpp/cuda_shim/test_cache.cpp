@@ -11,6 +11,7 @@
 
 #include "grid.hpp"
 #include "guarded.hpp"
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/kernels.hpp"
 #include "kernels/cuda/ptx.cuh"
 #include "numbers.hpp"
@@ -210,6 +211,26 @@ TEST_CASE("a converting copy rounds, scales by layer and head, and saturates fp8
       }
     }
   }
+}
+
+TEST_CASE("a quotient by a corrected reciprocal is the quotient") {
+  std::mt19937 random(9);
+  std::uniform_int_distribution<uint32_t> fraction(0, (1u << 23) - 1), exponent(127 - 40, 127 + 40);
+  for (int round = 0; round < 3'000'000; ++round) {
+    const float divisor = __uint_as_float(exponent(random) << 23 | fraction(random));
+    uint32_t bits = exponent(random) << 23 | fraction(random) | (random() & 1u) << 31;
+    if (round % 3 == 0) bits &= 0xffff0000u;  // what bfloat16 holds
+    const float x = __uint_as_float(bits);
+    const float got = cuda::divide(x, cuda::divider_of(divisor, true));
+    if (got != x / divisor) {
+      FAIL("x = ", x, ", divisor = ", divisor, ": ", got, " and not ", x / divisor);
+    }
+  }
+  const cuda::Divider by = cuda::divider_of(3.0f, true);
+  for (const float x : {0.0f, -0.0f, INFINITY, -INFINITY}) {
+    CHECK(__float_as_uint(cuda::divide(x, by)) == __float_as_uint(x / 3.0f));
+  }
+  CHECK(std::isnan(cuda::divide(NAN, by)));
 }
 
 TEST_CASE("tables on the device may lie in one piece") {
