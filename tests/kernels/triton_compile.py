@@ -29,7 +29,7 @@ from kvxfer.kernels.triton import (
     merge,
     mla,
 )
-from kvxfer.kernels.triton._tiles import PrefillShape, PrefillTile, prefill_candidates
+from kvxfer.kernels.triton._tiles import EDGE_N, PrefillShape, PrefillTile, prefill_candidates
 
 ATTENTION = {
     "q": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "block_table": "*i32", "seq_lens": "*i32",
@@ -102,14 +102,15 @@ def prefill(
     extras: bool = False,
     cache: str = "bf16",
     scaled: bool = False,
+    offset: tl.dtype = tl.int32,
 ) -> dict[str, Any]:
     constants = {
         "GROUP": 4, "PACK": 4 if tile.packs_heads else 1, "BLOCK_B": 8,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "EDGE_N": min(tile.block_n, EDGE_N),
         "BLOCK_SIZE": block_size, "WIDTH_K": head_dim, "WIDTH_V": head_dim,
         "BLOCK_DK": head_dim, "BLOCK_DV": head_dim, "CAUSAL": True, "WINDOW": extras,
         "SOFT_CAP": extras, "FOLD": not extras, "SCALED": scaled, "HAS_SINKS": extras, "HAS_LSE": True,
-        "OPERAND": operand(cache), "SCALAR_BLOCK": block_size % tile.block_n == 0,
+        "OPERAND": operand(cache), "OFFSET": offset, "SAME_STRIDES": True,
     }  # fmt: skip
     kernel = attention_prefill.prefill_kernel
     return compiled(kernel, pointers_of(kernel, cache), constants, tile.num_warps, tile.num_stages)

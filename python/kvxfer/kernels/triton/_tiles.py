@@ -8,9 +8,19 @@ runs, and results change only when someone tunes (another tile sums in another o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["PrefillShape", "PrefillTile", "prefill_candidates", "prefill_tile", "remember"]
+__all__ = [
+    "EDGE_N",
+    "PrefillShape",
+    "PrefillTile",
+    "prefill_candidates",
+    "prefill_tile",
+    "remember",
+]
+
+# Masked tiles have at most this many keys: what a mask needs in registers comes on top of what a tile needs.
+EDGE_N = 64
 
 
 @dataclass(frozen=True)
@@ -34,14 +44,13 @@ class PrefillShape:
     block_size: int
     cache_bits: int
     wide: bool  # dots in float32
+    plain: bool = True  # neither a window nor a soft cap nor scales per row, which take registers
 
     @property
     def key(self) -> PrefillShape:
         """Shapes of one key share a measurement: rows to the next power of two, up to 4096."""
         rows = min(1 << max(0, self.rows - 1).bit_length(), 4096)
-        return PrefillShape(
-            self.head_dim, rows, self.group, self.block_size, self.cache_bits, self.wide
-        )
+        return replace(self, rows=rows)
 
 
 _measured: dict[PrefillShape, PrefillTile] = {}
@@ -50,8 +59,8 @@ _measured: dict[PrefillShape, PrefillTile] = {}
 def prefill_candidates(shape: PrefillShape) -> tuple[PrefillTile, ...]:
     """Tiles that fit Hopper's registers without spilling (compiled for sm_90 and looked at; see the tests).
 
-    The first is the default. Three stages, because the block ids are an indirection that the pipeliner counts as
-    one: with two they would be plain loads in the critical path.
+    The first is the default, the fastest one measured on an H100. Three stages, because the block ids are an
+    indirection that the pipeliner counts as one; two where a second program on the same SM does what a stage would.
     """
     # Fewer rows than a tile has would leave most of it empty: then the heads of a group share one.
     packs = shape.group > 1 and shape.rows < (32 if shape.wide else 64)
@@ -65,9 +74,14 @@ def prefill_candidates(shape: PrefillShape) -> tuple[PrefillTile, ...]:
     small = PrefillTile(64, 64, 4, 3, packs)
     if short:
         return small, PrefillTile(128, 64, 8, 3, packs)
-    usual = PrefillTile(128, 64, 8, 3)
-    # 128 keys a tile fit 64 channels; at 128 channels the masked loops would spill 16 bytes.
-    return (usual, small) if shape.head_dim > 64 else (PrefillTile(128, 128, 8, 3), usual, small)
+    usual, light = PrefillTile(128, 64, 8, 3), PrefillTile(64, 64, 4, 2)
+    large = PrefillTile(128, 128, 8, 3)
+    if shape.head_dim <= 64:
+        return large, usual, small
+    if not shape.plain:
+        return usual, small
+    # Long sequences have work enough for one large program per SM; others rather have two small ones.
+    return (large, usual, light) if shape.rows > 1024 else (light, usual, large)
 
 
 def prefill_tile(shape: PrefillShape) -> PrefillTile:

@@ -10,6 +10,8 @@ after the load (``_numbers.operand_dtype``). Tiles come from ``_tiles``, which c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,122 +24,12 @@ from kvxfer.kernels.triton._common import (
     on_device_of,
     padded_width,
     scale_arguments,
-    soft_cap,
-    softmax_step,
 )
-from kvxfer.kernels.triton._numbers import as_operand, narrow, operand_dtype, widen
-from kvxfer.kernels.triton._tiles import PrefillShape, PrefillTile, prefill_tile
+from kvxfer.kernels.triton._numbers import as_operand, narrow, operand_dtype
+from kvxfer.kernels.triton._prefill_loop import attend
+from kvxfer.kernels.triton._tiles import EDGE_N, PrefillShape, PrefillTile, prefill_tile
 
-__all__ = ["paged_prefill", "prefill_shape", "run_prefill"]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
-    sums,
-    total,
-    highest,
-    peak,
-    query,
-    position,
-    begin,
-    end,
-    length,
-    k_base,
-    v_base,
-    k_scales,
-    v_scales,
-    table,
-    sm_scale,
-    cap,
-    window_left,
-    stride_k_block,
-    stride_k_token,
-    stride_v_block,
-    stride_v_token,
-    stride_ks_block,
-    stride_ks_token,
-    stride_vs_block,
-    stride_vs_token,
-    stride_table_block,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    FOLD: tl.constexpr,
-    SCALED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    SCALAR_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WIDTH_K: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    BLOCK_DK: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Online softmax over the tiles of keys ``[begin, end)``, both multiples of BLOCK_N."""
-    dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
-    for start in range(begin, end, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
-        key = start + tl.arange(0, BLOCK_N)
-        valid = key < length
-        if WINDOW:
-            # Blocks in front of every row's window may be holes of the table.
-            valid = valid & (key >= tl.min(position, 0) - window_left)
-        if SCALAR_BLOCK:
-            # A tile lies in one block: one id, and rows at a constant distance.
-            block = tl.load(table + (start // BLOCK_SIZE) * stride_table_block).to(tl.int64)
-            slot = (start % BLOCK_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
-        else:
-            ids = table + (key // BLOCK_SIZE) * stride_table_block
-            if MASKED:
-                block = tl.load(ids, mask=valid, other=0).to(tl.int64)
-            else:
-                block = tl.load(ids).to(tl.int64)
-            slot = (key % BLOCK_SIZE).to(tl.int64)
-        k_at = (k_base + block * stride_k_block + slot * stride_k_token)[:, None] + dk[None, :]
-        v_at = (v_base + block * stride_v_block + slot * stride_v_token)[:, None] + dv[None, :]
-        # Rows past the length must be zeros, not what memory holds: 0 * NaN is NaN.
-        if MASKED:
-            keys = tl.load(k_at, mask=valid[:, None] & (dk < WIDTH_K)[None, :], other=0.0)
-            values = tl.load(v_at, mask=valid[:, None] & (dv < WIDTH_V)[None, :], other=0.0)
-        else:
-            if WIDTH_K == BLOCK_DK:
-                keys = tl.load(k_at)
-            else:
-                keys = tl.load(k_at, mask=(dk < WIDTH_K)[None, :], other=0.0)
-            if WIDTH_V == BLOCK_DV:
-                values = tl.load(v_at)
-            else:
-                values = tl.load(v_at, mask=(dv < WIDTH_V)[None, :], other=0.0)
-        keys, values = widen(keys, OPERAND), widen(values, OPERAND)
-        logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
-        if SCALED:
-            scales_at = k_scales + block * stride_ks_block + slot * stride_ks_token
-            logits = logits * tl.load(scales_at, mask=valid, other=0.0)[None, :]
-        if not FOLD:
-            logits = logits * sm_scale
-        if SOFT_CAP:
-            logits = soft_cap(logits, cap) * LOG2E
-        if MASKED:
-            seen = valid[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= position[:, None])
-            if WINDOW:
-                seen = seen & (key[None, :] >= position[:, None] - window_left)
-            logits = tl.where(seen, logits, float("-inf"))
-        weights, fade, total, highest = softmax_step(logits, highest, total, sm_scale, FOLD)
-        if SCALED:
-            # Weights stay at most 1 whatever the scales are, since float16 ends at 65504 and at 6e-8.
-            v_scale = tl.load(
-                v_scales + block * stride_vs_block + slot * stride_vs_token, mask=valid, other=0.0
-            )
-            top = tl.maximum(peak, tl.max(tl.abs(v_scale), 0))
-            weights = weights * (v_scale / top)[None, :]
-            fade = fade * (peak / top)
-            peak = top
-        sums = sums * fade[:, None]
-        sums = tl.dot(narrow(weights, OPERAND), values, sums, input_precision="ieee")
-    return sums, total, highest, peak
+__all__ = ["is_plain", "paged_prefill", "prefill_shape", "run_prefill"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -181,7 +73,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     PACK: tl.constexpr,  # heads that share a tile: GROUP, or 1
     BLOCK_B: tl.constexpr,  # batch padded to a power of two
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # keys per tile that every row sees whole
+    EDGE_N: tl.constexpr,  # keys per tile that is masked; divides BLOCK_N
     BLOCK_SIZE: tl.constexpr,
     WIDTH_K: tl.constexpr,
     WIDTH_V: tl.constexpr,
@@ -195,7 +88,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
     OPERAND: tl.constexpr,
-    SCALAR_BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr,  # integers that hold every offset into the caches, in elements
+    SAME_STRIDES: tl.constexpr,  # blocks of K and of V are equally far apart
 ):
     # Which sequence and which of its tiles: every program looks at all lengths, so that the grid needs
     # only the number of tokens and no length ever travels to the host.
@@ -237,16 +131,16 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             sm_scale = sm_scale * LOG2E
         lowest = length - num_rows + first // PACK
         uppermost = length - num_rows + (tl.minimum(first + BLOCK_M, num_rows * PACK) - 1) // PACK
-        # Keys of [whole_begin, whole_end) are seen by every row; both ends and all between are tile ends.
-        end = tl.cdiv(length, BLOCK_N) * BLOCK_N
+        # Keys of [whole_begin, whole_end) are seen by every row; its ends are multiples of BLOCK_N if it has any.
+        end = tl.cdiv(length, EDGE_N) * EDGE_N
         whole_end = length // BLOCK_N * BLOCK_N
         if CAUSAL:
-            end = tl.minimum(end, (uppermost // BLOCK_N + 1) * BLOCK_N)
+            end = tl.minimum(end, (uppermost // EDGE_N + 1) * EDGE_N)
             whole_end = tl.minimum(whole_end, (lowest + 1) // BLOCK_N * BLOCK_N)
         begin = end * 0
         whole_begin = begin
         if WINDOW:
-            begin = tl.maximum(lowest - window_left, 0) // BLOCK_N * BLOCK_N
+            begin = tl.maximum(lowest - window_left, 0) // EDGE_N * EDGE_N
             whole_begin = tl.cdiv(tl.maximum(uppermost - window_left, 0), BLOCK_N) * BLOCK_N
             whole_begin = tl.minimum(whole_begin, end)
         whole_end = tl.maximum(whole_end, whole_begin)
@@ -255,28 +149,28 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         sums = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         peak = tl.full([], 1e-30, tl.float32)
         if WINDOW:
-            sums, total, highest, peak = _attend(
+            sums, total, highest, peak = attend(
                 sums, total, highest, peak, query, position, begin, whole_begin, length,
                 k_base, v_base, k_scales, v_scales, table, sm_scale, cap, window_left,
                 stride_k_block, stride_k_token, stride_v_block, stride_v_token,
                 stride_ks_block, stride_ks_token, stride_vs_block, stride_vs_token, stride_table_block,
-                True, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
+                True, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, OFFSET, SAME_STRIDES, EDGE_N, BLOCK_SIZE,
                 WIDTH_K, WIDTH_V, BLOCK_DK, BLOCK_DV,
             )  # fmt: skip
-        sums, total, highest, peak = _attend(
+        sums, total, highest, peak = attend(
             sums, total, highest, peak, query, position, whole_begin, whole_end, length,
             k_base, v_base, k_scales, v_scales, table, sm_scale, cap, window_left,
             stride_k_block, stride_k_token, stride_v_block, stride_v_token,
             stride_ks_block, stride_ks_token, stride_vs_block, stride_vs_token, stride_table_block,
-            False, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
+            False, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, OFFSET, SAME_STRIDES, BLOCK_N, BLOCK_SIZE,
             WIDTH_K, WIDTH_V, BLOCK_DK, BLOCK_DV,
         )  # fmt: skip
-        sums, total, highest, peak = _attend(
+        sums, total, highest, peak = attend(
             sums, total, highest, peak, query, position, whole_end, end, length,
             k_base, v_base, k_scales, v_scales, table, sm_scale, cap, window_left,
             stride_k_block, stride_k_token, stride_v_block, stride_v_token,
             stride_ks_block, stride_ks_token, stride_vs_block, stride_vs_token, stride_table_block,
-            True, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, SCALAR_BLOCK, BLOCK_N, BLOCK_SIZE,
+            True, CAUSAL, WINDOW, SOFT_CAP, FOLD, SCALED, OPERAND, OFFSET, SAME_STRIDES, EDGE_N, BLOCK_SIZE,
             WIDTH_K, WIDTH_V, BLOCK_DK, BLOCK_DV,
         )  # fmt: skip
         if HAS_SINKS:
@@ -333,7 +227,8 @@ def paged_prefill(
         # A sequence without new rows reads nothing, so its row of the table may hold anything.
         lengths = torch.where(rows > 0, seq_lens, 0)
         check_block_table(block_table, first, lengths, num_blocks, block_size)
-    tile = prefill_tile(prefill_shape(q, k_cache, v_cache, seq_lens.shape[0]))
+    plain = is_plain(window_left, logits_soft_cap, k_scale_cache)
+    tile = prefill_tile(prefill_shape(q, k_cache, v_cache, seq_lens.shape[0], plain=plain))
     run_prefill(
         tile, q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens, out, lse,
         causal=causal, sm_scale=sm_scale, v_scale=v_scale, window_left=window_left,
@@ -342,8 +237,18 @@ def paged_prefill(
     )  # fmt: skip
 
 
+def is_plain(
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    k_scale_cache: torch.Tensor | None = None,
+    **_others: Any,
+) -> bool:
+    """Whether these options of a call leave registers for the largest tile."""
+    return window_left < 0 and logits_soft_cap == 0 and k_scale_cache is None
+
+
 def prefill_shape(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: int
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: int, *, plain: bool = True
 ) -> PrefillShape:
     """What the choice of a tile looks at. Lengths are on the device, so rows count by their mean."""
     return PrefillShape(
@@ -356,6 +261,14 @@ def prefill_shape(
         block_size=k_cache.shape[1],
         cache_bits=8 * k_cache.element_size(),
         wide=operand_dtype(q, k_cache) == tl.float32,
+        plain=plain,
+    )
+
+
+def _reach(cache: torch.Tensor) -> int:
+    """The largest offset of an element, in elements."""
+    return sum(
+        (size - 1) * stride for size, stride in zip(cache.shape, cache.stride(), strict=True)
     )
 
 
@@ -397,12 +310,14 @@ def run_prefill(
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *scales[2:],
             *block_table.stride(), *out.stride()[:2],
             GROUP=group, PACK=pack, BLOCK_B=triton.next_power_of_2(batch),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_SIZE=block_size,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=min(tile.block_n, EDGE_N), BLOCK_SIZE=block_size,
             WIDTH_K=width_k, WIDTH_V=width_v,
             BLOCK_DK=padded_width("q", width_k), BLOCK_DV=padded_width("v_cache", width_v),
             CAUSAL=causal, WINDOW=window_left >= 0, SOFT_CAP=logits_soft_cap > 0,
             FOLD=sm_scale > 0 and logits_soft_cap == 0, SCALED=k_scale_cache is not None,
             HAS_SINKS=sinks is not None, HAS_LSE=lse is not None,
-            OPERAND=operand_dtype(q, k_cache), SCALAR_BLOCK=block_size % tile.block_n == 0,
+            OPERAND=operand_dtype(q, k_cache),
+            OFFSET=tl.int32 if max(_reach(k_cache), _reach(v_cache)) < 2**31 else tl.int64,
+            SAME_STRIDES=k_cache.stride(0) == v_cache.stride(0),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from kvxfer.errors import UnavailableError
 from kvxfer.kernels.attention import paged_prefill
 from kvxfer.kernels.triton._tiles import PrefillTile, prefill_candidates, remember
-from kvxfer.kernels.triton.attention_prefill import prefill_shape
+from kvxfer.kernels.triton.attention_prefill import is_plain, prefill_shape
 
 __all__ = ["tune_prefill"]
 
@@ -36,7 +36,8 @@ def tune_prefill(
 ) -> dict[PrefillTile, float]:
     """Time each candidate on these arguments, and take the fastest for all calls of their kind from then on.
 
-    Of their kind: head sizes, group, block size, width of the cache's dtype, and rows per sequence to the next power
+    Of their kind: head sizes, group, block size, width of the cache's dtype, whether there are windows,
+    soft caps or scales per row, and rows per sequence to the next power
     of two. It waits for the device, compiles, and holds for this process; call it at start, before graphs are captured
     and from one thread. Two tiles round differently in the last bits, so replicas that must agree bit by bit should
     all tune or none.
@@ -57,7 +58,7 @@ def tune_prefill(
     caches = (k_cache, v_cache)
     if kv_layout == "HND":
         caches = (k_cache.transpose(1, 2), v_cache.transpose(1, 2))
-    shape = prefill_shape(q, *caches, seq_lens.shape[0])
+    shape = prefill_shape(q, *caches, seq_lens.shape[0], plain=is_plain(**options))
     times: dict[PrefillTile, list[float]] = {tile: [] for tile in prefill_candidates(shape)}
     remember(shape, None)
 
