@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLanesPerRow = 4;
 constexpr int kRowsPerWarp = 32 / kLanesPerRow;
-constexpr int kCtasPerSm = 4;
+constexpr int kCtasPerSm = 3;
 
 // The little-endian word at byte `at` of a row; bytes from its end on are 0.
 __device__ uint32_t word_at(const char* row, int32_t nbytes, int32_t at) {

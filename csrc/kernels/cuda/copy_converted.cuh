@@ -15,7 +15,7 @@ template <class From, class To>
 inline constexpr int kWidest = 16 / static_cast<int>(std::max(sizeof(From), sizeof(To)));
 
 template <class From, class To, int kCount>
-__global__ void __launch_bounds__(kCopyThreads) copy_converted(const __grid_constant__ Copy p) {
+__global__ void __launch_bounds__(kCopyThreads, 3) copy_converted(const __grid_constant__ Copy p) {
   // Loads of a thread before its first store.
   constexpr int kInFlight = kCount == 1 ? 1 : 4;
   for (int64_t index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {

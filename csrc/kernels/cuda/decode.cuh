@@ -448,7 +448,8 @@ class DecodeBlock {
 };
 
 template <class KV, int kDim, bool kWholePages>
-__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const __grid_constant__ Decode p) {
+__global__ void __launch_bounds__(kDecodeThreads, DecodeShape<KV, kDim>::kMinBlocks)
+    decode_kernel(const __grid_constant__ Decode p) {
   const DecodeWork w = decode_work(p);
   if (w.last_split == 0) {  // an empty sequence
     if (w.split > 0) return;

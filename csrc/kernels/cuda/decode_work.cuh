@@ -47,6 +47,9 @@ struct DecodeShape {
   static constexpr bool kQueriesInShared = kDim == 256;
   static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
   static constexpr int kSharedBytes = kTilesBytes + (kQueriesInShared ? kDim / 16 * 32 * 16 : 0);
+  // Blocks that the shared memory of Hopper's processors holds: registers shall not make them
+  // fewer, nor be saved, by spilling, for more.
+  static constexpr int kMinBlocks = (224 << 10) / kSharedBytes;
   // The warps' results reuse it at the end.
   static_assert(kDecodeWarps * kDecodeRows * (kDim + 2) * 4 + 4 <= kTilesBytes, "");
 
