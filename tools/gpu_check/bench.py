@@ -33,7 +33,8 @@ from cases import (
     make_pool,
     prefill_case,
 )  # fmt: skip
-from timing import Call, graph_of, measure, median, num_sets, speed_ratio
+from memory_rows import append_row, checksum_row, copy_row, pack_row
+from timing import Call, graph_of, measure, median, speed_ratio
 
 from kvxfer import kernels
 from kvxfer.layout import KVLayout
@@ -41,6 +42,7 @@ from kvxfer.layout import KVLayout
 Row = dict[str, Any]
 Ways = dict[str, Callable[[], list[Call]]]
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
+PEERS = ("flashinfer", "torch")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -234,11 +236,12 @@ def run_ways(
             graph_of(made[:1])
             calls[name] = made
         except Exception as error:
-            if not name.startswith(("flashinfer", "torch")):
+            if not name.startswith(PEERS):
                 raise
             errors[name] = f"{type(error).__name__}: {error}"[:200]
     for name, error in wrong.items():
-        if not error < 0.02:
+        # A peer may multiply in fp8: that is its choice, and its error stands beside its time.
+        if not error < 0.02 and not name.startswith(PEERS):
             raise AssertionError(f"{name} differs from float32 by {error}")
     times = measure(calls)
     row: Row = {
@@ -260,117 +263,6 @@ def finish(row: Row, times: dict[str, list[float]], errors: dict[str, str], ours
     if "triton" in times and ours != "triton":
         row["times_triton"] = speed_ratio(times, ours, "triton")
     return row
-
-
-def bound_of(nbytes: int, sets: int) -> list[Call]:
-    """A copy that reads and writes `nbytes` in all, in as many sets."""
-    pairs = [
-        (torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda"),
-         torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda"))
-        for _ in range(sets)
-    ]  # fmt: skip
-    return [lambda a=a, b=b: b.copy_(a) for a, b in pairs]  # type: ignore[misc]
-
-
-def copy_row(src: KVLayout, dst: KVLayout) -> Row:
-    sets = num_sets(src.nbytes + dst.nbytes, 8)
-    memory = [
-        (torch.randint(0, 100, (src.nbytes,), dtype=torch.uint8, device="cuda"),
-         torch.empty(dst.nbytes, dtype=torch.uint8, device="cuda"))
-        for _ in range(sets)
-    ]  # fmt: skip
-    ids = torch.randperm(src.num_blocks).tolist()
-
-    def ours(a: torch.Tensor, b: torch.Tensor) -> None:
-        kernels.copy_blocks(src, a, dst, b, ids, ids[::-1], backend="cuda")
-
-    times = measure(
-        {
-            "cuda": [lambda a=a, b=b: ours(a, b) for a, b in memory],  # type: ignore[misc]
-            "copy": bound_of(src.nbytes + dst.nbytes, sets),
-        }
-    )
-    return _copy_result(times, src.nbytes + dst.nbytes)
-
-
-def pack_row(cache: KVLayout, op: str) -> Row:
-    sets = num_sets(2 * cache.nbytes, 8)
-    memory = [
-        (torch.randint(0, 100, (cache.nbytes,), dtype=torch.uint8, device="cuda"),
-         torch.empty(cache.nbytes, dtype=torch.uint8, device="cuda"))
-        for _ in range(sets)
-    ]  # fmt: skip
-    ids = torch.randperm(cache.num_blocks).tolist()
-
-    def ours(a: torch.Tensor, b: torch.Tensor) -> None:
-        if op == "pack_blocks":
-            kernels.pack_blocks(cache, a, ids, b, backend="cuda")
-        else:
-            kernels.unpack_blocks(b, cache, a, ids, backend="cuda")
-
-    times = measure(
-        {
-            "cuda": [lambda a=a, b=b: ours(a, b) for a, b in memory],  # type: ignore[misc]
-            "copy": bound_of(2 * cache.nbytes, sets),
-        }
-    )
-    return _copy_result(times, 2 * cache.nbytes)
-
-
-def _copy_result(times: dict[str, list[float]], nbytes: int) -> Row:
-    return {
-        "us": {name: median(times, name) for name in times},
-        "gb_per_s": nbytes / median(times, "cuda") / 1e3,
-        "of_copy": speed_ratio(times, "cuda", "copy"),
-    }
-
-
-def append_row(tokens: int, dtype: torch.dtype) -> Row:
-    cache = torch.zeros(2, 1024, 16, 8, 128, device="cuda", dtype=dtype)
-    new = torch.randn(2, tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
-    slots = torch.randperm(1024 * 16, device="cuda")[:tokens]
-    flat = cache.view(torch.uint8 if dtype != torch.bfloat16 else dtype).reshape(
-        2, 1024 * 16, 8, -1
-    )
-
-    def with_torch() -> None:
-        rows = new.to(dtype).view(flat.dtype)
-        flat[0].index_copy_(0, slots, rows[0])
-        flat[1].index_copy_(0, slots, rows[1])
-
-    times = measure(
-        {
-            "cuda": [lambda: kernels.append_kv(*new, *cache, slots, backend="cuda")],
-            "triton": [lambda: kernels.append_kv(*new, *cache, slots, backend="triton")],
-            "torch": [with_torch],
-        }
-    )
-    return {
-        "us": {name: median(times, name) for name in times},
-        "times_torch": speed_ratio(times, "cuda", "torch"),
-        "times_triton": speed_ratio(times, "cuda", "triton"),
-    }
-
-
-def checksum_row(read_gb_per_s: float) -> Row:
-    """The call waits for its result, so it is timed as a whole, tables and all: over 4 GiB."""
-    cache = KVLayout.from_order(
-        "LKBNHC", num_blocks=2048, block_size=16, dtype="bfloat16", num_kv_heads=8, head_dim=128, num_layers=32
-    )  # fmt: skip
-    memory = torch.randint(0, 100, (cache.nbytes,), dtype=torch.uint8, device="cuda")
-    ids = list(range(2048))
-    seconds = []
-    for _ in range(9):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        kernels.checksum_blocks(cache, memory, ids, backend="cuda")
-        seconds.append(time.perf_counter() - began)
-    rate = cache.nbytes / statistics.median(seconds) / 1e9
-    return {
-        "us": {"cuda": statistics.median(seconds) * 1e6},
-        "gb_per_s": rate,
-        "of_read": rate / read_gb_per_s,
-    }
 
 
 def summarise(rows: list[Row]) -> Row:
