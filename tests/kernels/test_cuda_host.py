@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels import _cuda, reference
+from kvxfer.kernels import _cuda, _cuda_base, _cuda_decode, reference
 from kvxfer.kernels._copy_job import CopyJob, make_job
 from kvxfer.kernels._sides import make_side
 from kvxfer.layout import KVLayout
@@ -97,7 +97,9 @@ def test_a_launch_plan_moves_what_the_reference_moves(
     assert plan_width == access
 
 
-built = pytest.mark.skipif(_cuda._missing is not None, reason=f"not built: {_cuda._missing}")
+built = pytest.mark.skipif(
+    _cuda_base.missing is not None, reason=f"not built: {_cuda_base.missing}"
+)
 
 
 def decode_call(**changes: Any) -> Any:
@@ -171,10 +173,32 @@ def test_device_side_tables_are_checked_when_asked(
     torch = pytest.importorskip("torch")
     arguments = (torch.tensor(table), torch.tensor(lens), window, 3, 16)
     if message is None:
-        _cuda._check_block_table(*arguments)
+        _cuda_decode.check_block_table(*arguments)
         return
     with pytest.raises(InvalidArgumentError, match=message):
-        _cuda._check_block_table(*arguments)
+        _cuda_decode.check_block_table(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("units", "longest", "splits"),
+    [
+        (8, 1024, (16, 64)),  # no split is shorter than 64 tokens
+        (8, 32768, (33, 64)),  # the device once
+        (32, 8192, (8, 192)),
+        (128, 1024, (1, 960)),  # whole sequences use all of the memory's bandwidth
+        (128, 32768, (8, 960)),  # 4096 tokens
+        (
+            512,
+            131072,
+            (3, 1024),
+        ),  # but no more than four waves, whose blocks may find nothing to do
+        (2048, 32768, (1, 1024)),
+    ],
+)
+def test_an_unplanned_decode_is_split_by_batch_and_device(
+    units: int, longest: int, splits: tuple[int, int]
+) -> None:
+    assert _cuda_decode.choose_splits(units, 264, longest) == splits
 
 
 def test_the_reason_for_no_cuda_is_given() -> None:
