@@ -330,3 +330,21 @@ def test_destination_holes_skip_their_tokens(rng: np.random.Generator, backend: 
                     view[block].view(np.uint32), want[layer][part][block].view(np.uint32)
                 )
             assert np.array_equal(view[2].view(np.uint32), source[1].view(np.uint32))
+
+
+def test_layouts_that_were_copied_between_are_checked_against_new_memory(
+    rng: np.random.Generator,
+) -> None:
+    """What a pair of layouts was found to need is remembered; that the memory has it is not."""
+    shape = layout("LKBNHC", num_blocks=4, block_size=4, num_kv_heads=2)
+    source = random_memory(rng, shape)
+    for _ in range(2):
+        target = np.zeros(shape.nbytes, np.uint8)
+        kernels.copy_blocks(shape, source, shape, target, [0, 1, 2, 3], [0, 1, 2, 3])
+        assert np.array_equal(target, source)
+        parts = [part.copy() for part in np.split(source, [shape.nbytes // 2])]
+        halves = [np.zeros_like(part) for part in parts]
+        kernels.copy_blocks(shape, parts, shape, halves, [0, 1, 2, 3], [0, 1, 2, 3])
+        assert np.array_equal(np.concatenate(halves), source)
+        with pytest.raises(InvalidArgumentError, match="in one piece"):
+            kernels.copy_blocks(shape, source[:-1].copy(), shape, target, [0], [0])

@@ -116,8 +116,11 @@ def prefill(
     return compiled(kernel, pointers_of(kernel, cache), constants, tile.num_warps, tile.num_stages)
 
 
-def candidates(head_dim: int, rows: int, block_size: int, bits: int) -> tuple[PrefillTile, ...]:
-    return prefill_candidates(PrefillShape(head_dim, rows, 4, block_size, bits, wide=False))
+def candidates(
+    head_dim: int, rows: int, block_size: int, bits: int, *, plain: bool = True
+) -> tuple[PrefillTile, ...]:
+    shape = PrefillShape(head_dim, rows, 4, block_size, bits, wide=False, plain=plain)
+    return prefill_candidates(shape)
 
 
 def decode(
@@ -208,6 +211,7 @@ def main(which: str) -> None:
     made: dict[str, dict[str, Any]] = {}
     if which == "usual":
         made["prefill 128"] = prefill(candidates(128, 1000, 16, 16)[0], 128, 16)
+        made["prefill 128, long"] = prefill(candidates(128, 4000, 16, 16)[0], 128, 16)
         made["prefill 128, e4m3"] = prefill(candidates(128, 1000, 16, 8)[0], 128, 16, cache="e4m3")
         made["decode 128"] = decode(128, 16)
         made["decode 128, e4m3"] = decode(128, 16, cache="e4m3")
@@ -225,14 +229,14 @@ def main(which: str) -> None:
         for head_dim in (64, 128, 256):
             for extras in (False, True):
                 for rows, block_size in ((1000, 16), (1000, 128), (10, 16)):
-                    for tile in candidates(head_dim, rows, block_size, 16):
+                    for tile in candidates(head_dim, rows, block_size, 16, plain=not extras):
                         name = f"prefill {head_dim}, {tile}, block {block_size}, extras {extras}"
                         made[name] = prefill(tile, head_dim, block_size, extras=extras)
                 for block_size in (1, 16):
                     name = f"decode {head_dim}, block {block_size}, extras {extras}"
                     made[name] = decode(head_dim, block_size, extras=extras)
             for cache, scaled in (("e4m3", False), ("e5m2", False), ("int8", True)):
-                for tile in candidates(head_dim, 1000, 16, 8):
+                for tile in candidates(head_dim, 1000, 16, 8, plain=not scaled):
                     name = f"prefill {head_dim}, {tile}, {cache}, scaled {scaled}"
                     made[name] = prefill(tile, head_dim, 16, cache=cache, scaled=scaled)
                 name = f"decode {head_dim}, {cache}, scaled {scaled}"

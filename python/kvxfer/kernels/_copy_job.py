@@ -95,10 +95,32 @@ class _Wire:
     atom: str = "element"
 
 
+# What does not depend on the blocks of a copy, by what it does depend on. Layouts are immutable and known by
+# identity, which the entry keeps theirs by holding them; of the memory it holds only the sizes.
+_resolved: dict[tuple[Any, ...], tuple[LayoutLike, LayoutLike, tuple[PartCopy, ...], int]] = {}
+_wires: dict[tuple[Any, ...], tuple[LayoutLike, _Wire]] = {}  # packed forms, likewise
+_MOST_RESOLVED = 256
+
+
 def wire_side(
     layout: LayoutLike, num_tokens: int, layers: Sequence[int], heads: tuple[int, int]
 ) -> _Wire:
-    """The packed form of ``num_tokens`` tokens: order LKHNC, one block that holds them all."""
+    """The packed form of ``num_tokens`` tokens: order LKHNC, one block that holds them all.
+
+    One object for equal arguments, so that what was resolved for it is found again.
+    """
+    key = (id(layout), num_tokens, tuple(layers), tuple(heads))
+    known = _wires.get(key)
+    if known is None:
+        if len(_wires) >= _MOST_RESOLVED:
+            _wires.clear()
+        known = _wires[key] = (layout, _new_wire(layout, num_tokens, layers, heads))
+    return known[1]
+
+
+def _new_wire(
+    layout: LayoutLike, num_tokens: int, layers: Sequence[int], heads: tuple[int, int]
+) -> _Wire:
     num_heads = heads[1] - heads[0]
     rows = [p.width * ITEMSIZE[p.dtype] for p in layout.parts]
     per_layer = num_heads * num_tokens * sum(rows)
@@ -165,21 +187,16 @@ def make_job(
         _End(dst_ids, b.block_size, b.num_blocks, dst_origin, "dst_blocks"),
     )
     segments = _segments(*ends, int(first_token), end)
-    chosen = _layers(a, b, layers)
-    low, high = max(a.head_range[0], b.head_range[0]), min(a.head_range[1], b.head_range[1])
-    if heads is not None:
-        if not low <= heads[0] <= heads[1] <= high:
-            raise InvalidArgumentError(
-                f"heads: expected a range within [{low}, {high}), given {tuple(heads)}"
-            )
-        low, high = heads
-    parts = _parts(src, dst, chosen, low, max(0, high - low)) if len(segments) else ()
+    if len(segments):
+        parts, num_heads = _parts_once(src, dst, layers, heads)
+    else:
+        parts, num_heads = (), _common(a, b, layers, heads)[2]
     job = CopyJob(
         parts=parts,
         src_pieces=src.pieces,
         dst_pieces=dst.pieces,
         segments=segments,
-        num_heads=max(0, high - low),
+        num_heads=num_heads,
         src_extent=(a.num_blocks, a.block_size),
         dst_extent=(b.num_blocks, b.block_size),
         max_ctas=max_ctas,
@@ -188,6 +205,45 @@ def make_job(
     if job.nbytes:
         _check_overlap(src, dst, segments)
     return job
+
+
+def _parts_once(
+    src: Side, dst: Side, layers: Sequence[int] | None, heads: tuple[int, int] | None
+) -> tuple[tuple[PartCopy, ...], int]:
+    """The parts of a copy and its number of heads."""
+    a, b = src.layout, dst.layout
+    key = (
+        id(a),
+        id(b),
+        tuple(len(piece) for piece in src.pieces),
+        tuple(len(piece) for piece in dst.pieces),
+        None if layers is None else tuple(layers),
+        None if heads is None else tuple(heads),
+    )
+    known = _resolved.get(key)
+    if known is not None:
+        return known[2:]
+    chosen, first_head, num_heads = _common(a, b, layers, heads)
+    parts = _parts(src, dst, chosen, first_head, num_heads)
+    if len(_resolved) >= _MOST_RESOLVED:
+        _resolved.clear()
+    _resolved[key] = (a, b, parts, num_heads)
+    return parts, num_heads
+
+
+def _common(
+    a: LayoutLike, b: LayoutLike, layers: Sequence[int] | None, heads: tuple[int, int] | None
+) -> tuple[list[int], int, int]:
+    """Layers, first head and number of heads to copy."""
+    chosen = _layers(a, b, layers)
+    low, high = max(a.head_range[0], b.head_range[0]), min(a.head_range[1], b.head_range[1])
+    if heads is not None:
+        if not low <= heads[0] <= heads[1] <= high:
+            raise InvalidArgumentError(
+                f"heads: expected a range within [{low}, {high}), given {tuple(heads)}"
+            )
+        low, high = heads
+    return chosen, low, max(0, high - low)
 
 
 def _device_of_copy(src: Side, dst: Side) -> str:
@@ -254,30 +310,36 @@ def _segments(src: _End, dst: _End, first: int, end: int) -> npt.NDArray[np.int6
     """Runs of tokens that lie in one source and one destination block each."""
     if first == end:
         return np.zeros((0, 5), np.int64)
-    inner = src.cuts(first, end), dst.cuts(first, end)
     # A packed buffer has no cuts, and equal blocks the same ones: the usual cases need no sorting.
-    if not inner[0].size or not inner[1].size:
-        between = inner[0] if inner[0].size else inner[1]
-    elif np.array_equal(*inner):
-        between = inner[0]
-    else:
-        between = np.union1d(*inner)
-    starts = np.concatenate([[first], between])
-    ends = np.concatenate([between, [end]])
-    (src_index, src_slot), (dst_index, dst_slot) = src.locate(starts), dst.locate(starts)
+    alike = (src.block_size, src.origin) == (dst.block_size, dst.origin)
+    between = src.cuts(first, end)
+    if not alike:
+        theirs = dst.cuts(first, end)
+        if theirs.size:
+            between = np.union1d(between, theirs) if between.size else theirs
+    edges = np.empty(between.size + 2, np.int64)
+    edges[0], edges[1:-1], edges[-1] = first, between, end
+    starts = edges[:-1]
+    src_index, src_slot = src.locate(starts)
+    dst_index, dst_slot = (src_index, src_slot) if alike else dst.locate(starts)
     wanted = dst.ids[dst_index] != -1
     src.check(src_index, wanted)
     dst.check(dst_index, wanted)
     used = dst_index[wanted]  # ascending, so an index that repeats follows itself
-    used = np.sort(dst.ids[used[np.diff(used, prepend=-1) != 0]])
+    fresh = np.ones(used.size, np.bool_)
+    np.not_equal(used[1:], used[:-1], out=fresh[1:])
+    used = np.sort(dst.ids[used[fresh]])
     repeated = used[1:][used[1:] == used[:-1]]
     if repeated.size:
         times = int((used == repeated[0]).sum())
         raise InvalidArgumentError(
             f"{dst.name}: expected each block at most once, given {int(repeated[0])} {times} times"
         )
-    columns = [src.ids[src_index], src_slot, dst.ids[dst_index], dst_slot, ends - starts]
-    return np.ascontiguousarray(np.stack(columns, axis=1)[wanted])
+    segments = np.empty((starts.size, 5), np.int64)
+    segments[:, 0], segments[:, 1] = src.ids[src_index], src_slot
+    segments[:, 2], segments[:, 3] = dst.ids[dst_index], dst_slot
+    np.subtract(edges[1:], starts, out=segments[:, 4])
+    return segments if wanted.all() else segments[wanted]
 
 
 def _layers(a: LayoutLike, b: LayoutLike, layers: Sequence[int] | None) -> list[int]:
