@@ -4,6 +4,7 @@
 // are tested on machines without AVX-512 too.
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/cpu/params.hpp"
 

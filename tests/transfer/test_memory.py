@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -29,10 +30,19 @@ def _meminfo(key: str) -> int:
 
 @pytest.fixture
 def huge_page_nbytes() -> Iterator[int]:
-    """A pool with 16 free huge pages, for as long as the test runs."""
+    """A pool with 16 free huge pages, for as long as the test runs.
+
+    The pool is the machine's: a suite that ran beside this one took the pages away, so they take turns.
+    """
     size = _meminfo("Hugepagesize") * 1024
     if size == 0:
         pytest.skip("this kernel has no huge pages")
+    with POOL.open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield from _filled_pool(size)
+
+
+def _filled_pool(size: int) -> Iterator[int]:
     missing = 16 - (_meminfo("HugePages_Free") - _meminfo("HugePages_Rsvd"))
     before = int(POOL.read_text())
     if missing > 0:

@@ -46,6 +46,8 @@ class Channel {
 
   Pop peek_message(uint32_t& type, Bytes& body) { return in_messages_.peek(type, body); }
   void release_message() noexcept;
+  uint64_t messages_end() const noexcept { return in_messages_.end(); }
+  bool has_message_before(uint64_t end) const noexcept { return in_messages_.is_before(end); }
   Pop peek_bulk(uint32_t& type, Bytes& body) { return in_bulk_.peek(type, body); }
   void release_bulk() noexcept;
   // A staging slot that a bulk record gave us. They go back in the order in which they came, when

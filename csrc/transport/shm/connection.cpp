@@ -237,9 +237,10 @@ bool ShmConnection::take_bulk() {
       case Pop::kRecord:
         break;
     }
-    // The head of its request was pushed before it, into the other ring: read that one up first.
-    // What stood there when we peeked is at most a ring full of empty records.
-    for (uint64_t n = 0; n < kMessageRingBytes / sizeof(RecordHead) && take_message(); ++n) {
+    // The head of its request was pushed before it, into the other ring: read up first what stands
+    // there now, and not what a peer adds meanwhile.
+    const uint64_t end = channel_.messages_end();
+    while (channel_.has_message_before(end) && take_message()) {
     }
     if (is_dead()) return false;
   }

@@ -7,6 +7,7 @@
 // again.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -163,6 +164,14 @@ class RingConsumer {
       return Pop::kRecord;
     }
   }
+  // Where what has been pushed by now ends; for is_before(). A peer that refills the ring, or
+  // stores a position that it takes back, cannot make it more than one ring full.
+  uint64_t end() const noexcept {
+    const uint64_t tail = shared_->tail.load(std::memory_order_seq_cst);
+    return head_ + std::min(tail - head_, capacity_);
+  }
+  // Whether something pushed before `end` is yet to be released.
+  bool is_before(uint64_t end) const noexcept { return static_cast<int64_t>(end - head_) > 0; }
   // Gives the room of the last peeked record back. True: the producer starves and must be woken.
   bool release() noexcept {
     head_ = next_;

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "common/clock.hpp"
 #include "common/error.hpp"
 #include "common/random.hpp"
 #include "common/sha256.hpp"
@@ -21,7 +22,10 @@ namespace kvxfer::shm {
 namespace {
 
 constexpr size_t kMaxJoining = 64;  // strangers of our own user that have not proved anything yet
-constexpr double kJoinTimeoutSeconds = 2.0;
+// As long as a session may take to get READY, without which the join is worth nothing. A busy
+// machine has kept a joining process from its next instruction for longer than 2 s.
+constexpr double kJoinTimeoutSeconds = 10.0;
+constexpr int64_t kJoinTimeoutNs = static_cast<int64_t>(kJoinTimeoutSeconds * 1e9);
 
 struct JoinRequest {  // then the introduction
   uint32_t version = kVersion;
@@ -84,7 +88,17 @@ struct ShmTransport::Joining final : FdHandler {
     } catch (const std::exception& error) {
       reason = error.what();
     }
-    if (reason.empty()) return;
+    if (!reason.empty()) refuse(reason);
+  }
+
+  void on_late() {
+    on_events(0);  // who was kept from running all the time was us, perhaps
+    if (token == 0) return;
+    forget();
+    refuse(cat("no join came within ", kJoinTimeoutSeconds, " s"));
+  }
+
+  void refuse(const std::string& reason) {
     const JoinReply reply{.refused = 1};
     Bytes bytes;
     Writer writer(bytes);
@@ -159,7 +173,7 @@ struct ShmTransport::Listener final : FdHandler {
       Reactor& reactor = transport.host_->reactor();
       std::weak_ptr<Joining> weak = handler;
       handler->timer = reactor.at(deadline_after(kJoinTimeoutSeconds), [weak] {
-        if (auto late = weak.lock()) late->forget();
+        if (auto late = weak.lock()) late->on_late();
       });
       handler->token = reactor.add(handler->socket.get(), EPOLLIN, handler);
     }
@@ -214,6 +228,8 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
     return cat("the peer offers version ", version, " of it, we speak ", kVersion);
   const HostIdentity& self = host_->self().host;
   if (boot_id != self.boot_id) return "the peer runs on another machine (other boot id)";
+  // From here on the peer's clock runs for our join, so what takes long comes first.
+  Segment staging = make_owned("kvxfer-staging", kStageBytes);
   int err = 0;
   Fd socket = connect_abstract(socket_name, err);
   if (!socket)
@@ -228,7 +244,7 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
   parts.reach = meet(socket.get(), session.peer, theirs, reason);
   if (!parts.reach) return reason;
   parts.me = 0;
-  parts.staging = make_owned("kvxfer-staging", kStageBytes);
+  parts.staging = std::move(staging);
   parts.my_bell = make_bell();
   JoinRequest request{.session = session.id, .nonce = random_bytes<32>()};
   const Bytes ours = introduction();
@@ -238,14 +254,20 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
   Writer writer(join);
   writer.put(request);
   writer.raw(ours);
-  if (!send(socket.get(), join, given)) return cat("joining failed: ", errno_text(errno));
-  if (!wait_readable(socket.get(), std::min(deadline_ns, deadline_after(kJoinTimeoutSeconds))))
-    return "the peer did not answer the join in time";
+  const bool sent = send(socket.get(), join, given);
+  err = errno;
+  // Half of the time, so that a transport after this one has some left. A peer that hung up before
+  // we sent has said why.
+  const int64_t begun_ns = now_ns();
+  const int64_t wait_ns = std::clamp<int64_t>((deadline_ns - begun_ns) / 2, 0, kJoinTimeoutNs);
+  if (sent && !wait_readable(socket.get(), begun_ns + wait_ns))
+    return cat("the peer did not answer the join within ", wait_ns / 1'000'000, " ms");
   Bytes message;
   std::vector<Fd> fds;
   if (receive(socket.get(), message, fds, 3) != Received::kMessage)
-    return "the peer closed the Unix socket without an answer (another user, or too many are "
-           "joining)";
+    return cat("the peer closed the Unix socket ",
+               sent ? "without an answer" : cat("before it had our join (", errno_text(err), ")"),
+               ": another user, too many who join at once, or it is closing");
   Reader answer(message);
   const auto reply = answer.get<JoinReply>();
   if (!answer.ok() || reply.refused != 0) {
