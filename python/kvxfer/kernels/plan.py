@@ -84,9 +84,9 @@ def plan_decode(
         split_size: tokens per partial sum, rounded up to a multiple of 64. None: 512, so that results do not
             depend on the batch; or what ``balanced`` finds.
         balanced: choose the split length for this batch and machine instead, so that all splits together are about
-            as many as the thread blocks that the device holds at once, none longer than 4096 tokens; sequences of
-            like lengths, enough to use the memory's bandwidth, stay whole up to there. Results then depend on the
-            batch in their last bits.
+            as many as the thread blocks that the device holds at once, none longer than 4096 tokens (5120 where a
+            short rest is shared out); sequences of like lengths, enough to use the memory's bandwidth, stay whole up
+            to there. Results then depend on the batch in their last bits.
         num_sms, ctas_per_sm: for ``balanced``: processors, and thread blocks on each at a time. None: those of
             ``device``, and what the CUDA kernel reaches at this ``head_dim``; on the host threads, and one.
         device: where ``items`` goes: ``"cpu"``, or what torch calls a device.
