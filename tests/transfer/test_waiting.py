@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -152,6 +153,30 @@ except KeyboardInterrupt:
     print("interrupted", flush=True)
 a.close()
 """
+
+
+def test_a_signal_that_another_thread_took_is_handled_during_a_wait(pair: Pair) -> None:
+    """It wakes nobody here, just as one that comes right before the system call: Ctrl-C was lost until the deadline."""
+
+    class Heard(Exception):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Heard
+
+    a, _ = pair
+    lease = a.grant(a.allocate(100, "kv"), 0, 100, ttl_s=60, num_arrivals=1)
+    before = signal.signal(signal.SIGUSR1, handler)
+    taker = threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1))
+    try:
+        taker.start()
+        began = time.monotonic()
+        with pytest.raises(Heard):
+            lease.wait_arrived([0], timeout_s=TIMEOUT_S)
+        assert time.monotonic() - began < TIMEOUT_S / 2
+    finally:
+        taker.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_ctrl_c_interrupts_a_wait() -> None:

@@ -14,14 +14,14 @@ void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64
   const int64_t deadline_ns = deadline_of(timeout_s);
   uint64_t have = 0;
   bool alive = true;
-  const Woken why = blocking([&] {
+  const Woken why = blocking(deadline_ns, [&](int64_t until_ns) {
     engine.rest();
     for (;;) {
       const uint32_t seen = peer->tags_changed.read();
       alive = peer->alive;
       have = engine.arrivals(tag, *peer);
       if (have >= count || !alive) return Woken::kNotified;
-      if (Woken woken = peer->tags_changed.wait(seen, deadline_ns); woken != Woken::kNotified)
+      if (Woken woken = peer->tags_changed.wait(seen, until_ns); woken != Woken::kNotified)
         return woken;
     }
   });
@@ -40,10 +40,10 @@ void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64
 void deregister(EngineHandle& self, const RegionHandle& region, const Timeout& timeout_s) {
   Engine& engine = self.get();
   const int64_t deadline_ns = deadline_of(timeout_s);
-  const Woken why = blocking([&] {
+  const Woken why = blocking(deadline_ns, [&](int64_t until_ns) {
     engine.rest();
     engine.deregister(region.region);
-    return region.region->gate.wait_quiet(deadline_ns);
+    return region.region->gate.wait_quiet(until_ns);
   });
   empty_graveyard();
   if (why == Woken::kTimedOut)

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
@@ -51,17 +52,23 @@ int64_t deadline_of(const Timeout& timeout_s, const char* name = "timeout_s");
 pybind11::bytes to_bytes(ByteView bytes);
 Bytes from_bytes(const char* name, const pybind11::object& value);
 
-// Runs `wait` without the GIL until it says something else than "a signal came"; Python's signal
-// handlers run in between, so Ctrl-C works.
+// A signal that comes just before a wait, and not inside it, wakes nobody: Ctrl-C would be lost
+// until the deadline. So a wait is a row of short ones.
+inline constexpr int64_t kLookForSignalsNs = 200'000'000;
+
+// Runs `wait(until_ns)` without the GIL until it says something else than "a signal came", or the
+// deadline has passed; Python's signal handlers run in between, so Ctrl-C works.
 template <typename Wait>
-Woken blocking(Wait&& wait) {
+Woken blocking(int64_t deadline_ns, Wait&& wait) {
   for (;;) {
     Woken why;
+    const int64_t until_ns = std::min(deadline_ns, now_ns() + kLookForSignalsNs);
     {
       pybind11::gil_scoped_release release;
-      why = wait();
+      why = wait(until_ns);
     }
-    if (why != Woken::kInterrupted) return why;
+    if (why == Woken::kNotified) return why;
+    if (why == Woken::kTimedOut && until_ns == deadline_ns) return why;
     if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
   }
 }

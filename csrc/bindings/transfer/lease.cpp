@@ -24,14 +24,14 @@ void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& t
   const int64_t deadline_ns = deadline_of(timeout_s);
   Lease& lease = *self.lease;
   bool closed = false;
-  const Woken why = blocking([&] {
+  const Woken why = blocking(deadline_ns, [&](int64_t until_ns) {
     self.engine->rest();
     for (;;) {
       const uint32_t seen = lease.arrival_word.read();
       closed = lease.gate.closed();
       std::erase_if(missing, [&](uint64_t index) { return lease.arrived(index); });
       if (missing.empty() || closed) return Woken::kNotified;
-      if (Woken woken = lease.arrival_word.wait(seen, deadline_ns); woken != Woken::kNotified)
+      if (Woken woken = lease.arrival_word.wait(seen, until_ns); woken != Woken::kNotified)
         return woken;
     }
   });
@@ -46,10 +46,10 @@ void wait_arrived(LeaseHandle& self, const py::object& indices, const Timeout& t
 
 void revoke(LeaseHandle& self, const Timeout& timeout_s) {
   const int64_t deadline_ns = deadline_of(timeout_s);
-  Woken why = blocking([&] {
+  Woken why = blocking(deadline_ns, [&](int64_t until_ns) {
     self.get().rest();
     self.get().begin_revoke(self.lease);
-    return self.lease->gate.wait_quiet(deadline_ns);
+    return self.lease->gate.wait_quiet(until_ns);
   });
   if (why == Woken::kTimedOut && !self.lease->gate.quiet())
     raise(Code::kTimeout, cat("the lease is not quiet after ", *timeout_s,

@@ -70,7 +70,9 @@ void register_transfers(py::module_& m) {
           [](const TransferPtr& t, Timeout timeout_s) {
             check_process(t->birth);
             const int64_t deadline_ns = deadline_of(timeout_s);
-            end_of_wait(t, blocking([&] { return t->wait(deadline_ns); }), timeout_s);
+            end_of_wait(t,
+                        blocking(deadline_ns, [&](int64_t until_ns) { return t->wait(until_ns); }),
+                        timeout_s);
           },
           py::arg("timeout_s") = py::none())
       .def("cancel",
