@@ -75,6 +75,8 @@ int64_t FaultyConnection::roll(const Plan::Delay& delay) {
 FaultyConnection::Fate FaultyConnection::roll(Flight& flight, int64_t& delay_ns) {
   if (roll(plan_.again)) return Fate::kAgain;
   ++num_posts_;
+  // Dead, and its end is on its way by the progress thread: what comes until then goes nowhere.
+  if (plan_.die != 0 && num_posts_ > plan_.die) return Fate::kDrop;
   if (roll(plan_.error.probability)) {
     constexpr auto kFirst = static_cast<uint64_t>(Code::kInvalidArgument);
     Code code = plan_.error.code;
