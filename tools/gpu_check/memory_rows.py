@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import kernels_only  # noqa: F401 - before anything of kvxfer
@@ -29,48 +30,43 @@ def bound_of(nbytes: int, sets: int) -> list[Call]:
 
 
 def copy_row(src: KVLayout, dst: KVLayout) -> Row:
-    sets = num_sets(src.nbytes + dst.nbytes, 8)
-    memory = [
-        (torch.randint(0, 100, (src.nbytes,), dtype=torch.uint8, device="cuda"),
-         torch.empty(dst.nbytes, dtype=torch.uint8, device="cuda"))
-        for _ in range(sets)
-    ]  # fmt: skip
     ids = torch.randperm(src.num_blocks).tolist()
 
-    def ours(a: torch.Tensor, b: torch.Tensor) -> None:
+    def move(a: torch.Tensor, b: torch.Tensor) -> None:
         kernels.copy_blocks(src, a, dst, b, ids, ids[::-1], backend="cuda")
 
-    times = measure(
-        {
-            "cuda": [lambda a=a, b=b: ours(a, b) for a, b in memory],  # type: ignore[misc]
-            "copy": bound_of(src.nbytes + dst.nbytes, sets),
-        }
-    )
-    return _copy_result(times, src.nbytes + dst.nbytes)
+    return _beside_a_copy(src.nbytes, dst.nbytes, move)
 
 
 def pack_row(cache: KVLayout, op: str) -> Row:
-    sets = num_sets(2 * cache.nbytes, 8)
-    memory = [
-        (torch.randint(0, 100, (cache.nbytes,), dtype=torch.uint8, device="cuda"),
-         torch.empty(cache.nbytes, dtype=torch.uint8, device="cuda"))
-        for _ in range(sets)
-    ]  # fmt: skip
     ids = torch.randperm(cache.num_blocks).tolist()
 
-    def ours(a: torch.Tensor, b: torch.Tensor) -> None:
+    def move(a: torch.Tensor, b: torch.Tensor) -> None:
         if op == "pack_blocks":
             kernels.pack_blocks(cache, a, ids, b, backend="cuda")
         else:
             kernels.unpack_blocks(b, cache, a, ids, backend="cuda")
 
+    return _beside_a_copy(cache.nbytes, cache.nbytes, move)
+
+
+def _beside_a_copy(
+    src_nbytes: int, dst_nbytes: int, move: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Row:
+    """`move` between memories of these sizes, and a plain copy that reads and writes as many bytes."""
+    sets = num_sets(src_nbytes + dst_nbytes, 8)
+    memory = [
+        (torch.randint(0, 100, (src_nbytes,), dtype=torch.uint8, device="cuda"),
+         torch.empty(dst_nbytes, dtype=torch.uint8, device="cuda"))
+        for _ in range(sets)
+    ]  # fmt: skip
     times = measure(
         {
-            "cuda": [lambda a=a, b=b: ours(a, b) for a, b in memory],  # type: ignore[misc]
-            "copy": bound_of(2 * cache.nbytes, sets),
+            "cuda": [lambda a=a, b=b: move(a, b) for a, b in memory],  # type: ignore[misc]
+            "copy": bound_of(src_nbytes + dst_nbytes, sets),
         }
     )
-    return _copy_result(times, 2 * cache.nbytes)
+    return _copy_result(times, src_nbytes + dst_nbytes)
 
 
 def _copy_result(times: dict[str, list[float]], nbytes: int) -> Row:
