@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from transfer_peers import TIMEOUT_S, PeerProcess, wait_for
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, wait_for
 
 from kvxfer.errors import LeaseError, PeerDisconnectedError
+from kvxfer.testing.faults import Way
 from kvxfer.transfer import Region, TransferEngine
 
 NBYTES = 4 << 20
@@ -138,6 +139,21 @@ def test_reads_take_the_direct_way_where_there_is_one(
     assert own_peer.call("stats")["transport"][transport]["bytes_served"] == NBYTES
     direct = transport == "cma" or (transport == "shm" and kind == "allocated")
     assert ("1 of its to us" in engine.explain(peer)) == direct
+
+
+def test_memory_that_was_a_source_of_writes_is_read_like_any_other(
+    way: Way, own_peer: PeerProcess, kind: str
+) -> None:
+    """Its words once came after it: a read granted in between took a region that is there for gone."""
+    own_peer.call("add_region", "pool", NBYTES, kind)
+    own_peer.call("fill", "pool", OLD)
+    for _ in range(5):  # of connections: what is shown is shown once
+        with way.engine("driver", SECRET) as engine:
+            local = engine.allocate(NBYTES, "kv")
+            peer = engine.connect(own_peer.address)
+            own_peer.call("write_back", "pool", "kv", 0, 100)
+            engine.read(local, peer.regions["pool"], 0, 0, NBYTES).wait(TIMEOUT_S)
+            assert (local.array == OLD).all()
 
 
 def test_memory_that_is_not_shared_is_read_through_its_owner(

@@ -65,8 +65,7 @@ ShmConnection::ShmConnection(Host& host, Parts parts)
             return static_cast<ShmConnection*>(self)->source(region);
           },
           [](void* context, const Region& region) {
-            auto* self = static_cast<ShmConnection*>(context);
-            return self->show(region) && self->show_words(*region.gate.word().words());
+            return static_cast<ShmConnection*>(context)->show(region);
           },
           this) {}
 
@@ -104,6 +103,8 @@ bool ShmConnection::show(const Region& region) noexcept {
   std::lock_guard lock(mutex_);
   if (dead_) return false;
   if (shown_.contains(region.id)) return true;
+  // First the words: who has the region has what a grant on it refers to.
+  if (const auto& words = region.gate.word().words(); words && !show_words(*words)) return false;
   int fd = -1;
   const Bytes shown = reach_->show(region, fd);
   if (!send_shown(socket_.get(), {SocketType::kRegion, 0, region.id, region.nbytes}, shown, fd))
@@ -112,9 +113,8 @@ bool ShmConnection::show(const Region& region) noexcept {
   return true;
 }
 
+// Under the lock.
 bool ShmConnection::show_words(const ExportedWords& words) noexcept {
-  std::lock_guard lock(mutex_);
-  if (dead_) return false;
   if (words_shown_) return true;
   int fd = -1;
   const Bytes shown = reach_->show(words, fd);
