@@ -97,7 +97,8 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
       return refuse({.code = Code::kRemoteAccess,
                      .expected = kMaxTags,
                      .given = arrival.arrival,
-                     .text = "too many different arrival tags"});
+                     .text = "too many different arrival tags without a lease; use a tag for "
+                             "several transfers, or a lease, whose arrivals are indices"});
     if (arrival.has_notify && peer->undrained >= 2 * kNotifyWindow)
       return refuse({.code = Code::kTransport,
                      .expected = kNotifyWindow,

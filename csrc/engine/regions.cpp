@@ -57,7 +57,8 @@ RegionPtr Engine::add_region(RegionPtr region) {
   std::lock_guard lock(mutex_);
   check_open();
   if (regions_.size() >= kMaxRegions)
-    fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
+    fail(Code::kRegistration, "an engine has at most ", kMaxRegions,
+         " regions; deregister some, or register several buffers as one region");
   for (auto& [id, other] : regions_)
     if (other->name == region->name)
       fail(Code::kInvalidArgument, "a region named '", region->name,

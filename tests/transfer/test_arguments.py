@@ -8,7 +8,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import torch
 from transfer_peers import SECRET, TIMEOUT_S
 
 from kvxfer.errors import InvalidArgumentError, RegistrationError, UnavailableError
-from kvxfer.transfer import EngineConfig, TlsFiles, TransferEngine
+from kvxfer.transfer import BlockView, EngineConfig, TlsFiles, TransferEngine
 
 Pair = tuple[TransferEngine, TransferEngine]
 i64 = np.int64
@@ -202,6 +202,32 @@ def test_foreign_regions_and_peers_are_refused(pair: Pair) -> None:
     a.deregister(mine)
     with pytest.raises(InvalidArgumentError, match="not registered"):
         a.write(mine, peer.regions["kv"], 0, 0, 10)
+
+
+def test_memory_that_is_not_registered_is_refused(pair: Pair) -> None:
+    a, b = pair
+    buffer: Any = np.zeros(100, np.uint8)
+    mine = a.allocate(100, "kv")
+    b.allocate(100, "kv")
+    theirs = a.connect(b.address).regions["kv"]
+    view = BlockView(base=0, block_stride=10, nbytes=10)
+    ids = np.array([1], np.int64)
+    for call in (a.write, a.read):
+        with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+            call(buffer, theirs, 0, 0, 10)
+        with pytest.raises(InvalidArgumentError, match="not ndarray.*peer.regions"):
+            call(mine, buffer, 0, 0, 10)
+        with pytest.raises(InvalidArgumentError, match="not Region.*peer.regions"):
+            call(mine, cast(Any, mine), 0, 0, 10)
+    for blocks in (a.write_blocks, a.read_blocks):
+        with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+            blocks(buffer, theirs, view, view, ids, ids)
+        with pytest.raises(InvalidArgumentError, match="not ndarray.*peer.regions"):
+            blocks(mine, buffer, view, view, ids, ids)
+    with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+        a.grant(buffer, 0, 10, ttl_s=1)
+    with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+        a.deregister(buffer)
 
 
 def test_bad_grants_are_refused(pair: Pair) -> None:

@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +73,44 @@ def test_only_memory_that_may_be_shared_is_mapped_by_the_peer(share: str) -> Non
         assert ("kvxfer:pool-to-share" in maps) == (share == "auto")
         assert peer_process.call("bytes_of", "theirs") == bytes([5]) * NBYTES
     peer_process.close()
+
+
+# Says which prctl() opens the process to others, and does it.
+_SPY = """
+#include <stdarg.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int prctl(int option, ...) {
+  va_list list;
+  va_start(list, option);
+  unsigned long a = va_arg(list, unsigned long), b = va_arg(list, unsigned long);
+  unsigned long c = va_arg(list, unsigned long), d = va_arg(list, unsigned long);
+  va_end(list);
+  if (option == PR_SET_PTRACER) fprintf(stderr, "PR_SET_PTRACER %ld\\n", (long)a);
+  return (int)syscall(SYS_prctl, option, a, b, c, d);
+}
+"""
+
+
+@pytest.mark.skipif("cma" not in WORKING, reason="process_vm_readv does not work here")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build the spy with")
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_process_is_opened_to_others_only_when_told(tmp_path: Path, allowed: bool) -> None:
+    (tmp_path / "spy.c").write_text(_SPY)
+    library = tmp_path / "spy.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "spy.c"], check=True)
+    program = (
+        "from kvxfer.transfer import EngineConfig, TransferEngine\n"
+        f"TransferEngine('a', transports=('cma',), config=EngineConfig(allow_ptrace={allowed})).close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    assert ("PR_SET_PTRACER -1" in done.stderr) == allowed

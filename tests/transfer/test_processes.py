@@ -154,7 +154,7 @@ def test_killed_peer_is_lost_at_once_whoever_speaks_first(
 
 
 _INTERRUPTED_CLOSE = """
-import os, signal, threading
+import signal, time
 from kvxfer.transfer import TransferEngine
 a, b = TransferEngine("a"), TransferEngine("b")
 region = a.allocate(1 << 24, "kv"); b.allocate(1 << 24, "kv")
@@ -164,10 +164,10 @@ def on_signal(*_):
     a.close()  # in the middle of whatever the main thread does, perhaps another close()
     raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, on_signal)
-signal.setitimer(signal.ITIMER_REAL, 0.001)
 try:
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
     for xfer in xfers: xfer.wait()
-    signal.pause()
+    while True: time.sleep(0.05)  # pause() would miss a signal that comes just before it
 except KeyboardInterrupt:
     pass
 a.close(); a.close(); b.close()

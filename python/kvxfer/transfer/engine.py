@@ -36,6 +36,23 @@ class PeerEvent:
     cause: str = field(default="")
 
 
+def _own(region: Region) -> _transfer.Region:
+    if isinstance(region, Region):
+        return region._core
+    raise InvalidArgumentError(
+        f"region must be a Region, not {type(region).__name__}: memory is registered first, "
+        "region = engine.register(buffer)"
+    )
+
+
+def _theirs(remote: RemoteRegion) -> RemoteRegion:
+    if isinstance(remote, RemoteRegion):
+        return remote
+    raise InvalidArgumentError(
+        f"remote must be a RemoteRegion, not {type(remote).__name__}: peer.regions[name] is one"
+    )
+
+
 class TransferEngine:
     """Registers memory, connects to peers, and moves bytes between the two.
 
@@ -133,7 +150,7 @@ class TransferEngine:
 
     def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
         """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
-        self._core.deregister(region._core, timeout_s)
+        self._core.deregister(_own(region), timeout_s)
 
     def _region_name(self, name: str | None) -> str:
         if name is None:
@@ -196,8 +213,8 @@ class TransferEngine:
         """
         return self._core.submit(
             False,
-            region._core,
-            remote,
+            _own(region),
+            _theirs(remote),
             local_offsets,
             remote_offsets,
             nbytes,
@@ -230,8 +247,8 @@ class TransferEngine:
         """
         return self._core.submit(
             True,
-            region._core,
-            remote,
+            _own(region),
+            _theirs(remote),
             local_offsets,
             remote_offsets,
             nbytes,
@@ -271,8 +288,8 @@ class TransferEngine:
         """
         return self._core.submit_blocks(
             False,
-            region._core,
-            remote,
+            _own(region),
+            _theirs(remote),
             local_view,
             remote_view,
             local_blocks,
@@ -302,8 +319,8 @@ class TransferEngine:
         """Copies blocks of ``remote`` into ``region``; arguments as for ``write_blocks``."""
         return self._core.submit_blocks(
             True,
-            region._core,
-            remote,
+            _own(region),
+            _theirs(remote),
             local_view,
             remote_view,
             local_blocks,
@@ -348,7 +365,7 @@ class TransferEngine:
         """Lets a peer (or whoever holds the token) write and read just these spans for a time."""
         who = peer.incarnation if isinstance(peer, Peer) else peer
         core = self._core.grant(
-            region._core, offsets, nbytes, ttl_s=ttl_s, peer=who, num_arrivals=num_arrivals
+            _own(region), offsets, nbytes, ttl_s=ttl_s, peer=who, num_arrivals=num_arrivals
         )
         return Lease(core, region)
 
