@@ -213,20 +213,20 @@ def test_memory_that_is_not_registered_is_refused(pair: Pair) -> None:
     view = BlockView(base=0, block_stride=10, nbytes=10)
     ids = np.array([1], np.int64)
     for call in (a.write, a.read):
-        with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+        with pytest.raises(InvalidArgumentError, match=r"not ndarray.*engine\.register"):
             call(buffer, theirs, 0, 0, 10)
-        with pytest.raises(InvalidArgumentError, match="not ndarray.*peer.regions"):
+        with pytest.raises(InvalidArgumentError, match=r"not ndarray.*peer\.regions"):
             call(mine, buffer, 0, 0, 10)
-        with pytest.raises(InvalidArgumentError, match="not Region.*peer.regions"):
+        with pytest.raises(InvalidArgumentError, match=r"not Region.*peer\.regions"):
             call(mine, cast(Any, mine), 0, 0, 10)
     for blocks in (a.write_blocks, a.read_blocks):
-        with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+        with pytest.raises(InvalidArgumentError, match=r"not ndarray.*engine\.register"):
             blocks(buffer, theirs, view, view, ids, ids)
-        with pytest.raises(InvalidArgumentError, match="not ndarray.*peer.regions"):
+        with pytest.raises(InvalidArgumentError, match=r"not ndarray.*peer\.regions"):
             blocks(mine, buffer, view, view, ids, ids)
-    with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+    with pytest.raises(InvalidArgumentError, match=r"not ndarray.*engine\.register"):
         a.grant(buffer, 0, 10, ttl_s=1)
-    with pytest.raises(InvalidArgumentError, match="not ndarray.*engine.register"):
+    with pytest.raises(InvalidArgumentError, match=r"not ndarray.*engine\.register"):
         a.deregister(buffer)
 
 
