@@ -64,7 +64,8 @@ def test_the_constants_decide_what_a_plan_costs(printed: tuple[str, dict[str, An
         expected = plan.num_spans * max(model.span_s, 256 / model.bytes_per_s)
         assert math.isclose(plan.cost_s["direct"], expected, rel_tol=1e-9)
         whole = plan_transfer(nhd, nhd, range(64), range(64), cost=model)
-        assert whole.kind == "direct"
+        # Whichever is cheapest by what was measured: a busy machine may find that spans are dear.
+        assert whole.kind == min(whole.cost_s, key=whole.cost_s.__getitem__)
 
 
 def test_the_report_holds_the_same_constants(printed: tuple[str, dict[str, Any]]) -> None:
