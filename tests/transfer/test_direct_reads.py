@@ -28,9 +28,8 @@ def make_region(engine: TransferEngine, kind: str, name: str) -> Region:
 def start_reader(engine: TransferEngine, reader: PeerProcess, kind: str, name: str) -> None:
     if "sink" not in reader.call("region_names"):
         reader.call("add_region", "sink", NBYTES, kind)
-    # The announcement of the region and the message go the same way, in order.
-    engine.notify(engine.connect(reader.address), b"announced").wait(TIMEOUT_S)
-    reader.call("notifications", 1)
+    engine.connect(reader.address)
+    reader.call("await_region", name)
 
 
 def test_no_read_shows_bytes_stored_after_revoke(
