@@ -283,6 +283,16 @@ TEST_CASE("child: a removed device" * doctest::skip()) {
   ibv_free_device_list(ibv_get_device_list(&n));
   CHECK(n == 1);
   CHECK(ibv_query_device(other.context, &device) == 0);
+  // Another one may be plugged in; what was opened of the old one stays dead.
+  REQUIRE(fake_verbs_restore_device("fake0") == 0);
+  CHECK(fake_verbs_restore_device("fake0") == ENODEV);
+  Setup once_more = on_device(0);
+  once_more.plan = "devices=2";
+  Pair fresh(once_more);
+  ibv_send_wr again = fresh.a.write(fresh.b, 10);
+  REQUIRE(fresh.a.post(again) == 0);
+  CHECK(fresh.a.await().status == IBV_WC_SUCCESS);
+  CHECK(ibv_query_device(p.a.context, &device) == EIO);
 }
 
 TEST_CASE("a device that is removed fails every verb, and another does not") {

@@ -85,6 +85,15 @@ FAKE_VERBS_EXPORT int fake_verbs_remove_device(const char* name) {
   return 0;
 }
 
+FAKE_VERBS_EXPORT int fake_verbs_restore_device(const char* name) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  Device* const device = find_device(nic, name);
+  if (!device || !device->removed) return ENODEV;
+  nic.replace_device(*device);
+  return 0;
+}
+
 FAKE_VERBS_EXPORT int64_t fake_verbs_count(const char* name) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();

@@ -41,6 +41,8 @@ int fake_verbs_set_port(const char *device, int port, int up);
 
 /* The device is gone: IBV_EVENT_DEVICE_FATAL, then every verb on it fails with EIO. ENODEV. */
 int fake_verbs_remove_device(const char *device);
+/* Another device of this name takes its place, with the counts of the plan. ENODEV. */
+int fake_verbs_restore_device(const char *device);
 
 /* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
  * packets, retransmissions, timeouts, rnr_naks, completions, events, binds, bytes_placed, dropped,
