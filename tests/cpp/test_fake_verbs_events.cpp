@@ -110,7 +110,7 @@ TEST_CASE("events that nobody has taken go with their object") {
   REQUIRE(ibv_req_notify_cq(p.a.cq, 0) == 0);
   write(p);
   REQUIRE(rings(p.a, 5000));
-  fake_verbs_break_qp(p.a.qp);
+  REQUIRE(fake_verbs_break_qp(p.a.qp->qp_num) == 0);
   CHECK(ibv_destroy_comp_channel(p.a.channel) == EBUSY);
   REQUIRE(ibv_destroy_qp(p.a.qp) == 0);
   REQUIRE(ibv_destroy_cq(p.a.cq) == 0);
@@ -124,7 +124,7 @@ TEST_CASE("events that nobody has taken go with their object") {
 TEST_CASE("a queue pair that breaks says so and flushes") {
   Pair p;
   REQUIRE(p.a.receive(4, p.a.sge(0, 10)) == 0);
-  fake_verbs_break_qp(p.a.qp);
+  REQUIRE(fake_verbs_break_qp(p.a.qp->qp_num) == 0);
   CHECK(p.a.await_event() == IBV_EVENT_QP_FATAL);
   CHECK(p.a.await().status == IBV_WC_WR_FLUSH_ERR);
   CHECK(p.a.state(p.a.qp) == IBV_QPS_ERR);

@@ -295,7 +295,7 @@ TEST_CASE("every status can be had, before and after the bytes have landed") {
     p.a.fill(1);
     // The seed decides; over all of them both ways occur.
     REQUIRE(fake_verbs_plan(("seed=" + std::to_string(status)).c_str()) == 0);
-    fake_verbs_fail_next(p.a.qp, static_cast<ibv_wc_status>(status));
+    fake_verbs_fail_next(p.a.qp->qp_num, static_cast<ibv_wc_status>(status));
     ibv_send_wr wr = p.a.write(p.b, 100);
     REQUIRE(p.a.post(wr) == 0);
     CHECK(p.a.await().status == static_cast<ibv_wc_status>(status));

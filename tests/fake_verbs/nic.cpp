@@ -106,6 +106,7 @@ int Nic::refuse(const char* verb, const Device& device) {
   if (plan.fail.empty()) return 0;
   const auto asked = plan.fail.find(verb);
   if (asked == plan.fail.end() || ++calls_[verb] != asked->second.at) return 0;
+  ++statistics.failed_calls;
   return asked->second.err;
 }
 
