@@ -70,8 +70,13 @@ VerbsConnection::~VerbsConnection() {
 }
 
 Ends VerbsConnection::ends() const noexcept {
-  return {channel_.end(), pull_end_, {source_->qp_num, source_psn_}, Channel::num_buffers(*device_),
-          served_, issued_, 0};
+  return {channel_.end(),
+          pull_end_,
+          {source_->qp_num, source_psn_},
+          Channel::num_buffers(*device_),
+          served_,
+          issued_,
+          0};
 }
 
 void VerbsConnection::connect(const Route& route, const Ends& remote) {
@@ -101,9 +106,9 @@ std::optional<std::string> VerbsConnection::try_read(uint64_t address, uint32_t 
       continue;
     }
     if (completion.status != IBV_WC_SUCCESS)
-      return cat("an RDMA READ of the peer's memory failed: ",
-                 api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
-                 "); the path is ", route_.path.reason);
+      return cat(
+          "an RDMA READ of the peer's memory failed: ", api().wc_status_str(completion.status),
+          " (vendor error ", completion.vendor_err, "); the path is ", route_.path.reason);
     pulls_.recycle(pulls_.on_completion(completion).done);
     out = std::bit_cast<Incarnation>(outgoing_.scratch());
     return {};
@@ -255,11 +260,10 @@ void VerbsConnection::deliver(ChunkPtr chunk, ibv_wc_status status) {
   if (!is_dead() && (status == IBV_WC_SUCCESS || is_requests_own(status))) {
     std::optional<Failure> failure;
     if (status != IBV_WC_SUCCESS)
-      failure = Failure{.code = status == IBV_WC_REM_ACCESS_ERR ? Code::kRemoteAccess
-                                                                : Code::kTransport,
-                        .text = cat("an RDMA READ on ", device_->name(), " failed: ",
-                                    api().wc_status_str(status), " (vendor error ",
-                                    pulls_.vendor_error(), ")")};
+      failure = Failure{
+          .code = status == IBV_WC_REM_ACCESS_ERR ? Code::kRemoteAccess : Code::kTransport,
+          .text = cat("an RDMA READ on ", device_->name(), " failed: ", api().wc_status_str(status),
+                      " (vendor error ", pulls_.vendor_error(), ")")};
     is_write ? incoming_.on_landed(std::move(chunk), std::move(failure))
              : outgoing_.on_landed(std::move(chunk), std::move(failure));
   } else {
@@ -285,8 +289,8 @@ bool VerbsConnection::step() {
   if (const int err = channel_.error())
     die({.code = Code::kTransport,
          .err = err,
-         .text = cat("ibv_post_send or ibv_post_recv of a message on ", device_->name(),
-                     " failed")});
+         .text =
+             cat("ibv_post_send or ibv_post_recv of a message on ", device_->name(), " failed")});
   else if (outgoing_.room_wanted())
     host_.writable(*this);
   return some;
@@ -337,9 +341,8 @@ void VerbsConnection::control_failed(const ibv_wc& completion) {
   const bool lost = completion.status == IBV_WC_RETRY_EXC_ERR;
   die({.code = lost ? Code::kPeerDisconnected : Code::kTransport,
        .text = cat("the control queue pair on ", device_->name(), " failed: ",
-                   api().wc_status_str(completion.status), " (vendor error ",
-                   completion.vendor_err, ")",
-                   lost ? ": the peer's host or the network does not answer" : "")});
+                   api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
+                   ")", lost ? ": the peer's host or the network does not answer" : "")});
 }
 
 void VerbsConnection::broken(const char* what) {
@@ -377,10 +380,9 @@ void VerbsConnection::close(const Failure& cause) noexcept {
 }
 
 std::string VerbsConnection::describe() const {
-  return cat("verbs: ", device_->name(), ", ", route_.path.reason, ", MTU ",
-             128 << route_.mtu, ", ", int{issued_}, " READs in flight, gives up after ",
-             int{route_.retry_count}, " retries of ",
-             (int64_t{4096} << route_.timeout) / 1'000'000,
+  return cat("verbs: ", device_->name(), ", ", route_.path.reason, ", MTU ", 128 << route_.mtu,
+             ", ", int{issued_}, " READs in flight, gives up after ", int{route_.retry_count},
+             " retries of ", (int64_t{4096} << route_.timeout) / 1'000'000,
              " ms; the owner pulls: no region is remotely writable; ",
              num_replaced_.load(std::memory_order_relaxed), " queue pair(s) replaced");
 }

@@ -58,7 +58,8 @@ class VerbsConnection final : public Connection, public Pollable {
   bool on_queue_pair_event(uint32_t number, const char* event);
 
  private:
-  // A flush takes microseconds; a device that does not do it is gone, and to destroy is all there is.
+  // A flush takes microseconds; a device that does not do it is gone, and to destroy is all there
+  // is.
   static constexpr int64_t kFlushNs = 100'000'000;
   struct ChannelHandler;
 
@@ -108,12 +109,12 @@ class VerbsConnection final : public Connection, public Pollable {
   std::deque<ibv_wc> held_;  // taken while something else was waited for
   bool pull_failed_ = false;
   bool gates_watched_ = false;
-  uint32_t num_breaks_ = 0;         // since a chain last came through
-  uint32_t source_epoch_ = 0;       // of ours
-  uint32_t peer_epoch_ = 0;         // of the peer's source
-  bool serving_ = true;             // our source is connected
-  std::string last_error_;          // of a post that failed, or an event
-  QpEnd pull_end_;                  // of the first pull queue pair, for the join
+  uint32_t num_breaks_ = 0;    // since a chain last came through
+  uint32_t source_epoch_ = 0;  // of ours
+  uint32_t peer_epoch_ = 0;    // of the peer's source
+  bool serving_ = true;        // our source is connected
+  std::string last_error_;     // of a post that failed, or an event
+  QpEnd pull_end_;             // of the first pull queue pair, for the join
   Bytes body_;
   Reactor::Token token_ = 0;
 };

@@ -136,8 +136,7 @@ std::optional<Failure> Outgoing::judge(const Flight& flight, uint32_t slot) cons
   if (flight.landed != flight.request->nbytes)
     return Failure{.code = Code::kInternal, .text = "words came before the data of a read"};
   if (flight.lease.present && words[1] != flight.lease.value)
-    return Failure{.code = Code::kLease,
-                   .text = "the lease ended before the read was complete"};
+    return Failure{.code = Code::kLease, .text = "the lease ended before the read was complete"};
   if (words[0] != flight.region.value)
     return Failure{.code = Code::kRemoteAccess,
                    .text = "the region was deregistered before the read was complete"};
@@ -201,8 +200,7 @@ bool Outgoing::on_read_data(ByteView body) {
   Reader reader(body);
   const auto head = reader.get<DataHead>();
   const ByteView data = reader.take(reader.remaining());
-  if (!reader.ok() || data.empty() || data.size() != head.nbytes ||
-      head.ticket.slot >= kNumSlots)
+  if (!reader.ok() || data.empty() || data.size() != head.nbytes || head.ticket.slot >= kNumSlots)
     return false;
   const RequestPtr request = enter(head.ticket);
   if (!request) {

@@ -3,8 +3,8 @@
 // Queue pairs of bulk come and go while the connection stays.
 //
 //   source side                                        pulling side
-//   ERR, destroy: nothing is read any more             (its READs fail: kPullBroken, or before that)
-//   kNewSource epoch+1  ──────────────────────────►    ERR, flush, destroy; chains are kept
+//   ERR, destroy: nothing is read any more             (its READs fail: kPullBroken, or before
+//   that) kNewSource epoch+1  ──────────────────────────►    ERR, flush, destroy; chains are kept
 //   connect             ◄──────────────────────────    kNewPuller
 //   kSourceReady        ──────────────────────────►    chains are posted again
 //
@@ -40,12 +40,11 @@ void VerbsConnection::break_pulls(bool counts) {
   const ibv_wc_status status = pulls_.first_error();
   stop_pulls();
   if (counts && ++num_breaks_ > kMaxBreaks)
-    return die({.code = status == IBV_WC_RETRY_EXC_ERR ? Code::kPeerDisconnected
-                                                       : Code::kTransport,
-                .text = cat("RDMA READs on ", device_->name(), " have failed ", num_breaks_,
-                            " times in a row, at last: ",
-                            status == IBV_WC_SUCCESS ? last_error_.c_str()
-                                                     : api().wc_status_str(status))});
+    return die({.code = status == IBV_WC_RETRY_EXC_ERR ? Code::kPeerDisconnected : Code::kTransport,
+                .text = cat(
+                    "RDMA READs on ", device_->name(), " have failed ", num_breaks_,
+                    " times in a row, at last: ",
+                    status == IBV_WC_SUCCESS ? last_error_.c_str() : api().wc_status_str(status))});
   channel_.message(Type::kPullBroken,
                    {view_of(QpHead{peer_epoch_, 0, 0, static_cast<uint32_t>(status)})});
 }
