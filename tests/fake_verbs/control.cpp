@@ -47,6 +47,13 @@ FAKE_VERBS_EXPORT void fake_verbs_release(uint32_t qp_num) {
   nic.arm(0);
 }
 
+FAKE_VERBS_EXPORT void fake_verbs_pass(uint32_t qp_num, int num_packets) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  nic.network.pass(qp_num, num_packets);
+  nic.arm(0);
+}
+
 FAKE_VERBS_EXPORT void fake_verbs_fail_next(ibv_qp* qp, ibv_wc_status status) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();
@@ -75,6 +82,15 @@ FAKE_VERBS_EXPORT int fake_verbs_remove_device(const char* name) {
   Device* const device = find_device(nic, name);
   if (!device) return ENODEV;
   nic.remove_device(*device);
+  return 0;
+}
+
+FAKE_VERBS_EXPORT int fake_verbs_restore_device(const char* name) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  Device* const device = find_device(nic, name);
+  if (!device || !device->removed) return ENODEV;
+  nic.replace_device(*device);
   return 0;
 }
 

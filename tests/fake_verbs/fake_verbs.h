@@ -26,6 +26,8 @@ int fake_verbs_plan(const char *plan);
  * what the QP, the key or the window was when they were sent does not matter. */
 void fake_verbs_hold(uint32_t qp_num);
 void fake_verbs_release(uint32_t qp_num);
+/* Lets so many of them through and goes on holding. */
+void fake_verbs_pass(uint32_t qp_num, int num_packets);
 
 /* The next request that this QP begins ends with `status`: half of the time before anything was
  * sent, half of the time after all of it has landed. */
@@ -39,6 +41,8 @@ int fake_verbs_set_port(const char *device, int port, int up);
 
 /* The device is gone: IBV_EVENT_DEVICE_FATAL, then every verb on it fails with EIO. ENODEV. */
 int fake_verbs_remove_device(const char *device);
+/* Another device of this name takes its place, with the counts of the plan. ENODEV. */
+int fake_verbs_restore_device(const char *device);
 
 /* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
  * packets, retransmissions, timeouts, rnr_naks, completions, events, binds, bytes_placed, dropped,

@@ -65,7 +65,7 @@ void Nic::forked() {
     for (const auto& [key, context] : contexts)
       for (const auto& [unused, cq] : context->cqs) cq->broken.store(true);
   }
-  for (auto& device : devices_) inherited_.push_back(std::move(device));
+  for (auto& device : devices_) gone_.push_back(std::move(device));
   devices_.clear();
   qps_.clear();
   ready_.clear();
@@ -328,6 +328,15 @@ void Nic::remove_device(Device& device) {
     tell(*context, event);
     for (const auto& [unused, cq] : context->cqs) cq->broken.store(true, std::memory_order_release);
   }
+}
+
+void Nic::replace_device(Device& removed) {
+  for (auto& device : devices_)
+    if (device.get() == &removed) {
+      // Contexts of the old one are still open.
+      gone_.push_back(std::exchange(device, std::make_unique<Device>(plan, removed.index)));
+      return;
+    }
 }
 
 }  // namespace fake_verbs

@@ -79,6 +79,7 @@ class Nic {
   void break_qp(QueuePair& qp, std::optional<ibv_event_type> event);
   void set_port(Port& port, bool up);
   void remove_device(Device& device);
+  void replace_device(Device& removed);
   // No event or completion of this one is left anywhere.
   void forget(QueuePair& qp);
   void forget(CompletionQueue& cq);
@@ -113,7 +114,7 @@ class Nic {
   int doorbell_ = -1;
   int64_t next_timer_ns_ = kvxfer::kNever;
   std::vector<std::unique_ptr<Device>> devices_;
-  std::vector<std::unique_ptr<Device>> inherited_;  // in a child, its parent's
+  std::vector<std::unique_ptr<Device>> gone_;  // removed and replaced; in a child, its parent's
   std::unordered_map<uint32_t, QueuePair*> qps_;
   uint32_t next_qp_ = 0;
   std::deque<uint32_t> ready_;  // QP numbers: the pair may be gone by then
