@@ -18,7 +18,8 @@ give_up() {
   echo "guest: $*"
   power_off
 }
-inside() { PATH=/usr/sbin:/usr/bin chroot /root "$@"; }
+# By env: busybox would take its own ip and tc, which know neither veth nor netem.
+inside() { chroot /root /usr/bin/env PATH=/usr/sbin:/usr/bin "$@"; }
 
 . /job/settings
 for module in $modules; do

@@ -29,6 +29,7 @@ PACKAGES = (
     "ibverbs-utils",
     "iproute2",
     "libibverbs-dev",
+    "libibverbs1",
     "perftest",
     "qemu-system-x86",
 )
@@ -49,6 +50,15 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(pwd.getpwuid(os.getuid()).pw_dir, ".cache/kvxfer-rdma-vm")
 
 
+def _ready_folder(cache: Path) -> Path:
+    key = hashlib.sha256(" ".join((FORM, KERNEL, *PACKAGES)).encode()).hexdigest()[:12]
+    return cache / key
+
+
+def is_prepared(cache: Path) -> bool:
+    return (_ready_folder(cache) / "manifest.json").exists()
+
+
 def prepared(cache: Path) -> Path:
     """The folder with ``root/``, ``modules/``, ``kernel`` and ``manifest.json``; made at the first call.
 
@@ -58,9 +68,8 @@ def prepared(cache: Path) -> Path:
     Raises:
         Unavailable: not Debian on amd64, or the packages can neither be found nor fetched.
     """
-    key = hashlib.sha256(" ".join((FORM, KERNEL, *PACKAGES)).encode()).hexdigest()[:12]
-    ready = cache / key
-    if (ready / "manifest.json").exists():
+    ready = _ready_folder(cache)
+    if is_prepared(cache):
         return ready
     for tool in ("apt-get", "apt-cache", "dpkg", "dpkg-deb"):
         if shutil.which(tool) is None:
@@ -73,7 +82,7 @@ def prepared(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (ready / "manifest.json").exists():  # another run may have made it meanwhile
+        if not is_prepared(cache):  # another run may have made it meanwhile
             _prepare(cache, ready)
     return ready
 
@@ -138,18 +147,21 @@ def _fetch(debs: Path, options: tuple[str, ...]) -> dict[str, Path]:
     new = re.findall(r"^Inst (\S+) \(", plan, re.MULTILINE)
     names = list(dict.fromkeys([*PACKAGES, *new, kernel[1]]))
     uris = _apt("apt-get", "download", "--print-uris", *names, options=options)
-    files = {}
+    files, wanted = {}, {}
     for line in uris.splitlines():
         _, file, nbytes, digest = shlex.split(line)
         name, path = file.split("_")[0], debs / file
+        files[name] = path
         if not _is_whole(path, int(nbytes), digest):
             path.unlink(missing_ok=True)
-            _apt("apt-get", "download", "-qq", name, options=options, cwd=debs)
-            if not _is_whole(path, int(nbytes), digest):
-                raise Unavailable(f"{file} came with other contents than the {digest} of the list")
-        files[name] = path
+            wanted[name] = (path, int(nbytes), digest)
     if missing := set(names) - set(files):
         raise Unavailable(f"apt knows no place to fetch {sorted(missing)} from")
+    if wanted:  # in one call, since each reads all of apt's lists first
+        _apt("apt-get", "download", "-qq", *wanted, options=options, cwd=debs)
+    for path, nbytes, digest in wanted.values():
+        if not _is_whole(path, nbytes, digest):
+            raise Unavailable(f"{path.name} came with other contents than the {digest} of the list")
     return files
 
 
