@@ -251,7 +251,13 @@ void VerbsConnection::on_message(Type type, ByteView body) {
 void VerbsConnection::on_read(const ibv_wc& completion) {
   PullQueue::Outcome outcome = pulls_.on_completion(completion);
   if (completion.status != IBV_WC_SUCCESS && outcome.is_mine) pull_failed_ = true;
-  if (outcome.done) deliver(std::move(outcome.done), outcome.status);
+  if (!outcome.done) return;
+  // While the queue pair is being stopped, a flush may come before the NIC has put away what it was
+  // just receiving (Soft-RoCE copies on another CPU): such chains wait until it is destroyed.
+  if (outcome.status != IBV_WC_SUCCESS && stopping_pulls_)
+    parked_.emplace_back(std::move(outcome.done), outcome.status);
+  else
+    deliver(std::move(outcome.done), outcome.status);
 }
 
 void VerbsConnection::deliver(ChunkPtr chunk, ibv_wc_status status) {
@@ -358,6 +364,7 @@ void VerbsConnection::die(const Failure& cause) {
   }
   if (token_ != 0) host_.reactor().remove(token_, completions_.fd());
   if (source_) (void)stop_qp(source_.get());
+  stopping_pulls_ = true;
   const bool control_marked = channel_.stop(), pulls_marked = pulls_.stop();
   if (control_marked && pulls_marked)
     drain({work_id(Work::kSendMarker, 0), pulls_.marker()}, kFlushNs);
@@ -366,7 +373,7 @@ void VerbsConnection::die(const Failure& cause) {
   else if (control_marked)
     drain({work_id(Work::kSendMarker, 0)}, kFlushNs);
   channel_.destroy();
-  for (ChunkPtr& chunk : pulls_.close()) deliver(std::move(chunk), IBV_WC_WR_FLUSH_ERR);
+  close_pulls();
   source_.reset();
   held_.clear();
   incoming_.clear();

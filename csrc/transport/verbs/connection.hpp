@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "transport/verbs/channel.hpp"
 #include "transport/verbs/completion_queue.hpp"
@@ -82,6 +83,7 @@ class VerbsConnection final : public Connection, public Pollable {
   // replace.cpp
   void break_pulls(bool counts);
   void stop_pulls();
+  void close_pulls();
   void replace_source();
   void check_answers() noexcept;
   void check_gates();
@@ -107,7 +109,8 @@ class VerbsConnection final : public Connection, public Pollable {
 
   // Progress thread only.
   std::deque<ibv_wc> held_;  // taken while something else was waited for
-  bool pull_failed_ = false;
+  bool pull_failed_ = false, stopping_pulls_ = false;
+  std::deque<std::pair<ChunkPtr, ibv_wc_status>> parked_;
   bool gates_watched_ = false;
   uint32_t num_breaks_ = 0;    // since a chain last came through
   uint32_t source_epoch_ = 0;  // of ours

@@ -29,9 +29,17 @@ constexpr uint32_t kMaxBreaks = 4;  // without anything that came through in bet
 // What was in flight is kept by its request, to be posted again.
 void VerbsConnection::stop_pulls() {
   if (!pulls_.is_open()) return;
+  stopping_pulls_ = true;
   if (pulls_.stop()) drain({pulls_.marker()}, kFlushNs);
-  for (ChunkPtr& chunk : pulls_.close()) deliver(std::move(chunk), IBV_WC_WR_FLUSH_ERR);
-  pull_failed_ = false;
+  close_pulls();
+}
+
+// Destroyed, the queue pair touches nothing any more; only now are gates left.
+void VerbsConnection::close_pulls() {
+  std::deque<ChunkPtr> rest = pulls_.close();
+  for (auto& [chunk, status] : std::exchange(parked_, {})) deliver(std::move(chunk), status);
+  for (ChunkPtr& chunk : rest) deliver(std::move(chunk), IBV_WC_WR_FLUSH_ERR);
+  stopping_pulls_ = pull_failed_ = false;
 }
 
 // `counts`: because it failed; else because we want what is in flight back.
