@@ -258,6 +258,7 @@ TEST_CASE("verbs: removing the device ends everything, and says so") {
     CHECK(quiesces(t));
   }
   CHECK(eventually([&] { return !w.alive(); }));
+  CHECK(fake_verbs_restore_device("fake0") == 0);
 }
 
 TEST_CASE("verbs: a port that goes down ends its connections, and is refused with the reason") {

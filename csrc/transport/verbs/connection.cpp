@@ -363,6 +363,7 @@ void VerbsConnection::die(const Failure& cause) {
     if (dead_.exchange(true, std::memory_order_relaxed)) return;
   }
   if (token_ != 0) host_.reactor().remove(token_, completions_.fd());
+  host_.reactor().cancel(gates_timer_);
   if (source_) (void)stop_qp(source_.get());
   stopping_pulls_ = true;
   const bool control_marked = channel_.stop(), pulls_marked = pulls_.stop();

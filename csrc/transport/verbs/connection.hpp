@@ -112,6 +112,7 @@ class VerbsConnection final : public Connection, public Pollable {
   bool pull_failed_ = false, stopping_pulls_ = false;
   std::deque<std::pair<ChunkPtr, ibv_wc_status>> parked_;
   bool gates_watched_ = false;
+  Reactor::TimerId gates_timer_ = Reactor::kNoTimer;
   uint32_t num_breaks_ = 0;    // since a chain last came through
   uint32_t source_epoch_ = 0;  // of ours
   uint32_t peer_epoch_ = 0;    // of the peer's source

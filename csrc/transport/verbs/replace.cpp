@@ -149,7 +149,7 @@ void VerbsConnection::check_answers() noexcept {
 
 void VerbsConnection::watch_gates() {
   if (std::exchange(gates_watched_, true)) return;
-  host_.reactor().at(now_ns() + kGateNs, [weak = weak_from_this()] {
+  gates_timer_ = host_.reactor().at(now_ns() + kGateNs, [weak = weak_from_this()] {
     if (auto self = std::static_pointer_cast<VerbsConnection>(weak.lock())) self->check_gates();
   });
 }
