@@ -45,8 +45,9 @@ int fake_verbs_remove_device(const char* device);
 int fake_verbs_restore_device(const char* device);
 
 /* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
- * packets, retransmissions, failed_calls, timeouts, rnr_naks, completions, events, binds, bytes_placed, dropped,
- * duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes. */
+ * packets, retransmissions, failed_calls, timeouts, rnr_naks, completions, events, binds,
+ * bytes_placed, dropped, duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes.
+ */
 int64_t fake_verbs_count(const char* name);
 
 #ifdef __cplusplus

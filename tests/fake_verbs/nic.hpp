@@ -27,7 +27,8 @@ namespace fake_verbs {
 
 struct Statistics {
   uint64_t work_requests = 0, doorbells = 0, receives = 0, packets = 0, retransmissions = 0;
-  uint64_t failed_calls = 0, timeouts = 0, rnr_naks = 0, completions = 0, events = 0, binds = 0, bytes_placed = 0;
+  uint64_t failed_calls = 0, timeouts = 0, rnr_naks = 0, completions = 0, events = 0, binds = 0,
+           bytes_placed = 0;
 };
 
 class Nic {
