@@ -15,11 +15,11 @@ BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE  := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP     := $(shell find csrc tests/cpp tests/fuzz -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CPP     := $(shell find csrc tests/cpp tests/fake_verbs tests/fuzz tests/rdma_vm -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PY_DIRS := python tests bench tools examples
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve test test-all test-cpp sanitize models fuzz lint format typecheck bench gpu-check doctor clean
+.PHONY: help build serve test test-all test-vm test-cpp sanitize models fuzz lint format typecheck bench gpu-check doctor clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,10 +28,14 @@ serve: $(VENV)/.built  ## Router + prefill + decode with the bundled model. PORT
 	@$(BIN)/kvxfer serve $(if $(MODEL),"$(MODEL)") --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(SERVE_ARGS)
 
 test: $(VENV)/.tested-deps  ## The ordinary test suite, on any machine
-	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not vm" $(TEST_ARGS)
 
 test-all: $(VENV)/.tested-deps  ## The long runs too
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-vm: $(VENV)/.tested-deps  ## Verbs on Soft-RoCE in a virtual machine (fetches 90 MB of Debian packages once), in minutes
+	@tests/rdma_vm/run --prepare || { code=$$?; [ $$code = 77 ]; }
+	$(BIN)/python -m pytest -m "vm and not slow" tests/rdma_vm $(TEST_ARGS)
 
 test-cpp: | $(VENV)/.venv  ## The C++ tests (needs doctest: apt-get install doctest-dev)
 	@tools/cpp_tests.sh plain
