@@ -264,6 +264,26 @@ void checksum_rows(const py::array_t<int64_t, py::array::c_style>& bases,
   cpu::checksum_rows(p);
 }
 
+// For measurements. Blocks of nbytes at these offsets of each array: the first of all arrays, the
+// second of all, ...
+uint64_t read_blocks(const std::vector<py::array>& arrays,
+                     const py::array_t<int64_t, py::array::c_style>& offsets, int64_t nbytes) {
+  std::vector<const char*> blocks;
+  blocks.reserve(arrays.size() * static_cast<size_t>(offsets.size()));
+  for (py::ssize_t i = 0; i < offsets.size(); ++i) {
+    const int64_t offset = offsets.data()[i];
+    for (const py::array& array : arrays) {
+      if (offset < 0 || nbytes < 0 || offset > array.nbytes() - nbytes) {
+        fail(Code::kInvalidArgument, "offsets[", i, "]: expected 0 to ", array.nbytes() - nbytes,
+             ", given ", offset);
+      }
+      blocks.push_back(static_cast<const char*>(array.data()) + offset);
+    }
+  }
+  const py::gil_scoped_release release;
+  return cpu::read_blocks(blocks.data(), static_cast<int64_t>(blocks.size()), nbytes);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = KVXFER_COMPILER;
@@ -312,6 +332,7 @@ PYBIND11_MODULE(_kernels_cpu, m) {
   m.def("checksum_rows", &checksum_rows, py::arg("bases"), py::arg("layers"), py::arg("block_ids"),
         py::arg("keys"), py::arg("sums"), py::kw_only(), py::arg("part_id"), py::arg("row_bytes"),
         py::arg("strides"), py::arg("extent"), py::arg("tokens"), py::arg("heads"));
+  m.def("read_blocks", &read_blocks, py::arg("arrays"), py::arg("offsets"), py::arg("nbytes"));
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &cpu::get_num_threads);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
