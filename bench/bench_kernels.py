@@ -9,7 +9,9 @@ neighbours on a shared machine disturb all of them alike. With one thread the th
 taken, so that a neighbour's turn on the core does not count. Copies are measured on one thread. Rows are
 printed, and written with --json, as they come; what the budget leaves no time for is named.
 
-Bounds: decode, a sum over contiguous memory of the same size; prefill, a matrix product (torch.mm); copies, the
+Bounds: decode, the fastest of three reads of contiguous memory of the same size (torch's sum and dot, and ours, which
+asks for lines ahead), and beside it that read of the same blocks in the block table's order, which every kernel has
+to follow; prefill, a matrix product (torch.mm); copies, the
 faster of a memcpy block by block and one of all bytes at once, which the C library does around the caches where
 they are too small. Peers: torch's gather and attention (scaled_dot_product_attention, FlexAttention), index_select
 and indexing.
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 
 from common import interleave, machine_facts, write_json
-from kvxfer import _transfer, kernels
+from kvxfer import _kernels_cpu, _transfer, kernels
 from kvxfer.layout import KVLayout
 
 Timed = dict[str, Callable[[], Any]]
@@ -156,6 +158,9 @@ def decode_case(
     lens = torch.full((batch,), context, dtype=torch.int32)
     q = torch.randn(batch, q_heads, dim, generator=generator).to(dtype)
     flat = torch.ones((k.nbytes + v.nbytes) // 4)
+    memory = [x.view(torch.uint8).numpy() for x in (k, v)]
+    nbytes = k.nbytes // blocks
+    listed = table.numpy().reshape(-1).astype(np.int64) * nbytes
 
     def gather() -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = k[table.long()], v[table.long()]
@@ -175,6 +180,8 @@ def decode_case(
         "ours": lambda: kernels.paged_decode(q, k, v, table, lens, kv_layout=order),
         "sum": flat.sum,
         "dot": lambda: torch.dot(flat, flat),
+        "read": lambda: _kernels_cpu.read_blocks(memory, np.sort(listed), nbytes),
+        "read of blocks": lambda: _kernels_cpu.read_blocks(memory, listed, nbytes),
         "sdpa": gather_and_sdpa,
     }
     why = run.flex if isinstance(run.flex, str) else None
@@ -189,7 +196,8 @@ def decode_case(
     row = {
         "us": statistics.median(seconds["ours"]) * 1e6,
         "gb_per_s": (k.nbytes + v.nbytes) / statistics.median(seconds["ours"]) / 1e9,
-        "of_read": of_best(seconds, "ours", "sum", "dot"),
+        "of_read": of_best(seconds, "ours", "sum", "dot", "read"),
+        "of_read_of_blocks": ratio(seconds, "ours", "read of blocks"),
         "times_gather_and_sdpa": ratio(seconds, "ours", "sdpa"),
     }
     if "flex" in timed:

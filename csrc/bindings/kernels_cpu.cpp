@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The module _kernels_cpu: NumPy views in, plain parameters out. Shapes and dtypes were checked in
 // Python (kvxfer.kernels); what is checked here is only what would otherwise reach memory.
+#include "bindings/kernels_cpu.hpp"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -226,48 +228,6 @@ void merge_states(const py::array& v_a, const py::array& lse_a, const py::array&
 using Strides = std::array<int64_t, 3>;
 using Extent = std::array<int64_t, 2>;
 
-void copy_rows(const py::array_t<int64_t, py::array::c_style>& bases,
-               const py::array_t<int64_t, py::array::c_style>& segments, int64_t num_heads,
-               int64_t width, int64_t row_bytes, const Strides& src_strides,
-               const Strides& dst_strides, const Extent& src_extent, const Extent& dst_extent,
-               int src_dtype, int dst_dtype,
-               const std::optional<py::array_t<float, py::array::c_style>>& factors) {
-  check_ndim("bases", bases, 2);
-  check_ndim("segments", segments, 2);
-  if (bases.shape(1) != 2 || segments.shape(1) != 5) {
-    fail(Code::kInvalidArgument, "bases, segments: expected 2 and 5 columns, given ",
-         bases.shape(1), " and ", segments.shape(1));
-  }
-  cpu::Copy p;
-  p.bases = bases.data();
-  p.num_layers = bases.shape(0);
-  p.segments = segments.data();
-  p.num_segments = segments.shape(0);
-  p.num_heads = num_heads;
-  p.width = width;
-  p.row_bytes = row_bytes;
-  p.src = {src_strides[0], src_strides[1], src_strides[2]};
-  p.dst = {dst_strides[0], dst_strides[1], dst_strides[2]};
-  p.src_blocks = src_extent[0];
-  p.src_block_size = src_extent[1];
-  p.dst_blocks = dst_extent[0];
-  p.dst_block_size = dst_extent[1];
-  p.convert = src_dtype != dst_dtype || factors;
-  if (factors) {
-    if (factors->size() != p.num_layers * num_heads * 2) {
-      fail(Code::kInvalidArgument, "factors: expected ", p.num_layers * num_heads * 2,
-           " numbers, given ", factors->size());
-    }
-    p.factors = factors->data();
-  }
-  if (p.convert) {
-    p.src_dtype = static_cast<DType>(src_dtype);
-    p.dst_dtype = static_cast<DType>(dst_dtype);
-  }
-  const py::gil_scoped_release release;
-  cpu::copy_rows(p);
-}
-
 void checksum_rows(const py::array_t<int64_t, py::array::c_style>& bases,
                    const py::array_t<int64_t, py::array::c_style>& layers,
                    const py::array_t<int64_t, py::array::c_style>& block_ids,
@@ -302,6 +262,26 @@ void checksum_rows(const py::array_t<int64_t, py::array::c_style>& bases,
   p.num_heads = heads[1];
   const py::gil_scoped_release release;
   cpu::checksum_rows(p);
+}
+
+// For measurements. Blocks of nbytes at these offsets of each array: the first of all arrays, the
+// second of all, ...
+uint64_t read_blocks(const std::vector<py::array>& arrays,
+                     const py::array_t<int64_t, py::array::c_style>& offsets, int64_t nbytes) {
+  std::vector<const char*> blocks;
+  blocks.reserve(arrays.size() * static_cast<size_t>(offsets.size()));
+  for (py::ssize_t i = 0; i < offsets.size(); ++i) {
+    const int64_t offset = offsets.data()[i];
+    for (const py::array& array : arrays) {
+      if (offset < 0 || nbytes < 0 || offset > array.nbytes() - nbytes) {
+        fail(Code::kInvalidArgument, "offsets[", i, "]: expected 0 to ", array.nbytes() - nbytes,
+             ", given ", offset);
+      }
+      blocks.push_back(static_cast<const char*>(array.data()) + offset);
+    }
+  }
+  const py::gil_scoped_release release;
+  return cpu::read_blocks(blocks.data(), static_cast<int64_t>(blocks.size()), nbytes);
 }
 
 py::dict build_info() {
@@ -348,13 +328,11 @@ PYBIND11_MODULE(_kernels_cpu, m) {
         py::arg("k_scale_cache"), py::arg("v_scale_cache"), py::arg("bytes_are"));
   m.def("merge_states", &merge_states, py::arg("v_a"), py::arg("lse_a"), py::arg("v_b"),
         py::arg("lse_b"), py::arg("out"), py::arg("lse"));
-  m.def("copy_rows", &copy_rows, py::arg("bases"), py::arg("segments"), py::kw_only(),
-        py::arg("num_heads"), py::arg("width"), py::arg("row_bytes"), py::arg("src_strides"),
-        py::arg("dst_strides"), py::arg("src_extent"), py::arg("dst_extent"), py::arg("src_dtype"),
-        py::arg("dst_dtype"), py::arg("factors"));
+  kvxfer::bindings::register_copies(m);
   m.def("checksum_rows", &checksum_rows, py::arg("bases"), py::arg("layers"), py::arg("block_ids"),
         py::arg("keys"), py::arg("sums"), py::kw_only(), py::arg("part_id"), py::arg("row_bytes"),
         py::arg("strides"), py::arg("extent"), py::arg("tokens"), py::arg("heads"));
+  m.def("read_blocks", &read_blocks, py::arg("arrays"), py::arg("offsets"), py::arg("nbytes"));
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &cpu::get_num_threads);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));

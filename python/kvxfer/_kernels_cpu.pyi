@@ -84,21 +84,49 @@ def merge_states(
     out: npt.NDArray[Any],
     lse: npt.NDArray[Any],
 ) -> None: ...
-def copy_rows(
-    bases: npt.NDArray[Any],
-    segments: npt.NDArray[Any],
-    *,
-    num_heads: int,
-    width: int,
-    row_bytes: int,
-    src_strides: Sequence[int],
-    dst_strides: Sequence[int],
-    src_extent: Sequence[int],
-    dst_extent: Sequence[int],
-    src_dtype: int,
-    dst_dtype: int,
-    factors: npt.NDArray[np.float32] | None,
-) -> None: ...
+def address_of(array: npt.NDArray[Any]) -> int: ...
+def cut_segments(
+    src_blocks: npt.NDArray[np.int64],
+    dst_blocks: npt.NDArray[np.int64],
+    src_extent: tuple[int, int],
+    dst_extent: tuple[int, int],
+    tokens: tuple[int, int, int, int],
+    apart: bool,
+) -> npt.NDArray[np.int64]: ...
+
+class CopyPart:
+    def __init__(
+        self,
+        *,
+        bases: npt.NDArray[np.int64],
+        width: int,
+        row_bytes: int,
+        src_strides: Sequence[int],
+        dst_strides: Sequence[int],
+        src_dtype: int,
+        dst_dtype: int,
+        factors: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+
+class CopyRows:
+    def __init__(
+        self,
+        parts: Sequence[CopyPart],
+        *,
+        num_heads: int,
+        src_extent: Sequence[int],
+        dst_extent: Sequence[int],
+    ) -> None: ...
+    def __call__(
+        self,
+        src_pieces: Sequence[int],
+        dst_pieces: Sequence[int],
+        src_blocks: npt.NDArray[np.int64],
+        dst_blocks: npt.NDArray[np.int64],
+        tokens: Sequence[int],
+        apart: bool,
+    ) -> None: ...
+
 def checksum_rows(
     bases: npt.NDArray[np.int64],
     layers: npt.NDArray[np.int64],
@@ -113,6 +141,9 @@ def checksum_rows(
     tokens: Sequence[int],
     heads: Sequence[int],
 ) -> None: ...
+def read_blocks(
+    arrays: Sequence[npt.NDArray[Any]], offsets: npt.NDArray[np.int64], nbytes: int
+) -> int: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def set_isa(name: str) -> None: ...

@@ -4,12 +4,14 @@
 #include <doctest/doctest.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
 
 #include "common/error.hpp"
 #include "kernels/cpu/kernels.hpp"
+#include "kernels/cpu/segments.hpp"
 #include "kernels/cpu/thread_pool.hpp"
 #include "kernels/index_math.hpp"
 
@@ -258,4 +260,62 @@ TEST_CASE("an access is as wide as every address allows") {
   CHECK(widen_access(8, 16) == 8);
   CHECK(widen_access(16, 3) == 1);
   CHECK(widen_access(16, 0) == 16);
+}
+
+TEST_CASE("segments cover the tokens once, and a copy moves their rows and no other byte") {
+  std::mt19937 random(7);
+  const auto below = [&](int64_t n) {
+    return static_cast<int64_t>(random() % static_cast<uint64_t>(n));
+  };
+  for (int round = 0; round < 200; ++round) {
+    const int64_t first = below(30), end = first + below(60), heads = 1 + below(3),
+                  row = 1 + below(300);
+    struct Side {
+      std::vector<int64_t> ids;
+      cpu::BlockList list{};
+      RowStrides strides{};
+      std::vector<char> memory;
+    } sides[2];
+    for (Side& side : sides) {
+      const int64_t size = 1 + below(9), origin = below(2) == 0 ? 0 : first;
+      const int64_t count = (end - origin + size - 1) / size, blocks = count + below(3) + 1;
+      for (int64_t i = 0; i < blocks; ++i) side.ids.push_back(i);
+      std::shuffle(side.ids.begin(), side.ids.end(), random);
+      side.ids.resize(static_cast<size_t>(count));
+      side.list = {"blocks", side.ids.data(), count, size, blocks, origin};
+      const bool head_major = below(2) == 0;
+      side.strides = {size * heads * row, head_major ? row : heads * row,
+                      head_major ? size * row : row};
+      side.memory.resize(static_cast<size_t>(blocks * size * heads * row));
+      for (char& byte : side.memory) byte = static_cast<char>(random());
+    }
+    Side &src = sides[0], &dst = sides[1];
+    if (!dst.ids.empty() && below(2) == 0)
+      dst.ids[static_cast<size_t>(below(static_cast<int64_t>(dst.ids.size())))] = -1;
+    std::vector<char> want = dst.memory;
+    for (int64_t token = first; token < end; ++token) {
+      const auto at = [&](const Side& side, int64_t head) {
+        const int64_t index = (token - side.list.origin) / side.list.block_size;
+        const int64_t slot = (token - side.list.origin) % side.list.block_size;
+        const int64_t id = side.ids[static_cast<size_t>(index)];
+        return id < 0 ? -1 : row_offset(side.strides, id, slot, head);
+      };
+      for (int64_t head = 0; head < heads; ++head) {
+        if (at(dst, head) < 0) continue;
+        std::copy_n(src.memory.begin() + at(src, head), row, want.begin() + at(dst, head));
+      }
+    }
+    const auto segments = cpu::cut_segments(src.list, dst.list, first, end, false);
+    const cpu::CopyBase base{0, 0, 0, 0};
+    cpu::CopyPart part;
+    part.bases = &base;
+    part.row_bytes = row;
+    part.src = src.strides;
+    part.dst = dst.strides;
+    const auto from = reinterpret_cast<uintptr_t>(src.memory.data());
+    const auto to = reinterpret_cast<uintptr_t>(dst.memory.data());
+    cpu::copy_rows(
+        {&part, 1, 1, heads, &from, &to, segments.data(), static_cast<int64_t>(segments.size())});
+    REQUIRE(dst.memory == want);
+  }
 }

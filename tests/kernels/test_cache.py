@@ -245,7 +245,7 @@ def test_memory_may_be_pieces_of_one_offset_space(rng: np.random.Generator, back
 
 
 def test_a_copy_past_the_caches_is_exact(rng: np.random.Generator, backend: str) -> None:
-    # Above 8 MiB the C++ backend streams its stores; odd offsets make it start in the middle of a line.
+    # Above 16 MiB the C++ backend streams its stores; odd offsets make it start in the middle of a line.
     src = layout(
         "LKBHNC", num_blocks=40, block_size=16, num_kv_heads=2, head_dim=125, num_layers=16
     )

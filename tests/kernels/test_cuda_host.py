@@ -8,7 +8,6 @@ What this cannot show is the kernel itself, which needs a GPU; its index walk is
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels import _cuda, _cuda_base, _cuda_decode, reference
 from kvxfer.kernels._copy_job import CopyJob, make_job
-from kvxfer.kernels._sides import make_side
+from kvxfer.kernels._sides import Side
 from kvxfer.layout import KVLayout
 
 NpArray = np.ndarray[Any, Any]
@@ -26,24 +25,15 @@ NpArray = np.ndarray[Any, Any]
 
 def run_as_the_kernel_would(job: CopyJob) -> None:
     """copy.cu in Python: for every tile and row, accesses of the planned width at the planned addresses."""
-
-    def addressed(piece: NpArray) -> Any:
-        return SimpleNamespace(data_ptr=lambda: piece.ctypes.data)
-
-    on_device = dataclasses.replace(
-        job,
-        src_pieces=tuple(addressed(piece) for piece in job.src_pieces),
-        dst_pieces=tuple(addressed(piece) for piece in job.dst_pieces),
-    )
-    (kind,) = {part.converts for part in job.parts}
-    plan = _cuda.plan_launch(on_device, kind)
-    access = plan["access"]
-    for (src_strides, dst_strides, width), layers in zip(plan["parts"], plan["bases"], strict=True):
+    (launch,) = _cuda.plan_launches(job.route)
+    bases = job.bases[launch.chosen]
+    access = launch.access(bases)
+    for (src_strides, dst_strides, width), layers in zip(launch.rows, bases, strict=True):
         assert width % access == 0
         for src, dst in layers:
             for src_block, src_slot, dst_block, dst_slot, tokens in job.segments:
                 for token in range(tokens):
-                    for head in range(job.num_heads):
+                    for head in range(job.route.num_heads):
                         at = (
                             (src_block, src_slot + token, head),
                             (dst_block, dst_slot + token, head),
@@ -79,22 +69,15 @@ def test_a_launch_plan_moves_what_the_reference_moves(
     for run in (run_as_the_kernel_would, reference.copy_blocks):
         out = aligned(dst.nbytes)
         job = make_job(
-            make_side("src", src, memory), make_side("dst", dst, out), [3, 0, 2], [2, 1],
+            Side("src", src, memory), Side("dst", dst, out), [3, 0, 2], [2, 1],
             num_tokens=8, first_token=1, layers=None,
         )  # fmt: skip
         run(job)
         results.append(out)
     assert results[1].any()
     assert np.array_equal(*results)
-    plan_width = _cuda.plan_launch(
-        dataclasses.replace(
-            job,
-            src_pieces=(SimpleNamespace(data_ptr=lambda: 0),),
-            dst_pieces=(SimpleNamespace(data_ptr=lambda: 0),),
-        ),
-        (),
-    )["access"]
-    assert plan_width == access
+    (launch,) = _cuda.plan_launches(job.route)
+    assert launch.access(np.array(job.route.bases[..., 1::2])) == access
 
 
 built = pytest.mark.skipif(

@@ -75,18 +75,31 @@ struct Work {
   int64_t cost = 0;
 };
 
-void add_decode(const Attention& a, int64_t sequence, int64_t row, Work& work) {
-  // Token-major caches: all heads of a token are adjacent, so one item walks them together; else
-  // each head would read the memory again in small pieces. Head-major: one item per head.
-  const bool head_major = a.k.strides.head > a.k.strides.token || a.num_kv_heads == 1;
-  const int64_t heads = head_major ? 1 : a.num_kv_heads;
-  const int64_t split = a.split_size > 0 ? a.split_size : kDefaultSplit;
+int64_t split_of(const Attention& a) { return a.split_size > 0 ? a.split_size : kDefaultSplit; }
+
+// Heads that one item walks, so that it reads memory as it lies: in a token-major cache all of
+// them, since a token's are adjacent; in a head-major cache, where a block's are, as many as leave
+// each thread a few items.
+int64_t heads_per_item(const Attention& a) {
+  const bool head_major = a.k.strides.head > a.k.strides.token;
+  if (!head_major || a.num_kv_heads == 1) return a.num_kv_heads;
+  const int64_t split = split_of(a);
+  int64_t splits = 0, heads = a.num_kv_heads;
+  for (int64_t b = 0; b < a.batch; ++b) splits += ceil_div(a.seq_lens[b], split);
+  const int64_t wanted = 4 * int64_t{get_num_threads()};
+  while (heads > 1 && splits * ceil_div(a.num_kv_heads, heads) < wanted) heads = (heads + 1) / 2;
+  return heads;
+}
+
+void add_decode(const Attention& a, int64_t sequence, int64_t row, int64_t heads, Work& work) {
+  const int64_t split = split_of(a);
   const int64_t length = a.seq_lens[sequence];
   DecodeRow decode_row{row, work.num_partials, 0};
   for (int64_t begin = window_begin(length - 1, a.window_left); begin < length;) {
     const int64_t end = std::min(length, begin / split * split + split);
     for (int64_t head = 0; head < a.num_kv_heads; head += heads) {
-      work.decode.push_back({sequence, row, begin, end, head, head + heads, nullptr});
+      work.decode.push_back(
+          {sequence, row, begin, end, head, std::min(head + heads, a.num_kv_heads), nullptr});
     }
     ++decode_row.num_splits;
     ++work.num_partials;
@@ -152,11 +165,12 @@ void run(const Attention& a, Work& work) {
 void paged_decode(const Attention& a) {
   check_tables(a);
   Work work;
+  const int64_t heads = heads_per_item(a);
   for (int64_t b = 0; b < a.batch; ++b) {
     if (a.seq_lens[b] == 0) {
       write_empty(a, b);
     } else {
-      add_decode(a, b, b, work);
+      add_decode(a, b, b, heads, work);
     }
   }
   run(a, work);
@@ -165,10 +179,11 @@ void paged_decode(const Attention& a) {
 void paged_prefill(const Attention& a) {
   check_tables(a);
   Work work;
+  const int64_t heads = heads_per_item(a);
   for (int64_t b = 0; b < a.batch; ++b) {
     // One new row is a decode step in a mixed batch: a tile of one row would waste 95 of 96 lanes.
     if (rows_of(a, b) == 1) {
-      add_decode(a, b, a.cu_seqlens_q[b], work);
+      add_decode(a, b, a.cu_seqlens_q[b], heads, work);
     } else {
       add_prefill(a, b, work);
     }

@@ -5,38 +5,53 @@
 // (isa_*.cpp).
 #pragma once
 
-// Keys: as few as a step takes (one query row, as many keys as lanes). Two tiles of keys and values
-// of a head, this one and the next, must fit into the core's nearest cache, whose sets a
-// token-major cache uses unevenly: with 32 keys of float32 the lines asked for were gone before
-// their turn.
-constexpr int64_t kDecodeTile = kLanes > 8 ? kLanes : 8;
+// Keys whose scores become weights together, a tile: some 4 KiB of keys, since what is done once
+// per tile counts, and two tiles of keys and values of a head, this one and the next, must fit into
+// the core's nearest cache, whose sets a token-major cache uses unevenly: with 16 KiB the lines
+// asked for were gone before their turn. A step takes one query row and as many keys as lanes.
+constexpr int64_t kMostTile = 32, kLeastTile = kLanes > 8 ? kLanes : 8, kTileBytes = 4096;
+
+template <class T>
+KVXFER_INLINE int64_t tile_of(const Attention& a) {
+  const int64_t width = a.head_dim > a.head_dim_v ? a.head_dim : a.head_dim_v;
+  int64_t tile = kMostTile;
+  while (tile > kLeastTile && tile * width * static_cast<int64_t>(sizeof(T)) > kTileBytes)
+    tile /= 2;
+  return tile;
+}
+
+// Keys that are walked for one head before the next: a tile, or in a head-major cache as much as
+// lies together there.
+constexpr int64_t kMostKeys = 64;
 
 KVXFER_INLINE int64_t pad_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Addresses of a tile's rows for head 0, computed once for all heads.
+// Addresses of some keys' rows for head 0, computed once for all heads.
 template <class T>
-struct TileRows {
-  const T* k[kDecodeTile];
-  const T* v[kDecodeTile];
-  int64_t count;
+struct KeyRows {
+  // What lies behind the last key is only asked for, as where a tile is filled up to whole steps.
+  static constexpr int64_t kRoom = kMostKeys + 2 * kLanes;
+  const T* k[kRoom];
+  const T* v[kRoom];
+  int64_t begin = 0, count = 0;
+
+  KeyRows(const T* any_k, const T* any_v) {
+    for (int64_t i = 0; i < kRoom; ++i) k[i] = any_k, v[i] = any_v;
+  }
 };
 
 template <class T>
 KVXFER_INLINE void locate_rows(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
-                               TileRows<T>& rows) {
+                               KeyRows<T>& rows) {
   const int32_t* table = a.block_table + sequence * a.table_stride;
   int64_t column = begin / a.block_size, offset = begin - column * a.block_size;
+  rows.begin = begin;
   rows.count = end - begin;
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t block = table[column];
     rows.k[i] = static_cast<const T*>(a.k.data) + row_offset(a.k.strides, block, offset, 0);
     rows.v[i] = static_cast<const T*>(a.v.data) + row_offset(a.v.strides, block, offset, 0);
     if (++offset == a.block_size) offset = 0, ++column;
-  }
-  // Entries behind the last key are only ever prefetched.
-  for (int64_t i = rows.count; i < kDecodeTile; ++i) {
-    rows.k[i] = static_cast<const T*>(a.k.data);
-    rows.v[i] = static_cast<const T*>(a.v.data);
   }
 }
 
@@ -53,17 +68,27 @@ KVXFER_INLINE const float* load_scales(const Attention& a, const Scales& from, i
   return out;
 }
 
-// Rows of the unit (tile and head) that comes next: while this one's rows are multiplied, the lines
-// of those are asked for, one here and one there. In bursts the requests would fill the core's few
-// miss buffers, and the products would wait. A head with more query rows than fit at once goes over
-// its tile in several passes, each of which asks for its share.
+// What is asked for while a unit (a tile of one head) is multiplied, one line here and one there:
+// in bursts the requests would fill the core's few miss buffers, and the products would wait. As
+// many lines as the unit itself has, in the order in which they lie: half as many come where they
+// are asked for across rows. A head with more query rows than fit at once goes over its tile in
+// several passes, each of which asks for its share.
 template <class T>
 struct Ahead {
-  const T* const* rows;
-  int64_t shift;
-  int64_t pass, passes;
+  const T *const *row, *const *last;
+  int64_t shift, at, width;  // channels: where these heads begin in a row; the next line; their end
+  int64_t passes, pass = 0;
 
-  KVXFER_INLINE bool asks(int64_t step) const { return passes == 1 || step % passes == pass; }
+  // How far one request of this step moves on; where others ask, the same line is asked for again,
+  // which costs less than a second loop.
+  KVXFER_INLINE int64_t stride(int64_t step, int64_t line) const {
+    return passes == 1 || step % passes == pass ? line : 0;
+  }
+  KVXFER_INLINE void ask(int64_t stride) {
+    __builtin_prefetch(*row + shift + at, 0, 2);
+    at += stride;
+    if (at >= width) at = 0, row += row < last;
+  }
 };
 
 template <class T>
@@ -87,12 +112,12 @@ KVXFER_INLINE void multiply_rows(Vf (&acc)[kLanes], const float* q, int64_t q_st
 // than the products.
 template <int R, class T>
 KVXFER_INLINE Vf dot_rows(const float* q, int64_t q_stride, const T* const* k, int64_t shift,
-                          const T* const* next, int64_t next_shift, int64_t n) {
+                          Ahead<T>& ahead, int64_t stride, int64_t n) {
   constexpr int kKeys = kLanes / R;
   Vf acc[kLanes] = {};
   int64_t d = 0;
   for (; d + kLine<T> <= n; d += kLine<T>) {
-    for (int t = 0; t < kKeys; ++t) __builtin_prefetch(next[t] + next_shift + d);
+    for (int t = 0; t < kKeys; ++t) ahead.ask(stride);
 #pragma GCC unroll 2
     for (int64_t i = 0; i < kLine<T>; i += kLanes) {
       multiply_rows<R>(acc, q + d + i, q_stride,
@@ -100,7 +125,7 @@ KVXFER_INLINE Vf dot_rows(const float* q, int64_t q_stride, const T* const* k, i
     }
   }
   for (; d + kLanes <= n; d += kLanes) {
-    for (int t = 0; t < kKeys; ++t) __builtin_prefetch(next[t] + next_shift + d);
+    for (int t = 0; t < kKeys; ++t) ahead.ask(d % kLine<T> == 0 ? stride : 0);
     multiply_rows<R>(acc, q + d, q_stride,
                      [&](int t) KVXFER_LAMBDA { return load(k[t] + shift + d); });
   }
@@ -113,16 +138,13 @@ KVXFER_INLINE Vf dot_rows(const float* q, int64_t q_stride, const T* const* k, i
 
 // values[r][d..] += sum over keys of p[t][r] * v[t][d..], N vectors of channels at a time.
 template <int R, int N, class T>
-KVXFER_INLINE void add_values(const float* p, const T* const* v, int64_t shift,
-                              const T* const* next, int64_t next_shift, int64_t count,
-                              float* values, int64_t stride) {
+KVXFER_INLINE void add_values(const float* p, const T* const* v, int64_t shift, Ahead<T>& ahead,
+                              int64_t ahead_stride, int64_t count, float* values, int64_t stride) {
   Vf acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) acc[r][j] = load(values + r * stride + j * kLanes);
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t at = 0; at < N * kLanes; at += kLine<T>) {
-      __builtin_prefetch(next[t] + next_shift + at);
-    }
+    for (int64_t at = 0; at < N * kLanes; at += kLine<T>) ahead.ask(ahead_stride);
     Vf x[N];
     for (int j = 0; j < N; ++j) x[j] = load(v[t] + shift + j * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -193,40 +215,39 @@ KVXFER_INLINE void scale_keys(float* scores, const float* scales, int64_t count)
 
 // One tile of keys for R query rows of one KV head.
 template <int R, class T>
-void decode_tile(const Attention& a, const TileRows<T>& rows, int64_t k_shift, int64_t v_shift,
-                 Ahead<T> k_ahead, Ahead<T> v_ahead, const float* k_scales, const float* v_scales,
-                 const float* q, int64_t q_stride, RowState& state, float* values, int64_t stride) {
+void decode_tile(const Attention& a, const T* const* k_rows, const T* const* v_rows, int64_t count,
+                 int64_t k_shift, int64_t v_shift, Ahead<T>& k_ahead, Ahead<T>& v_ahead,
+                 const float* k_scales, const float* v_scales, const float* q, int64_t q_stride,
+                 RowState& state, float* values, int64_t stride) {
   constexpr int kKeys = kLanes / R;
-  alignas(64) float scores[R * kDecodeTile];
+  alignas(64) float scores[R * kMostTile];
   // Short of a whole step the last key stands in: its scores are masked, and no foreign row is
   // read.
-  const int64_t padded = (rows.count + kKeys - 1) / kKeys * kKeys;
+  const int64_t padded = (count + kKeys - 1) / kKeys * kKeys;
   for (int64_t t = 0; t < padded; t += kKeys) {
     const T* k[kKeys];
-    for (int64_t i = 0; i < kKeys; ++i) k[i] = rows.k[t + i < rows.count ? t + i : rows.count - 1];
-    // What need not be asked for is asked for where it is: that costs less than a second loop.
-    const bool ask = k_ahead.asks(t / kKeys);
-    const Vf sums = dot_rows<R>(q, q_stride, k, k_shift, ask ? k_ahead.rows + t : k,
-                                ask ? k_ahead.shift : k_shift, a.head_dim);
+    for (int64_t i = 0; i < kKeys; ++i) k[i] = k_rows[t + i < count ? t + i : count - 1];
+    const Vf sums = dot_rows<R>(q, q_stride, k, k_shift, k_ahead,
+                                k_ahead.stride(t / kKeys, kLine<T>), a.head_dim);
     store(scores + t * R, sums);
   }
-  scale_keys<R>(scores, k_scales, rows.count);
-  soften<R>(a, scores, rows.count, padded, state, values, stride);
-  scale_keys<R>(scores, v_scales, rows.count);
+  scale_keys<R>(scores, k_scales, count);
+  soften<R>(a, scores, count, padded, state, values, stride);
+  scale_keys<R>(scores, v_scales, count);
   constexpr int kWide = R >= 4 ? kLanes / 4 : kLanes / R < 8 ? kLanes / R : 8;
   const int64_t n = a.head_dim_v;
   int64_t d = 0;
   const auto add = [&](auto vectors) KVXFER_LAMBDA {
     constexpr int kVectors = decltype(vectors)::value;
-    const bool ask = v_ahead.asks(d / kLine<T>);
-    add_values<R, kVectors>(scores, rows.v, v_shift + d, ask ? v_ahead.rows : rows.v,
-                            (ask ? v_ahead.shift : v_shift) + d, rows.count, values + d, stride);
+    add_values<R, kVectors>(scores, v_rows, v_shift + d, v_ahead,
+                            d % kLine<T> == 0 ? v_ahead.stride(d / kLine<T>, kLine<T>) : 0, count,
+                            values + d, stride);
     d += kVectors * kLanes;
   };
   while (d + kWide * kLanes <= n) add(std::integral_constant<int, kWide>{});
   while (d + kLanes <= n) add(std::integral_constant<int, 1>{});
   if (d < n) {
-    add_values_tail<R>(scores, rows.v, v_shift + d, rows.count, n - d, values + d, stride);
+    add_values_tail<R>(scores, v_rows, v_shift + d, count, n - d, values + d, stride);
   }
 }
 
@@ -265,6 +286,44 @@ KVXFER_INLINE void for_row_groups(int64_t group, const Body& body) {
 
 KVXFER_INLINE int64_t num_passes(int64_t group) { return group / 4 + (group % 4 >= 2) + group % 2; }
 
+// A tile of one head.
+struct Unit {
+  int64_t kv_head, tile, size;
+};
+
+// What to ask for during a unit. Where the heads of a token lie together: of the next keys' whole
+// rows, in their order, this head's share. Else the rows of the unit that comes next: more keys of
+// this head, the next head, or the next keys.
+template <class T>
+KVXFER_INLINE Ahead<T> ahead_of(const RowStrides& strides, int64_t width, const DecodeItem& item,
+                                const Unit& unit, const T* const* rows, int64_t count,
+                                const T* const* next, int64_t passes) {
+  const int64_t heads = item.head_end - item.head_begin, begin = item.head_begin * strides.head;
+  const auto ahead = [&](const T* const* all, int64_t first, int64_t shift, int64_t at,
+                         int64_t together) {
+    return Ahead<T>{all + first, all + KeyRows<T>::kRoom - 1, shift, at, together, passes};
+  };
+  if (strides.head == width && heads > 1) {
+    const int64_t together = heads * width;
+    const int64_t first = (unit.kv_head - item.head_begin) * unit.size * width;
+    return ahead(next, first / together, begin, first % together, together);
+  }
+  if (unit.tile + unit.size < count) {
+    return ahead(rows, unit.tile + unit.size, unit.kv_head * strides.head, 0, width);
+  }
+  if (unit.kv_head + 1 < item.head_end) {
+    return ahead(rows, 0, (unit.kv_head + 1) * strides.head, 0, width);
+  }
+  return ahead(next, 0, begin, 0, width);
+}
+
+// A head-major cache is walked as it lies: all keys of a block for one head, then for the next.
+KVXFER_INLINE int64_t keys_together(const Attention& a, int64_t tile) {
+  if (a.k.strides.head <= a.k.strides.token || a.block_size <= tile) return tile;
+  const int64_t most = a.block_size < kMostKeys ? a.block_size : kMostKeys;
+  return most / tile * tile;
+}
+
 template <class T>
 void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
   const DecodeScratch s = carve(a, scratch);
@@ -281,36 +340,41 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
     s.state[h] = {splat(kLowest), Vf{}};
   }
   const int64_t passes = num_passes(group);
-  TileRows<T> tiles[2];
-  const auto tile_end = [&](int64_t begin) {
-    return begin + kDecodeTile < item.key_end ? begin + kDecodeTile : item.key_end;
+  const int64_t size = tile_of<T>(a), most = keys_together(a, size);
+  const KeyRows<T> none(static_cast<const T*>(a.k.data), static_cast<const T*>(a.v.data));
+  KeyRows<T> keys[2] = {none, none};
+  const auto locate = [&](int64_t begin, KeyRows<T>& rows) {
+    const int64_t end = begin + most < item.key_end ? begin + most : item.key_end;
+    locate_rows(a, item.sequence, begin < end ? begin : end, end, rows);
   };
-  locate_rows(a, item.sequence, item.key_begin, tile_end(item.key_begin), tiles[0]);
-  int now = 0;
-  for (int64_t begin = item.key_begin; begin < item.key_end; begin = tile_end(begin), now ^= 1) {
-    const TileRows<T>& rows = tiles[now];
-    TileRows<T>& next = tiles[now ^ 1];
-    locate_rows(a, item.sequence, tile_end(begin), tile_end(tile_end(begin)), next);
+  locate(item.key_begin, keys[0]);
+  for (int now = 0; keys[now].count > 0; now ^= 1) {
+    const KeyRows<T>& rows = keys[now];
+    KeyRows<T>& next = keys[now ^ 1];
+    locate(rows.begin + rows.count, next);
     for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
       const int64_t k_shift = kv_head * a.k.strides.head, v_shift = kv_head * a.v.strides.head;
-      const bool last = kv_head + 1 == item.head_end;
-      const TileRows<T>& later = last ? next : rows;
-      const int64_t later_head = last ? item.head_begin : kv_head + 1;
-      Ahead<T> k_ahead{later.k, later_head * a.k.strides.head, 0, passes};
-      Ahead<T> v_ahead{later.v, later_head * a.v.strides.head, 0, passes};
-      float k_buffer[kDecodeTile], v_buffer[kDecodeTile];
-      const float* k_scales =
-          load_scales(a, a.k_scales, item.sequence, begin, rows.count, kv_head, k_buffer);
-      const float* v_scales =
-          load_scales(a, a.v_scales, item.sequence, begin, rows.count, kv_head, v_buffer);
-      for_row_groups(group, [&](auto rows_at_once, int64_t g) {
-        constexpr int kRows = decltype(rows_at_once)::value;
-        const int64_t h = (kv_head - item.head_begin) * group + g;
-        decode_tile<kRows>(a, rows, k_shift, v_shift, k_ahead, v_ahead, k_scales, v_scales,
-                           s.q + h * q_stride, q_stride, s.state[h], s.values + h * v_stride,
-                           v_stride);
-        ++k_ahead.pass, ++v_ahead.pass;
-      });
+      for (int64_t tile = 0; tile < rows.count; tile += size) {
+        const int64_t left = rows.count - tile, count = left < size ? left : size;
+        const Unit unit{kv_head, tile, size};
+        Ahead<T> k_ahead =
+            ahead_of(a.k.strides, a.head_dim, item, unit, rows.k, rows.count, next.k, passes);
+        Ahead<T> v_ahead =
+            ahead_of(a.v.strides, a.head_dim_v, item, unit, rows.v, rows.count, next.v, passes);
+        float k_buffer[kMostTile], v_buffer[kMostTile];
+        const float* k_scales =
+            load_scales(a, a.k_scales, item.sequence, rows.begin + tile, count, kv_head, k_buffer);
+        const float* v_scales =
+            load_scales(a, a.v_scales, item.sequence, rows.begin + tile, count, kv_head, v_buffer);
+        for_row_groups(group, [&](auto rows_at_once, int64_t g) {
+          constexpr int kRows = decltype(rows_at_once)::value;
+          const int64_t h = (kv_head - item.head_begin) * group + g;
+          decode_tile<kRows>(a, rows.k + tile, rows.v + tile, count, k_shift, v_shift, k_ahead,
+                             v_ahead, k_scales, v_scales, s.q + h * q_stride, q_stride, s.state[h],
+                             s.values + h * v_stride, v_stride);
+          ++k_ahead.pass, ++v_ahead.pass;
+        });
+      }
     }
   }
   for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {

@@ -17,6 +17,8 @@ void paged_prefill(const Attention& params);
 void merge_states(const Merge& params);
 void copy_rows(const Copy& params);
 void checksum_rows(const Checksum& params);
+// The sum of all words of these blocks, read in this order: the bound of kernels that read a cache.
+uint64_t read_blocks(const char* const* blocks, int64_t count, int64_t nbytes);
 
 // Instruction sets that this build has and this CPU can run, best first; the first one is used.
 std::vector<std::string> available_isas();

@@ -68,19 +68,32 @@ struct Merge {
   int64_t num_rows = 0, num_heads = 0, head_dim = 0;
 };
 
+struct Segment {  // tokens that lie in one block of the source and one of the destination
+  int64_t src_block, src_slot, dst_block, dst_slot, tokens;
+};
+
+// Where one layer's part begins, on both sides: of a piece of memory, and there.
+struct CopyBase {
+  int64_t src_piece, src_offset, dst_piece, dst_offset;
+};
+
 // One part of a block copy; here all strides are in bytes.
-struct Copy {
-  const int64_t* bases = nullptr;  // [num_layers, 2]: addresses of source and destination
-  int64_t num_layers = 0;
-  const int64_t* segments = nullptr;  // [num_segments, 5]: src block, slot, dst block, slot, tokens
-  int64_t num_segments = 0;
-  int64_t num_heads = 0, width = 0, row_bytes = 0;  // row_bytes: of the source
+struct CopyPart {
+  const CopyBase* bases = nullptr;   // [num_layers]
+  int64_t width = 0, row_bytes = 0;  // row_bytes: of the source
   RowStrides src{}, dst{};
-  int64_t src_blocks = 0, src_block_size = 0, dst_blocks = 0, dst_block_size = 0;
   bool convert = false;  // then both dtypes are as below; else bytes are copied
   // [num_layers, num_heads, 2] or null, when converting: written = read * first / second.
   const float* factors = nullptr;
   DType src_dtype = DType::kFloat32, dst_dtype = DType::kFloat32;
+};
+
+struct Copy {
+  const CopyPart* parts = nullptr;
+  int64_t num_parts = 0, num_layers = 0, num_heads = 0;
+  const uintptr_t *src_pieces = nullptr, *dst_pieces = nullptr;  // addresses
+  const Segment* segments = nullptr;  // of blocks that both caches have: see cut_segments
+  int64_t num_segments = 0;
 };
 
 // One part of a checksum; strides in bytes.

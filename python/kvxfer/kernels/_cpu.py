@@ -16,6 +16,7 @@ from kvxfer._kernels_cpu import merge_states, set_num_threads
 from kvxfer.kernels._arrays import CACHE_DTYPES
 from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys
 from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._copy_route import CopyRoute
 from kvxfer.kernels._mla import mla_by_decode
 from kvxfer.kernels._sides import ITEMSIZE
 
@@ -103,29 +104,29 @@ def checksum_blocks(job: ChecksumJob) -> npt.NDArray[np.uint64]:
 
 
 def copy_blocks(job: CopyJob) -> None:
-    # The pieces are alive in `job` while their addresses are in use.
-    src = [piece.ctypes.data for piece in job.src_pieces]
-    dst = [piece.ctypes.data for piece in job.dst_pieces]
-    for part in job.parts:
-        bases = np.array(
-            [
-                (src[a] + a_offset, dst[b] + b_offset)
-                for (a, a_offset), (b, b_offset) in zip(part.src_bases, part.dst_bases, strict=True)
-            ],
-            np.int64,
+    # The memory is alive in `job` while its addresses are in use.
+    job.route.once(_rows_of)(job.src.addresses, job.dst.addresses, *job.blocks)
+
+
+def _rows_of(route: CopyRoute) -> _kernels_cpu.CopyRows:
+    parts = []
+    for part, bases in zip(route.parts, route.bases, strict=True):
+        tags = [_DTYPE_TAG[dtype] for dtype in part.converts] or [-1, -1]
+        parts.append(
+            _kernels_cpu.CopyPart(
+                bases=bases,
+                width=part.width,
+                row_bytes=part.width * ITEMSIZE[part.src_dtype],
+                src_strides=part.src_strides,
+                dst_strides=part.dst_strides,
+                src_dtype=tags[0],
+                dst_dtype=tags[1],
+                factors=part.factors,
+            )
         )
-        same = not part.converts
-        _kernels_cpu.copy_rows(
-            bases,
-            job.segments,
-            num_heads=job.num_heads,
-            width=part.width,
-            row_bytes=part.width * ITEMSIZE[part.src_dtype],
-            src_strides=part.src_strides,
-            dst_strides=part.dst_strides,
-            src_extent=job.src_extent,
-            dst_extent=job.dst_extent,
-            src_dtype=0 if same else _DTYPE_TAG[part.src_dtype],
-            dst_dtype=0 if same else _DTYPE_TAG[part.dst_dtype],
-            factors=part.factors,
-        )
+    return _kernels_cpu.CopyRows(
+        parts,
+        num_heads=route.num_heads,
+        src_extent=route.src_extent,
+        dst_extent=route.dst_extent,
+    )

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, dtype_of
 from kvxfer.kernels._checksum_job import ChecksumJob
-from kvxfer.kernels._copy_job import CopyJob, PartCopy
+from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._copy_route import CopyRoute, PartCopy
 from kvxfer.kernels._cuda_base import (
     DTYPE_TAG,
     byte_strides,
@@ -176,30 +179,29 @@ def _segments(job: ChecksumJob) -> np.ndarray[Any, Any]:
 
 def copy_blocks(job: CopyJob) -> None:
     """One launch for all parts that are converted alike: as a rule, for all of them."""
+    if job.is_empty:
+        return
     torch = sys.modules["torch"]
     device = torch.device(job.device)
-    kinds = sorted({part.converts for part in job.parts})
+    bases, segments = job.bases, job.segments.tobytes()
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
-        for kind in kinds:
-            plan = plan_launch(job, kind)
-            factors = plan["factors"]
-            tables = plan["bases"].tobytes() + job.segments.tobytes()
-            if factors is not None:
-                tables += factors.tobytes()
+        for launch in job.route.once(plan_launches):
+            chosen = bases[launch.chosen]
+            tables = chosen.tobytes() + segments + launch.factors
             uploaded = _upload(tables, device) if len(tables) > native.INLINE_TABLES else None
-            src_dtype, dst_dtype = kind or ("float32", "float32")
+            src_dtype, dst_dtype = launch.kind or ("float32", "float32")
             native.copy_rows(
-                [native.CopyPart(*part) for part in plan["parts"]],
+                launch.parts,
                 tables=tables,
                 at=0 if uploaded is None else uploaded.data_ptr(),
-                num_layers=plan["bases"].shape[1],
+                num_layers=chosen.shape[1],
                 num_segments=len(job.segments),
-                num_heads=job.num_heads,
-                access=plan["access"],
+                num_heads=job.route.num_heads,
+                access=launch.access(chosen),
                 max_ctas=job.max_ctas,
-                convert=bool(kind),
-                scaled=factors is not None,
+                convert=bool(launch.kind),
+                scaled=bool(launch.factors),
                 from_dtype=DTYPE_TAG[src_dtype],
                 to_dtype=DTYPE_TAG[dst_dtype],
                 stream=stream,
@@ -215,50 +217,56 @@ def _upload(table: bytes, device: Any) -> Array:
     return host.to(device, non_blocking=True)
 
 
-def plan_launch(job: CopyJob, kind: tuple[str, ...]) -> dict[str, Any]:
-    """The host's arithmetic for one launch; no CUDA in it, so that it is tested everywhere.
+@dataclass(frozen=True)
+class Launch:
+    """The parts of a route that one launch copies; no CUDA in it, so that it is tested everywhere."""
 
-    Args:
-        kind: what :attr:`PartCopy.converts` is for the parts of this launch.
-    Returns:
-        ``bases`` int64 ``[parts, layers, 2]`` (addresses), ``parts`` (strides and width of each), ``factors``
-        float32 ``[parts, layers, heads, 2]`` or None, and ``access``, the widest access in bytes to which every
-        address of the launch is aligned.
-    """
-    src = [_address(piece) for piece in job.src_pieces]
-    dst = [_address(piece) for piece in job.dst_pieces]
-    chosen = [part for part in job.parts if part.converts == kind]
-    bases = np.array(
-        [
-            [
-                (src[a] + a_offset, dst[b] + b_offset)
-                for (a, a_offset), (b, b_offset) in zip(part.src_bases, part.dst_bases, strict=True)
-            ]
-            for part in chosen
-        ],
-        np.int64,
-    )
-    parts = [
-        (part.src_strides, part.dst_strides, part.width * (1 if kind else ITEMSIZE[part.src_dtype]))
-        for part in chosen
-    ]
-    numbers = [int(n) for n in bases.reshape(-1)]
-    for part in chosen:
+    kind: tuple[str, ...]  # what :attr:`PartCopy.converts` is for all of them
+    chosen: list[int]  # which of the route's parts
+    rows: tuple[tuple[Strides, Strides, int], ...]  # of each: strides of both sides, and the width
+    grain: int  # the largest power of two, up to 16, that divides all strides and widths in bytes
+    factors: bytes  # float32 [parts, layers, heads, 2]; none where nothing is scaled
+
+    @cached_property
+    def parts(self) -> list[Any]:
+        return [native.CopyPart(*row) for row in self.rows]
+
+    def access(self, bases: np.ndarray[Any, Any]) -> int:
+        """The widest access in bytes to which every address of the launch is aligned."""
+        return math.gcd(self.grain, int(np.bitwise_or.reduce(bases, axis=None)))
+
+
+Strides = tuple[int, int, int]
+
+
+def plan_launches(route: CopyRoute) -> list[Launch]:
+    return [_plan_launch(route, kind) for kind in sorted({p.converts for p in route.parts})]
+
+
+def _plan_launch(route: CopyRoute, kind: tuple[str, ...]) -> Launch:
+    chosen = [index for index, part in enumerate(route.parts) if part.converts == kind]
+    parts = [route.parts[index] for index in chosen]
+    numbers = [16]
+    for part in parts:
         numbers += [*part.src_strides, *part.dst_strides, part.width * ITEMSIZE[part.src_dtype]]
-    return {
-        "bases": bases,
-        "parts": parts,
-        "factors": _factors(chosen, job.num_heads),
-        "access": math.gcd(16, *numbers),
-    }
+    return Launch(
+        kind=kind,
+        chosen=chosen,
+        rows=tuple(
+            (
+                part.src_strides,
+                part.dst_strides,
+                part.width * (1 if kind else ITEMSIZE[part.src_dtype]),
+            )
+            for part in parts
+        ),
+        grain=math.gcd(*numbers),
+        factors=_factors(parts, route.num_heads),
+    )
 
 
-def _address(piece: Array) -> int:
-    return int(piece.ctypes.data if isinstance(piece, np.ndarray) else piece.data_ptr())
-
-
-def _factors(parts: list[PartCopy], num_heads: int) -> np.ndarray[Any, Any] | None:
+def _factors(parts: list[PartCopy], num_heads: int) -> bytes:
     if all(part.factors is None for part in parts):
-        return None
+        return b""
     ones = np.ones((len(parts[0].src_bases), num_heads, 2), np.float32)
-    return np.stack([ones if part.factors is None else part.factors for part in parts])
+    return b"".join([(ones if p.factors is None else p.factors).tobytes() for p in parts])

@@ -141,6 +141,9 @@ def choose(
         InvalidArgumentError: no such backend.
         UnavailableError: it cannot run here; carries the reason.
     """
+    # On the host nothing of the call but these decides, and the answer stays: asked for at every step of a server.
+    if backend == "auto" and device == "cpu":
+        return _auto_on_host(op, cache_dtype, scaled)
     needs = Needs(cache_dtype, scaled, call)
     if backend != "auto":
         if backend not in BACKENDS:
@@ -152,9 +155,6 @@ def choose(
                 f"{op}: backend {backend!r} is unavailable: {reason}", reason=reason
             )
         return _loaded(backend)
-    # On the host nothing of the call but these decides, and the answer stays: asked for at every step of a server.
-    if device == "cpu":
-        return _auto_on_host(op, cache_dtype, scaled)
     return _auto(op, device, needs)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels._arrays import Array, as_numpy, device_of, is_torch
+from kvxfer.kernels._arrays import Array, as_numpy, is_torch
+from kvxfer.kernels._host import address_of
 from kvxfer.kernels._scales import ScaledLike
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "Side",
     "block_ids_of",
     "locate_layers",
-    "make_side",
     "token_range",
 ]
 
@@ -81,33 +81,55 @@ class LayoutLike(ScaledLike, Protocol):
     def atom(self) -> str: ...
 
 
-@dataclass(frozen=True)
 class Side:
-    """One side of a copy: a layout over memory that is given as pieces of one linear offset space."""
+    """One side of a copy: a layout over memory that is given as pieces of one linear offset space.
 
-    layout: LayoutLike
-    pieces: tuple[Array, ...]  # uint8, one-dimensional, contiguous; laid end to end
+    Made for each copy, so that it holds only what all of them look at; views wait until a backend wants them.
+    """
 
-    @property
-    def device(self) -> str:
-        return device_of(self.pieces[0])
+    def __init__(self, name: str, layout: LayoutLike, memory: Array | Sequence[Array]) -> None:
+        arrays = tuple(memory) if type(memory) in _SEQUENCES else (memory,)
+        if not arrays:
+            raise InvalidArgumentError(f"{name}: expected at least one array, given none")
+        self.layout = layout
+        self.arrays = arrays  # contiguous, of any shape and dtype; laid end to end
+        self.device, address = _place(name, arrays[0])
+        if len(arrays) == 1:
+            self.addresses: tuple[int, ...] = (address,)
+            self.sizes: tuple[int, ...] = (arrays[0].nbytes,)  # bytes
+            return
+        places = [_place(name, array) for array in arrays]
+        for device, _ in places:
+            if device != self.device:
+                raise InvalidArgumentError(
+                    f"{name}: expected all of its memory on {self.device} like its first array, given {device}"
+                )
+        self.addresses = tuple([address for _, address in places])
+        self.sizes = tuple([array.nbytes for array in arrays])
+
+    @cached_property
+    def pieces(self) -> tuple[Array, ...]:
+        """The arrays as uint8, one-dimensional; NumPy where they are on the host."""
+        return tuple(_flat_bytes(array) for array in self.arrays)
+
+    def meets(self, other: Side) -> bool:
+        """May the two share bytes, being on one device? Never falsely negative."""
+        for start, length in zip(self.addresses, self.sizes, strict=True):
+            for low, size in zip(other.addresses, other.sizes, strict=True):
+                if start < low + size and low < start + length and length and size:
+                    return True
+        return False
 
 
-def make_side(name: str, layout: LayoutLike, memory: Array | Sequence[Array]) -> Side:
-    """Check and flatten the memory of one side."""
-    arrays = list(memory) if isinstance(memory, list | tuple) else [memory]
-    if not arrays:
-        raise InvalidArgumentError(f"{name}: expected at least one array, given none")
-    return Side(layout, tuple(_flat_bytes(name, array) for array in arrays))
+_SEQUENCES = (list, tuple)
 
 
-def _flat_bytes(name: str, array: Array) -> Array:
+def _place(name: str, array: Array) -> tuple[str, int]:
+    """Device and address of contiguous memory."""
     if is_torch(array):
         if not array.is_contiguous():
             raise InvalidArgumentError(f"{name}: expected a contiguous tensor, given strides")
-        torch = sys.modules["torch"]
-        flat = array.detach().reshape(-1).view(torch.uint8)
-        return as_numpy(flat) if device_of(array) == "cpu" else flat
+        return ("cpu" if array.is_cpu else str(array.device)), array.data_ptr()
     if not isinstance(array, np.ndarray):
         raise InvalidArgumentError(
             f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
@@ -116,7 +138,14 @@ def _flat_bytes(name: str, array: Array) -> Array:
         raise InvalidArgumentError(
             f"{name}: expected a C-contiguous array, given strides {list(array.strides)}"
         )
-    return array.reshape(-1).view(np.uint8)
+    return "cpu", address_of(array)
+
+
+def _flat_bytes(array: Array) -> Array:
+    if not is_torch(array):
+        return array.reshape(-1).view(np.uint8)
+    flat = array.detach().reshape(-1).view(sys.modules["torch"].uint8)
+    return as_numpy(flat) if flat.is_cpu else flat
 
 
 def token_range(
@@ -134,6 +163,8 @@ def token_range(
 
 
 def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:
+    if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.ndim == 1:
+        return ids
     if is_torch(ids):
         if not ids.is_cpu:  # reading them would wait for the device
             raise InvalidArgumentError(
@@ -147,7 +178,7 @@ def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:
         raise InvalidArgumentError(
             f"{name}: expected a list of block ids, given shape {list(array.shape)}, dtype {array.dtype}"
         )
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def locate_layers(
@@ -155,7 +186,7 @@ def locate_layers(
 ) -> tuple[tuple[int, int], ...]:
     """Per layer the piece that holds it and the offset there; all of the layer must lie in that piece."""
     layout = side.layout
-    sizes = [int(piece.shape[0]) for piece in side.pieces]
+    sizes = side.sizes
     starts = list(accumulate(sizes, initial=0))
     row = part.width * ITEMSIZE[part.dtype]
     heads_here = layout.head_range[1] - layout.head_range[0]
@@ -170,7 +201,7 @@ def locate_layers(
         if piece >= len(sizes) or base + reach > starts[piece + 1]:
             raise InvalidArgumentError(
                 f"{name}: layer {layer}, part {part.name} needs bytes [{base}, {base + reach}) in one piece, "
-                f"given pieces of {sizes} bytes"
+                f"given pieces of {list(sizes)} bytes"
             )
         found.append((piece, base - starts[piece] + shift))
     return tuple(found)

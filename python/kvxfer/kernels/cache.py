@@ -13,9 +13,10 @@ import numpy as np
 
 from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, facts_of, is_torch
-from kvxfer.kernels._copy_job import make_job, wire_side
+from kvxfer.kernels._copy_job import make_job
 from kvxfer.kernels._dispatch import choose, takes_numpy
-from kvxfer.kernels._sides import LayoutLike, Side, make_side, token_range
+from kvxfer.kernels._sides import LayoutLike, Side, token_range
+from kvxfer.kernels._wire import wire_side
 from kvxfer.kernels.attention import add_caches, add_scale_caches
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the block list of a packed buffer, which starts at first_token
@@ -152,7 +153,7 @@ def copy_blocks(
         LayoutError: the layouts cannot be mapped; names the field.
         InvalidArgumentError: a block id out of range or repeated, a list too short, an overlap; nothing copied.
     """
-    a, b = make_side("src", src_layout, src), make_side("dst", dst_layout, dst)
+    a, b = Side("src", src_layout, src), Side("dst", dst_layout, dst)
     _run(a, b, src_blocks, dst_blocks, num_tokens, first_token, layers, None, max_ctas, backend)
 
 
@@ -179,12 +180,12 @@ def pack_blocks(
         heads: global head range ``(first, end)``; None: all that the layout holds.
         num_tokens, first_token, layers, max_ctas: as in :func:`copy_blocks`.
     """
-    side = make_side("tensors", layout, tensors)
+    side = Side("tensors", layout, tensors)
     first, end = token_range(layout, block_ids, num_tokens, first_token)
     wire = out_layout or _wire(layout, end - first, layers, heads)
     if out is None:
         out = _allocate(tensors, wire)
-    target = make_side("out", wire, out)
+    target = Side("out", wire, out)
     _check_wire(wire, target, end - first, "out")
     _run(side, target, block_ids, _ONE_BLOCK, end, first, layers, heads, max_ctas, backend)
     return out
@@ -205,10 +206,10 @@ def unpack_blocks(
     backend: str = "auto",
 ) -> None:
     """Scatter what :func:`pack_blocks` gathered into the blocks of a cache. Arguments as there."""
-    side = make_side("tensors", layout, tensors)
+    side = Side("tensors", layout, tensors)
     first, end = token_range(layout, block_ids, num_tokens, first_token)
     wire = src_layout or _wire(layout, end - first, layers, heads)
-    source = make_side("src", wire, src)
+    source = Side("src", wire, src)
     _check_wire(wire, source, end - first, "src")
     _run(source, side, _ONE_BLOCK, block_ids, end, first, layers, heads, max_ctas, backend)
 
@@ -244,17 +245,16 @@ def _run(
         "copy_blocks",
         job.device,
         backend,
-        cache_dtype=next((d for p in job.parts for d in p.converts if d not in FLOAT_DTYPES), None),
-        scaled=any(part.factors is not None for part in job.parts),
+        cache_dtype=job.route.cache_dtype,
+        scaled=job.route.scaled,
     )
     if src.device != dst.device and not getattr(module, "REACHES_HOST", False):
         reason = "only the cuda kernel copies between a device and pinned host memory"
         raise UnavailableError(f"copy_blocks: {reason}", reason=reason)
-    for piece in dst.pieces:
-        if isinstance(piece, np.ndarray) and not piece.flags.writeable:
+    for array in dst.arrays:
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
             raise InvalidArgumentError("dst: expected writable memory, given a read-only array")
-    if job.nbytes:
-        module.copy_blocks(job)
+    module.copy_blocks(job)
 
 
 def _wire(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvxfer.kernels._arrays import Array
 from kvxfer.kernels._checksum_job import make_checksum_job
 from kvxfer.kernels._dispatch import choose
-from kvxfer.kernels._sides import LayoutLike, make_side
+from kvxfer.kernels._sides import LayoutLike, Side
 
 __all__ = ["checksum_blocks"]
 
@@ -50,7 +50,7 @@ def checksum_blocks(
     Source: the NH hash of UMAC (Black, Halevi, Krawczyk, Krovetz, Rogaway, 1999), mixed by splitmix64 (Steele,
         Lea, Flood, 2014).
     """
-    side = make_side("tensors", layout, tensors)
+    side = Side("tensors", layout, tensors)
     job = make_checksum_job(
         side, block_ids, num_tokens=num_tokens, first_token=first_token, layers=layers, heads=heads
     )

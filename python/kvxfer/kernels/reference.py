@@ -16,7 +16,8 @@ import numpy.typing as npt
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import CACHE_DTYPES
 from kvxfer.kernels._checksum_job import ChecksumJob, hash_keys, splitmix64
-from kvxfer.kernels._copy_job import CopyJob, PartCopy
+from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._copy_route import PartCopy
 from kvxfer.kernels._float8 import LARGEST, float8_values, to_float8
 from kvxfer.kernels._mla import mla_by_decode
 from kvxfer.kernels._sides import ITEMSIZE
@@ -271,8 +272,10 @@ _NUMPY_DTYPE = {
 
 
 def copy_blocks(job: CopyJob) -> None:
+    if job.is_empty:
+        return
     src_block, src_slot, dst_block, dst_slot = _token_indices(job.segments)
-    for part in job.parts:
+    for part in job.route.parts:
         for layer, (src_base, dst_base) in enumerate(
             zip(part.src_bases, part.dst_bases, strict=True)
         ):
@@ -332,13 +335,13 @@ def _token_indices(segments: NpArray) -> tuple[NpArray, NpArray, NpArray, NpArra
 
 def _rows(job: CopyJob, part: PartCopy, base: tuple[int, int], *, src: bool) -> NpArray:
     """View ``[block, token, head, channel]`` of one layer's part, over the copied heads."""
-    pieces = job.src_pieces if src else job.dst_pieces
-    extent = job.src_extent if src else job.dst_extent
+    pieces = job.src.pieces if src else job.dst.pieces
+    extent = job.route.src_extent if src else job.route.dst_extent
     name = part.src_dtype if src else part.dst_dtype
     block, token, head = part.src_strides if src else part.dst_strides
     dtype = np.dtype(_NUMPY_DTYPE.get(name, np.uint8))
     rows: NpArray = np.ndarray(
-        (*extent, job.num_heads, part.width),
+        (*extent, job.route.num_heads, part.width),
         dtype,
         buffer=pieces[base[0]],
         offset=base[1],

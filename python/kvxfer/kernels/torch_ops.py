@@ -33,8 +33,8 @@ from torch import Tensor
 
 from kvxfer import kernels
 from kvxfer.errors import LayoutError
-from kvxfer.kernels._copy_job import wire_side
 from kvxfer.kernels._sides import token_range
+from kvxfer.kernels._wire import wire_side
 from kvxfer.layout import KVLayout
 
 __all__ = ["layout_text"]

@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvxfer.kernels._copy_job import CopyJob, PartCopy
+from kvxfer.kernels._copy_job import CopyJob
+from kvxfer.kernels._copy_route import PartCopy
 from kvxfer.kernels._sides import ITEMSIZE
-from kvxfer.kernels.triton._common import on_device_of, tensors_of
+from kvxfer.kernels.triton._common import on_device_of
 from kvxfer.kernels.triton._numbers import TRITON_DTYPES, narrow, widen
 
 __all__ = ["copy_blocks"]
@@ -87,27 +88,17 @@ def copy_kernel(  # type: ignore[no-untyped-def]
 
 def copy_blocks(job: CopyJob) -> None:
     """See :func:`kvxfer.kernels.copy_blocks`; the job is resolved and checked."""
-    src, dst = tensors_of(job.src_pieces), tensors_of(job.dst_pieces)
-    segments = torch.from_numpy(job.segments).to(dst[0].device)
-    with on_device_of(dst[0]):
-        for part in job.parts:
-            _copy_part(job, part, src, dst, segments)
+    if job.is_empty:
+        return
+    segments = torch.from_numpy(job.segments).to(job.device)
+    with on_device_of(segments):
+        for part, addresses in zip(job.route.parts, job.bases, strict=True):
+            _copy_part(job, part, addresses, segments)
 
 
 def _copy_part(
-    job: CopyJob,
-    part: PartCopy,
-    src: list[torch.Tensor],
-    dst: list[torch.Tensor],
-    segments: torch.Tensor,
+    job: CopyJob, part: PartCopy, addresses: np.ndarray[Any, Any], segments: torch.Tensor
 ) -> None:
-    addresses = np.array(
-        [
-            (src[a].data_ptr() + a_offset, dst[b].data_ptr() + b_offset)
-            for (a, a_offset), (b, b_offset) in zip(part.src_bases, part.dst_bases, strict=True)
-        ],
-        np.int64,
-    )
     src_unit, dst_unit = ITEMSIZE[part.src_dtype], ITEMSIZE[part.dst_dtype]
     width = part.width
     types = (TRITON_DTYPES.get(part.src_dtype), TRITON_DTYPES.get(part.dst_dtype))
@@ -117,13 +108,14 @@ def _copy_part(
         width = part.width * ITEMSIZE[part.src_dtype] // src_unit
     block_c = min(triton.next_power_of_2(width), 128)
     num_tiles = len(addresses) * len(segments)
-    copy_kernel[(_programs(job, num_tiles, dst[0]),)](
-        torch.from_numpy(addresses).to(dst[0].device),
+    device = segments.device
+    copy_kernel[(_programs(job, num_tiles, device),)](
+        torch.from_numpy(addresses).to(device),
         segments,
-        segments if part.factors is None else torch.from_numpy(part.factors).to(dst[0].device),
+        segments if part.factors is None else torch.from_numpy(part.factors).to(device),
         len(segments),
         num_tiles,
-        job.num_heads,
+        job.route.num_heads,
         *(stride // src_unit for stride in part.src_strides),
         *(stride // dst_unit for stride in part.dst_strides),
         WIDTH=width,
@@ -140,7 +132,9 @@ def _copy_part(
 
 def _row_alignment(part: PartCopy, addresses: np.ndarray[Any, Any]) -> int:
     """The largest power of two, up to 16, at whose multiples every row starts on both sides."""
-    starts = int(np.gcd.reduce(addresses, axis=None))
+    starts = int(
+        np.bitwise_or.reduce(addresses, axis=None)
+    )  # its lowest bit is that of all of them
     return math.gcd(16, starts, *part.src_strides, *part.dst_strides)
 
 
@@ -149,10 +143,10 @@ def _unit(part: PartCopy, itemsize: int, addresses: np.ndarray[Any, Any]) -> int
     return math.gcd(8, _row_alignment(part, addresses), part.width * itemsize)
 
 
-def _programs(job: CopyJob, num_tiles: int, where: torch.Tensor) -> int:
+def _programs(job: CopyJob, num_tiles: int, device: torch.device) -> int:
     limit = num_tiles
-    if where.is_cuda:
-        limit = _CTAS_PER_SM * torch.cuda.get_device_properties(where.device).multi_processor_count
+    if device.type == "cuda":
+        limit = _CTAS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     if job.max_ctas:
         limit = min(limit, job.max_ctas)
     return max(1, min(limit, num_tiles))
