@@ -4,9 +4,10 @@
 
 namespace kvxfer {
 namespace {
-constexpr uint8_t kRegionAdded = 1, kRegionRemoved = 2, kCredit = 3;
+constexpr uint8_t kRegionAdded = 1, kRegionRemoved = 2, kCredit = 3, kAttach = 4;
 constexpr uint32_t kTokenMagic = 0x314c'564b;  // "KVL1"
 constexpr size_t kMaxOffers = 16, kMaxOfferBytes = 512;
+constexpr size_t kMaxTransportBytes = 32, kMaxAttachBytes = 4096;
 }  // namespace
 
 Bytes encode(const Control& message) {
@@ -17,6 +18,9 @@ Bytes encode(const Control& message) {
     w.u8(added->writable), w.text(added->name);
   } else if (auto* removed = std::get_if<RegionRemoved>(&message)) {
     w.u8(kRegionRemoved), w.u64(removed->id);
+  } else if (auto* attach = std::get_if<Attach>(&message)) {
+    w.u8(kAttach), w.text(attach->transport), w.u8(attach->is_answer);
+    w.u16(static_cast<uint16_t>(attach->data.size())), w.raw(attach->data);
   } else {
     w.u8(kCredit), w.u32(std::get<Credit>(message).count);
   }
@@ -40,6 +44,16 @@ std::optional<Control> decode_control(ByteView payload) {
     case kCredit:
       out = Credit{r.u32()};
       break;
+    case kAttach: {
+      Attach attach;
+      attach.transport = r.text(kMaxTransportBytes), attach.is_answer = r.u8() != 0;
+      const size_t size = r.u16();
+      if (size > kMaxAttachBytes) return {};
+      const ByteView data = r.take(size);
+      attach.data.assign(data.begin(), data.end());
+      out = std::move(attach);
+      break;
+    }
     default:
       return {};
   }

@@ -26,7 +26,12 @@ struct RegionRemoved {
 struct Credit {  // so many of your notifications were drained here
   uint32_t count = 0;
 };
-using Control = std::variant<RegionAdded, RegionRemoved, Credit>;
+struct Attach {  // what a transport asks, and answers, while a session is being set up
+  std::string transport;
+  bool is_answer = false;
+  Bytes data;
+};
+using Control = std::variant<RegionAdded, RegionRemoved, Credit, Attach>;
 
 Bytes encode(const Control& message);
 std::optional<Control> decode_control(ByteView payload);

@@ -157,6 +157,8 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   std::optional<Session> session(const Key& id) noexcept override;
   void adopt(const Key& session, std::shared_ptr<Connection> connection) override;
   void lost(Connection& from, const Failure& cause) noexcept override;
+  std::optional<Bytes> ask(const Session& session, std::string_view transport, ByteView question,
+                           int64_t deadline_ns, std::string& reason) override;
   bool opened(const std::shared_ptr<tcp::TcpConnection>& connection) noexcept override;
   bool control(tcp::TcpConnection& from, ByteView payload) noexcept override;
   void ready(tcp::TcpConnection& from) noexcept override;
@@ -168,12 +170,16 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   std::optional<Failure> judge(Connection& from, const Access& access, Landing& out) noexcept;
   void check_open() const;
   RegionPtr add_region(RegionPtr region);
+  void check_new_region(const Region& region) const;  // mutex_ held
+  void expose(const RegionPtr& region);
+  void withdraw(Region& region) noexcept;
   bool allows(std::string_view transport) const;
   PeerPtr peer_for(const PeerIdentity& identity);  // mutex_ held
   LinkPtr open_link(const std::shared_ptr<tcp::TcpConnection>& connection, bool initiator);
   struct ProcessHandler;
   void watch_process(const LinkPtr& link) noexcept;
   void unwatch_process(Link& link) noexcept;
+  bool on_attach(tcp::TcpConnection& from, Attach attach) noexcept;
   void announce(Link& link);               // mutex_ held
   void broadcast(const Control& message);  // mutex_ held
   void forget_old_peers();                 // mutex_ held

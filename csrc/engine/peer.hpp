@@ -7,10 +7,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "engine/control.hpp"
 #include "engine/transfer.hpp"
 #include "transport/tcp/connection.hpp"
 
@@ -35,6 +37,7 @@ struct Link {
   bool announced = false;                         // our regions were sent; engine mutex
   bool ready = false, lost = false;               // engine mutex
   Failure cause;
+  std::optional<Attach> answer;  // what a transport that attaches waits for; engine mutex
   WaitWord changed;
   Reactor::TimerId timer = Reactor::kNoTimer;
   Fd process;  // a pidfd; with its token, progress thread only

@@ -50,22 +50,57 @@ RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
   return add_region(std::move(region));
 }
 
-RegionPtr Engine::add_region(RegionPtr region) {
-  region->key = random_bytes<16>();
-  region->owner = this;
-  if (words_) region->gate.export_word(words_->take());
-  std::lock_guard lock(mutex_);
+void Engine::check_new_region(const Region& region) const {
   check_open();
   if (regions_.size() >= kMaxRegions)
     fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
   for (auto& [id, other] : regions_)
-    if (other->name == region->name)
-      fail(Code::kInvalidArgument, "a region named '", region->name,
+    if (other->name == region.name)
+      fail(Code::kInvalidArgument, "a region named '", region.name,
            "' exists; pass another name=");
-  region->id = next_id_++;
-  regions_.emplace(region->id, region);
-  for (auto& [name, transport] : transports_) transport->expose(region);
-  broadcast(RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name});
+}
+
+// To every transport. One that was asked for by name must reach it; of the others the reason is
+// kept for explain(), and they go without it.
+void Engine::expose(const RegionPtr& region) {
+  for (auto& [name, transport] : transports_) {
+    try {
+      transport->expose(region);
+    } catch (const Error& error) {
+      if (!options_.transports.empty()) {
+        withdraw(*region);
+        throw;
+      }
+      region->backing.text +=
+          cat(region->backing.text.empty() ? "" : "; ", "not for ", name, ": ", error.what());
+    }
+  }
+}
+
+void Engine::withdraw(Region& region) noexcept {
+  for (auto& [name, transport] : transports_) transport->withdraw(region);
+}
+
+RegionPtr Engine::add_region(RegionPtr region) {
+  region->key = random_bytes<16>();
+  region->owner = this;
+  if (words_) region->gate.export_word(words_->take());
+  {
+    std::lock_guard lock(mutex_);
+    check_new_region(*region);
+    region->id = next_id_++;
+  }
+  expose(region);  // without the lock: it may pin gigabytes
+  try {
+    std::lock_guard lock(mutex_);
+    check_new_region(*region);  // two of one name at once: the second is turned away
+    regions_.emplace(region->id, region);
+    broadcast(
+        RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name});
+  } catch (...) {
+    withdraw(*region);
+    throw;
+  }
   return region;
 }
 
@@ -92,7 +127,7 @@ void Engine::deregister(const RegionPtr& region) {
   }
   region->gate.close();
   for (auto& lease : leases) begin_revoke(lease);
-  for (auto& [name, transport] : transports_) transport->withdraw(*region);
+  withdraw(*region);
 }
 
 }  // namespace kvxfer

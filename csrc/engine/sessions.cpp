@@ -189,7 +189,7 @@ void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
 }
 
 bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {
-  const auto message = decode_control(payload);
+  auto message = decode_control(payload);
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
   if (!message || !peer) return false;
   if (auto* added = std::get_if<RegionAdded>(&*message)) {
@@ -210,6 +210,8 @@ bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {
   } else if (auto* removed = std::get_if<RegionRemoved>(&*message)) {
     std::lock_guard lock(peer->mutex);
     std::erase_if(peer->regions, [&](auto& entry) { return entry.second->ref.id == removed->id; });
+  } else if (auto* attach = std::get_if<Attach>(&*message)) {
+    return on_attach(from, std::move(*attach));
   } else {
     const uint32_t count = std::get<Credit>(*message).count;
     {
@@ -222,6 +224,62 @@ bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {
   // Who waits for a region of the peer sleeps on Engine::fileno().
   if (!std::holds_alternative<Credit>(*message)) signal();
   return true;
+}
+
+// A transport's question or answer while a session is being set up; what comes later is nobody's.
+bool Engine::on_attach(tcp::TcpConnection& from, Attach attach) noexcept {
+  const Session& session = from.session();
+  LinkPtr link;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = pending_.find(session.id);
+    if (it == pending_.end()) return true;
+    link = it->second.second;
+    if (attach.is_answer) link->answer = std::move(attach);
+  }
+  if (attach.is_answer) {
+    link->changed.notify_all();
+    return true;
+  }
+  if (session.initiator) return false;  // it is we who ask
+  auto it = std::ranges::find(transports_, attach.transport, [](auto& each) { return each.first; });
+  if (it == transports_.end()) return false;  // it was not offered
+  attach.data = it->second->answer(session, attach.data);
+  attach.is_answer = true;
+  from.send_control(encode(attach));
+  return true;
+}
+
+std::optional<Bytes> Engine::ask(const Session& session, std::string_view transport,
+                                 ByteView question, int64_t deadline_ns, std::string& reason) {
+  LinkPtr link;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = pending_.find(session.id);
+    if (it == pending_.end() || closed()) {
+      reason = "the session has ended";
+      return {};
+    }
+    link = it->second.second;
+    link->answer.reset();
+  }
+  link->control->send_control(
+      encode(Attach{std::string(transport), false, Bytes(question.begin(), question.end())}));
+  for (;;) {
+    const uint32_t seen = link->changed.read();
+    {
+      std::lock_guard lock(mutex_);
+      if (link->answer && link->answer->transport == transport)
+        return std::move(link->answer->data);
+      if (link->lost || closed()) {
+        reason = cat("the session ended while it attached: ", link->cause.text);
+        return {};
+      }
+    }
+    if (link->changed.wait(seen, deadline_ns) != Woken::kTimedOut) continue;
+    reason = "the peer did not answer in time";
+    return {};
+  }
 }
 
 void Engine::ready(tcp::TcpConnection& from) noexcept {

@@ -15,6 +15,9 @@ struct TransportConfig {
   bool allow_ptrace = false;    // cma may call prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
   std::string tls_certificate;  // PEM files; all three or none
   std::string tls_key, tls_authority;
+  int64_t deadline_ns = 30'000'000'000;  // of transfers that name none: what retries may take
+  std::string verbs_device;              // "mlx5_0" or "mlx5_0:2"; empty: by rule
+  int32_t verbs_gid_index = -1;          // of its port; -1: by rule
   std::string faults;  // what the faulty transport injects; see faulty/plan.hpp
 };
 

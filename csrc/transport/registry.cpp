@@ -9,11 +9,29 @@
 #include "transport/faulty/transport.hpp"
 #include "transport/shm/transport.hpp"
 #include "transport/tcp/attached.hpp"
+#ifdef KVXFER_WITH_VERBS
+#include "transport/verbs/transport.hpp"
+#endif
 
 namespace kvxfer {
 namespace {
 
 using Maker = std::function<std::unique_ptr<Transport>(const TransportConfig&)>;
+
+#ifndef KVXFER_WITH_VERBS
+// Stands for one that was left out when this was built.
+class AbsentTransport final : public Transport {
+ public:
+  AbsentTransport(std::string_view name, std::string_view reason) : name_(name), reason_(reason) {}
+  std::string_view name() const noexcept override { return name_; }
+  std::optional<std::string> probe() const override { return std::string(reason_); }
+  void start(Host&) override {}
+  void stop() noexcept override {}
+
+ private:
+  const std::string_view name_, reason_;
+};
+#endif
 
 // One line per transport that attaches to a session, best first.
 const std::vector<std::pair<std::string, Maker>>& makers() {
@@ -22,6 +40,15 @@ const std::vector<std::pair<std::string, Maker>>& makers() {
        [](const TransportConfig& config) { return std::make_unique<shm::ShmTransport>(config); }},
       {"cma",
        [](const TransportConfig& config) { return std::make_unique<cma::CmaTransport>(config); }},
+#ifdef KVXFER_WITH_VERBS
+      {"verbs",
+       [](const TransportConfig& config) { return std::make_unique<verbs::VerbsTransport>(config); }},
+#else
+      {"verbs",
+       [](const TransportConfig&) {
+         return std::make_unique<AbsentTransport>("verbs", KVXFER_VERBS_REASON);
+       }},
+#endif
   };
   return list;
 }

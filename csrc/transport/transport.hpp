@@ -226,6 +226,15 @@ class Host {
 
   // Attaching, acceptor's side: the session that a JOIN names, while it is being set up.
   virtual std::optional<Session> session(const Key& id) noexcept = 0;
+  // Attaching, connecting side, on the thread that called connect(): puts a question to the same
+  // transport of the acceptor, inside the session, and waits for what its answer() returns. Empty,
+  // with the reason, when none came.
+  virtual std::optional<Bytes> ask(const Session& session, std::string_view transport,
+                                   ByteView question, int64_t deadline_ns, std::string& reason) {
+    (void)session, (void)transport, (void)question, (void)deadline_ns;
+    reason = "questions cannot be asked here";
+    return {};
+  }
   // A transport attached: both sides call it, before the session is announced as a peer.
   virtual void adopt(const Key& session, std::shared_ptr<Connection> connection) = 0;
   // The connection is dead; its requests have all been ended. Once; progress thread.
@@ -292,7 +301,14 @@ class Transport {
     return "cannot attach";
   }
 
-  // A region came or is going. withdraw() returns when no peer-visible resource of it is left that
+  // Acceptor's side, progress thread: what Host::ask brought. Only while the session is being set
+  // up.
+  virtual Bytes answer(const Session& session, ByteView question) {
+    (void)session, (void)question;
+    return {};
+  }
+
+  // A region came or is going. expose() may throw when it cannot be reached this way. withdraw() returns when no peer-visible resource of it is left that
   // this process holds (mappings of peers are read-only and do no harm).
   virtual void expose(const std::shared_ptr<Region>& region) { (void)region; }
   virtual void withdraw(Region& region) noexcept { (void)region; }

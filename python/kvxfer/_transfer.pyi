@@ -178,6 +178,9 @@ class TransportConfig:
     tls_certificate: str
     tls_key: str
     tls_authority: str
+    deadline_ns: int
+    verbs_device: str
+    verbs_gid_index: int
     faults: str
     def __init__(self) -> None: ...
 

@@ -256,6 +256,9 @@ def test_bad_engines_are_refused() -> None:
         ("spin_us", "20", "not '20'"),
         ("allow_ptrace", 1, "True or False"),
         ("tls", ("a", "b", "c"), "TlsFiles"),
+        ("verbs_device", "", "verbs_device"),
+        ("verbs_device", "mlx5_0:x", "not 'mlx5_0:x'"),
+        ("verbs_gid_index", -1, "0 to 255, not -1"),
     ],
 )
 def test_bad_configs_are_refused_where_they_are_made(field: str, value: Any, message: str) -> None:
@@ -281,11 +284,18 @@ def test_config_reaches_the_transports(tmp_path: Path) -> None:
         spin_us=1.5,
         allow_ptrace=True,
         tls=TlsFiles(pem, str(pem), pem),
+        deadline_s=2.5,
+        verbs_device="mlx5_0:2",
+        verbs_gid_index=3,
     ).native()
     assert (native.num_lanes, native.copy_threads, native.spin_ns) == (3, 2, 1500)
     assert native.allow_ptrace
     assert native.tls_certificate == native.tls_key == native.tls_authority == str(pem)
-    default = EngineConfig().native()
+    assert (native.verbs_device, native.verbs_gid_index) == ("mlx5_0:2", 3)
+    assert native.deadline_ns == 2_500_000_000
+    default = EngineConfig(deadline_s=math.inf).native()
+    assert (default.deadline_ns, default.verbs_device) == (2**63 - 1, "")
+    assert default.verbs_gid_index == -1
     assert (default.copy_threads, default.spin_ns, default.tls_key) == (-1, 20_000, "")
 
 

@@ -63,6 +63,9 @@ void register_engine(py::module_& m) {
       .def_readwrite("tls_certificate", &TransportConfig::tls_certificate)
       .def_readwrite("tls_key", &TransportConfig::tls_key)
       .def_readwrite("tls_authority", &TransportConfig::tls_authority)
+      .def_readwrite("deadline_ns", &TransportConfig::deadline_ns)
+      .def_readwrite("verbs_device", &TransportConfig::verbs_device)
+      .def_readwrite("verbs_gid_index", &TransportConfig::verbs_gid_index)
       .def_readwrite("faults", &TransportConfig::faults);
 
   py::class_<EngineHandle> engine(m, "Engine");

@@ -27,6 +27,9 @@ class FaultyTransport final : public Transport, private Host {
                                     int64_t deadline_ns) override {
     return below_->attach(session, offer, deadline_ns);
   }
+  Bytes answer(const Session& session, ByteView question) override {
+    return below_->answer(session, question);
+  }
   void expose(const std::shared_ptr<Region>& region) override { below_->expose(region); }
   void withdraw(Region& region) noexcept override { below_->withdraw(region); }
 
@@ -46,6 +49,11 @@ class FaultyTransport final : public Transport, private Host {
   std::optional<Failure> accept(Connection& from, Landing& landing,
                                 Arrival arrival) noexcept override;
   std::optional<Session> session(const Key& id) noexcept override { return host_->session(id); }
+  // The peer's faulty transport answers for the one below it.
+  std::optional<Bytes> ask(const Session& session, std::string_view, ByteView question,
+                           int64_t deadline_ns, std::string& reason) override {
+    return host_->ask(session, name(), question, deadline_ns, reason);
+  }
   void adopt(const Key& session, std::shared_ptr<Connection> connection) override;
   void lost(Connection& from, const Failure& cause) noexcept override;
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ __all__ = ["EngineConfig", "TlsFiles"]
 DEFAULT_DEADLINE_S = 30.0
 _MAX_LANES = 8
 _MAX_COPY_THREADS = 64
+_VERBS_DEVICE = re.compile(r"[^\s:]+(:\d{1,3})?")
 _MAX_SPIN_US = 1e6  # a second: more is a mistake in the unit
 
 
@@ -56,6 +58,9 @@ class EngineConfig:
         allow_ptrace: cma may open this process to every program of the user
             (``PR_SET_PTRACER_ANY``) where the system's policy would forbid it otherwise.
         tls: makes tcp speak TLS; both sides must.
+        verbs_device: the RDMA device, such as ``"mlx5_0"``, or with its port ``"mlx5_0:2"``; None: the
+            first that has an active port.
+        verbs_gid_index: which of the port's GIDs to use; None: by rule (docs/verbs.md).
     """
 
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -64,6 +69,8 @@ class EngineConfig:
     spin_us: float = 20.0
     allow_ptrace: bool = False
     tls: TlsFiles | None = None
+    verbs_device: str | None = None
+    verbs_gid_index: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("deadline_s", self.deadline_s, 0, math.inf)
@@ -77,6 +84,15 @@ class EngineConfig:
             )
         if self.tls is not None and not isinstance(self.tls, TlsFiles):
             raise InvalidArgumentError(f"tls must be a TlsFiles, not {self.tls!r}")
+        if self.verbs_device is not None and not (
+            isinstance(self.verbs_device, str) and _VERBS_DEVICE.fullmatch(self.verbs_device)
+        ):
+            raise InvalidArgumentError(
+                f"verbs_device must be a device's name, with :PORT or without, "
+                f"not {self.verbs_device!r}"
+            )
+        if self.verbs_gid_index is not None:
+            _check_int("verbs_gid_index", self.verbs_gid_index, 0, 255)
 
     def native(self) -> _transfer.TransportConfig:
         """The same for the C++ side."""
@@ -85,6 +101,12 @@ class EngineConfig:
         out.copy_threads = -1 if self.copy_threads is None else self.copy_threads
         out.spin_ns = round(self.spin_us * 1e3)
         out.allow_ptrace = self.allow_ptrace
+        if self.deadline_s < 1e9:  # else it means never, as it does natively
+            out.deadline_ns = round(self.deadline_s * 1e9)
+        else:
+            out.deadline_ns = 2**63 - 1
+        out.verbs_device = self.verbs_device or ""
+        out.verbs_gid_index = -1 if self.verbs_gid_index is None else self.verbs_gid_index
         if self.tls is not None:
             out.tls_certificate = os.fspath(self.tls.certificate)
             out.tls_key = os.fspath(self.tls.key)

@@ -1,0 +1,188 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/verbs/device.hpp"
+
+#include <fcntl.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "common/error.hpp"
+
+namespace kvxfer::verbs {
+namespace {
+
+struct ListCloser {
+  void operator()(ibv_device** list) const noexcept { api().free_device_list(list); }
+};
+
+const char* name_of(ibv_port_state state) {
+  switch (state) {
+    case IBV_PORT_DOWN:
+      return "down";
+    case IBV_PORT_INIT:
+      return "initialising (no subnet manager?)";
+    case IBV_PORT_ARMED:
+      return "armed";
+    case IBV_PORT_ACTIVE:
+      return "active";
+    case IBV_PORT_ACTIVE_DEFER:
+      return "active, deferred";
+    default:
+      return "of unknown state";
+  }
+}
+
+// The table's types are not told by ibv_query_gid; older libraries leave them to sysfs.
+GidType type_in_sysfs(const std::string& device, uint8_t port, int index) {
+  std::ifstream in(cat("/sys/class/infiniband/", device, "/ports/", int{port}, "/gid_attrs/types/",
+                       index));
+  std::string text;
+  std::getline(in, text);
+  return text.find("v2") != std::string::npos ? GidType::kRoceV2 : GidType::kRoceV1;
+}
+
+}  // namespace
+
+Device::Device(ibv_context* context) : context_(context) {
+  // A forked child must not keep them open: the kernel would take our queue pairs for alive.
+  own_descriptor(context_->cmd_fd);
+  own_descriptor(context_->async_fd);
+}
+
+Device::~Device() {
+  if (!birth_.here()) return;  // what its descriptors named is the parent's
+  pd_.reset();
+  disown_descriptor(context_->cmd_fd);
+  disown_descriptor(context_->async_fd);
+  api().close_device(context_);
+}
+
+std::string Device::use_port(uint8_t port) {
+  ibv_port_attr attr{};
+  if (const int err =
+          api().query_port(context_, port, reinterpret_cast<_compat_ibv_port_attr*>(&attr)))
+    return cat("ibv_query_port(", int{port}, ") failed: ", errno_text(err));
+  if (attr.state != IBV_PORT_ACTIVE) return cat("is ", name_of(attr.state));
+  address_ = {};
+  address_.infiniband = attr.link_layer == IBV_LINK_LAYER_INFINIBAND;
+  address_.lid = attr.lid;
+  address_.mtu = static_cast<uint8_t>(attr.active_mtu);
+  const std::string device = api().get_device_name(context_->device);
+  for (int index = 0; index < attr.gid_tbl_len && address_.gids.size() < kMaxGids; ++index) {
+    Gid gid;
+    gid.index = static_cast<uint16_t>(index);
+    ibv_gid raw{};
+    if (api().query_gid_ex != nullptr) {
+      ibv_gid_entry entry{};
+      if (api().query_gid_ex(context_, port, static_cast<uint32_t>(index), &entry, 0,
+                             sizeof entry) != 0)
+        continue;  // a hole in the table
+      raw = entry.gid;
+      gid.type = static_cast<GidType>(entry.gid_type);
+    } else {
+      if (api().query_gid(context_, port, index, &raw) != 0) continue;
+      gid.type =
+          address_.infiniband ? GidType::kInfiniband : type_in_sysfs(device, port, index);
+    }
+    std::copy_n(reinterpret_cast<const std::byte*>(raw.raw), gid.raw.size(), gid.raw.begin());
+    if (std::ranges::all_of(gid.raw, [](std::byte b) { return b == std::byte{0}; })) continue;
+    address_.gids.push_back(gid);
+  }
+  if (address_.gids.empty() && !address_.infiniband) return "has no GID: give its interface an address";
+  port_ = port;
+  name_ = cat(device, ":", int{port});
+  max_message_nbytes_ = std::max<uint32_t>(attr.max_msg_sz, 1);
+  return {};
+}
+
+std::shared_ptr<Device> Device::open(const std::string& wanted, std::string& reason) {
+  // A look at sysfs first: most machines have no such device, and need not load the library.
+  std::error_code none;
+  if (std::getenv("KVXFER_LIBIBVERBS") == nullptr &&
+      std::filesystem::is_empty("/sys/class/infiniband", none) | static_cast<bool>(none)) {
+    reason = "no RDMA device: /sys/class/infiniband is empty or not there";
+    return nullptr;
+  }
+  if (load_api(reason) == nullptr) return nullptr;
+  int num_devices = 0;
+  const std::unique_ptr<ibv_device*, ListCloser> list(api().get_device_list(&num_devices));
+  if (!list) {
+    reason = cat("ibv_get_device_list failed: ", errno_text(errno));
+    return nullptr;
+  }
+  const size_t colon = wanted.find(':');
+  const std::string wanted_name = wanted.substr(0, colon);
+  const int wanted_port =
+      colon == std::string::npos ? 0 : std::atoi(wanted.c_str() + colon + 1);
+  std::string seen;
+  for (int i = 0; i < num_devices; ++i) {
+    ibv_device* const candidate = list.get()[i];
+    const std::string name = api().get_device_name(candidate);
+    if (!wanted_name.empty() && name != wanted_name) {
+      seen += cat(seen.empty() ? "" : "; ", name, " is not the one wanted");
+      continue;
+    }
+    ibv_context* const context = api().open_device(candidate);
+    if (context == nullptr) {
+      seen += cat(seen.empty() ? "" : "; ", "ibv_open_device(", name,
+                  ") failed: ", errno_text(errno));
+      continue;
+    }
+    const std::shared_ptr<Device> device(new Device(context));
+    if (const int err = api().query_device(context, &device->limits_)) {
+      seen += cat(seen.empty() ? "" : "; ", "ibv_query_device(", name,
+                  ") failed: ", errno_text(err));
+      continue;
+    }
+    for (uint8_t port = 1; port <= device->limits_.phys_port_cnt; ++port) {
+      if (wanted_port != 0 && port != wanted_port) continue;
+      const std::string why = device->use_port(port);
+      if (!why.empty()) {
+        seen += cat(seen.empty() ? "" : "; ", name, " port ", int{port}, " ", why);
+        continue;
+      }
+      device->pd_.reset(api().alloc_pd(context));
+      if (!device->pd_) {
+        reason = cat("ibv_alloc_pd on ", name, " failed: ", errno_text(errno));
+        return nullptr;
+      }
+      // Its events are read by the reactor, which must never block in the call.
+      ::fcntl(context->async_fd, F_SETFL, ::fcntl(context->async_fd, F_GETFL) | O_NONBLOCK);
+      return device;
+    }
+  }
+  reason = num_devices == 0 ? "no RDMA device here"
+                            : cat("no RDMA device ", wanted.empty() ? "" : cat("'", wanted, "' "),
+                                  "with an active port: ", seen);
+  return nullptr;
+}
+
+MrPtr Device::register_memory(void* base, size_t nbytes, int access,
+                              const std::string& what) const {
+  MrPtr mr(api().reg_mr(pd_.get(), base, nbytes, access));
+  if (mr) return mr;
+  const int err = errno;
+  std::string hint;
+  if (err == ENOMEM || err == EPERM) {
+    rlimit limit{};
+    ::getrlimit(RLIMIT_MEMLOCK, &limit);
+    hint = limit.rlim_cur == RLIM_INFINITY
+               ? "; the locked-memory limit is none: the device has no room, or memory is short"
+               : cat("; the locked-memory limit is ", limit.rlim_cur,
+                     " bytes for all that this user pins: raise it (ulimit -l, "
+                     "LimitMEMLOCK=, --ulimit memlock=-1)");
+  } else if (err == EFAULT || err == EOPNOTSUPP) {
+    hint = "; memory of a GPU or of a device file cannot be registered by its address";
+  }
+  throw Error(Code::kRegistration,
+              cat("ibv_reg_mr(", what, ", ", nbytes, " bytes, access ", access, ") on ", name_,
+                  " failed: ", errno_text(err), hint),
+              err, "verbs");
+}
+
+}  // namespace kvxfer::verbs

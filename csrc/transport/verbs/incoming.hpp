@@ -1,0 +1,109 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The peer's requests, judged and then carried out by us, who own the memory: a write is pulled
+// out of the initiator's memory by RDMA READs, a read is granted. Progress thread only.
+//
+// Gates are entered when a chain is posted and left at its completion, so revoking waits for our
+// own NIC and nobody else; where it does not answer, Connection stops the queue pair.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "transport/verbs/channel.hpp"
+#include "transport/verbs/memory.hpp"
+#include "transport/verbs/pull_queue.hpp"
+#include "transport/transport.hpp"
+
+namespace kvxfer::verbs {
+
+struct Job {
+  Ticket ticket;
+  Op op = Op::kWrite;
+  Landing landing;
+  Arrival arrival;
+  RegionMemoryPtr memory;  // of landing.region; kept from leaving while the NIC may need it
+  bool staged = false;     // its bytes come, or go, in messages
+  bool granted = false;    // a read that the peer pulls
+  uint64_t nbytes = 0;
+  uint64_t announced = 0;     // bytes of all segments that came
+  uint64_t done = 0;          // bytes that landed, or were sent
+  uint64_t num_segments = 0;  // that came
+  std::deque<Segment> window;  // those of them not yet cut, judged; a bounded number
+  uint64_t offset = 0;         // in the first
+  bool asked = false;          // for more segments
+  bool begun = false;
+  bool queued = false;      // stands in pulling_ or serving_
+  uint32_t num_inside = 0;  // chunks that the NIC has, or that wait to be posted again
+  bool stopping = false;    // ends, with `failure` or else as cancelled, when none is
+  std::optional<Failure> failure;
+};
+using JobPtr = std::shared_ptr<Job>;
+
+class Incoming {
+ public:
+  Incoming(Channel& channel, PullQueue& pulls, MemoryTable& memory, Connection& connection,
+           Host& host)
+      : channel_(channel),
+        pulls_(pulls),
+        memory_(memory),
+        connection_(connection),
+        host_(host),
+        jobs_(kNumSlots) {}
+
+  // False: the peer broke the protocol, and its connection must end.
+  bool on_request(ByteView body);
+  bool on_part(ByteView body);
+  bool on_write_data(ByteView body);
+  bool on_read_done(ByteView body);
+  bool on_abort(ByteView body);
+
+  // One chain of one write; `err`: errno of a post that failed. True when it did something.
+  bool pull_one(int& err);
+  bool serve_one();  // one message of a read that is sent
+  // A chunk that is through. A failure is the request's; without one the bytes have landed.
+  void on_landed(ChunkPtr chunk, std::optional<Failure> failure);
+  // Its queue pair has gone before it was through: to be posted again on the next.
+  void on_flushed(ChunkPtr chunk);
+  // Whether a chunk in flight is inside gates that were closed meanwhile, since before `ns`.
+  static bool waits_for_gate(const Chunk& chunk, int64_t ns) noexcept;
+  // READs of requests that have been stopped may still store: nothing else may begin.
+  bool held_back() const noexcept { return num_dead_inside_ > 0; }
+  // Notifications that a caller has brought in who was lent the work: told when it comes back.
+  void tell_late();
+  void clear();  // when the NIC touches nothing any more
+
+ private:
+  JobPtr find(Ticket ticket) const;
+  bool take(const JobPtr& job, std::vector<Segment>& segments);
+  void ask(Job& job);
+  void cut(Job& job, Chunk& chunk);
+  bool start(ChunkPtr chunk, int& err);
+  void stop(const JobPtr& job, std::optional<Failure> failure);
+  void settle(const JobPtr& job);
+  void left(const JobPtr& job);
+  void finish(const JobPtr& job);
+  void grant(Job& job, std::span<const Segment> segments);
+  void tell(Ticket ticket, Code code, uint64_t nbytes, const Failure* failure);
+  void queue(const JobPtr& job);
+
+  Channel& channel_;
+  PullQueue& pulls_;
+  MemoryTable& memory_;
+  Connection& connection_;
+  Host& host_;
+
+  std::vector<JobPtr> jobs_;  // by slot; null: it is free
+  std::deque<JobPtr> pulling_, serving_;
+  std::deque<ChunkPtr> again_;  // flushed, to be posted before anything else
+  uint32_t num_dead_inside_ = 0;  // chunks in flight of requests that have been stopped
+  std::vector<Ticket> accepted_late_;
+  std::vector<Target> targets_;  // scratch
+  std::vector<Segment> segments_;
+  std::vector<Source> sources_;
+  Bytes bytes_;
+};
+
+}  // namespace kvxfer::verbs

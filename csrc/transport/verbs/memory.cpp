@@ -1,0 +1,93 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/verbs/memory.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "common/error.hpp"
+
+namespace kvxfer::verbs {
+
+WordMemory::WordMemory(std::shared_ptr<Device> device, std::shared_ptr<ExportedWords> words)
+    : device_(std::move(device)),
+      words_(std::move(words)),
+      mr_(device_->register_memory(const_cast<std::byte*>(words_->base()), ExportedWords::kBytes,
+                                   IBV_ACCESS_REMOTE_READ, "the words of leases and regions")) {}
+
+RegionMemory::RegionMemory(std::shared_ptr<Device> device, std::shared_ptr<WordMemory> words,
+                           const Region& region)
+    : device_(std::move(device)),
+      words_(std::move(words)),
+      readable_(region.shareable),
+      pieces_(region.pieces),
+      keep_(region.keep) {
+  // No right to write for anybody but this process's own NIC: memory is written only by its owner.
+  const int access = (region.writable ? IBV_ACCESS_LOCAL_WRITE : 0) |
+                     (region.shareable ? IBV_ACCESS_REMOTE_READ : 0);
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const std::string what = pieces_.size() == 1
+                                 ? cat("region '", region.name, "'")
+                                 : cat("piece ", i, " of region '", region.name, "'");
+    mrs_.push_back(
+        device_->register_memory(pieces_[i].base, pieces_[i].nbytes, access, what));
+  }
+}
+
+RegionMemory::~RegionMemory() = default;
+
+RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexcept {
+  size_t i = 0;
+  if (pieces_.size() > 1) {
+    const auto after = std::upper_bound(
+        pieces_.begin(), pieces_.end(), offset,
+        [](uint64_t value, const Piece& piece) { return value < piece.offset; });
+    i = static_cast<size_t>(after - pieces_.begin()) - 1;
+  }
+  const Piece& piece = pieces_[i];
+  const uint64_t skip = offset - piece.offset;
+  return {piece.base + skip,
+          static_cast<uint32_t>(
+              std::min({nbytes, piece.nbytes - skip, uint64_t{kMaxRunBytes}})),
+          mrs_[i]->lkey, mrs_[i]->rkey};
+}
+
+void MemoryTable::add(const Region& region) {
+  std::shared_ptr<WordMemory> words;
+  if (const auto& exported = region.gate.word().words()) {
+    std::lock_guard lock(words_mutex_);
+    words = words_.lock();
+    if (!words) words_ = words = std::make_shared<WordMemory>(device_, exported);
+  }
+  auto memory = std::make_shared<const RegionMemory>(device_, words, region);
+  std::lock_guard lock(mutex_);
+  regions_[region.id] = std::move(memory);
+}
+
+void MemoryTable::remove(uint64_t region) noexcept {
+  RegionMemoryPtr last;  // deregistered after the lock
+  std::lock_guard lock(mutex_);
+  if (auto it = regions_.find(region); it != regions_.end()) {
+    last = std::move(it->second);
+    regions_.erase(it);
+  }
+}
+
+RegionMemoryPtr MemoryTable::find(uint64_t region) const noexcept {
+  std::lock_guard lock(mutex_);
+  auto it = regions_.find(region);
+  return it == regions_.end() ? nullptr : it->second;
+}
+
+void MemoryTable::clear() noexcept {
+  std::unordered_map<uint64_t, RegionMemoryPtr> last;
+  std::lock_guard lock(mutex_);
+  last.swap(regions_);
+}
+
+std::string MemoryTable::describe() const {
+  std::lock_guard lock(mutex_);
+  return cat(regions_.size(), " region(s) registered");
+}
+
+}  // namespace kvxfer::verbs

@@ -1,0 +1,84 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Registered memory: what the NIC may touch of our regions, and the cache of it by region.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "transport/verbs/device.hpp"
+#include "transport/region.hpp"
+
+namespace kvxfer::verbs {
+
+// The words that tell a reader whether what it has read was still open; registered to be read.
+class WordMemory {
+ public:
+  WordMemory(std::shared_ptr<Device> device, std::shared_ptr<ExportedWords> words);
+  uint64_t address(const WordRef& word) const noexcept {
+    return reinterpret_cast<uint64_t>(words_->base()) + uint64_t{word.index} * sizeof(uint64_t);
+  }
+  uint32_t rkey() const noexcept { return mr_->rkey; }
+
+ private:
+  const std::shared_ptr<Device> device_;
+  const std::shared_ptr<ExportedWords> words_;
+  MrPtr mr_;
+};
+
+// Longer runs are cut here, so that a length fits a work request of any device.
+inline constexpr uint32_t kMaxRunBytes = 1u << 30;
+
+// A region's registrations, one a piece. Immutable; alive as long as a request of ours or of a peer
+// needs it, so that a region that leaves never breaks a queue pair.
+class RegionMemory {
+ public:
+  // Throws RegistrationError.
+  RegionMemory(std::shared_ptr<Device> device, std::shared_ptr<WordMemory> words,
+               const Region& region);
+  ~RegionMemory();
+
+  struct Run {
+    std::byte* base;
+    uint32_t nbytes, lkey, rkey;
+  };
+  // The first contiguous part of [offset, offset + nbytes), which the caller has checked.
+  Run at(uint64_t offset, uint64_t nbytes) const noexcept;
+  // False: no peer may read it (share="never"); its bytes go through messages.
+  bool readable() const noexcept { return readable_; }
+  // Null where there are none.
+  const WordMemory* words() const noexcept { return words_.get(); }
+
+ private:
+  const std::shared_ptr<Device> device_;
+  const std::shared_ptr<WordMemory> words_;
+  const bool readable_;
+  const std::vector<Piece> pieces_;
+  const std::shared_ptr<void> keep_;  // what the pieces lie in
+  std::vector<MrPtr> mrs_;
+};
+using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
+
+// By region. Any thread.
+class MemoryTable {
+ public:
+  void open(std::shared_ptr<Device> device) { device_ = std::move(device); }
+  void add(const Region& region);  // throws RegistrationError
+  // Nothing that is asked for from here on gets it; registrations go with the last that uses them.
+  void remove(uint64_t region) noexcept;
+  RegionMemoryPtr find(uint64_t region) const noexcept;
+  void clear() noexcept;
+  std::string describe() const;
+
+ private:
+  std::shared_ptr<Device> device_;
+  mutable std::mutex mutex_;  // not held while memory is registered, which may take seconds
+  std::unordered_map<uint64_t, RegionMemoryPtr> regions_;
+  std::mutex words_mutex_;
+  std::weak_ptr<WordMemory> words_;
+};
+
+}  // namespace kvxfer::verbs

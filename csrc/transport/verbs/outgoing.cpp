@@ -1,0 +1,389 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Posting, cancelling and ending; writes.
+#include "transport/verbs/outgoing.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "common/clock.hpp"
+
+namespace kvxfer::verbs {
+
+Outgoing::Outgoing(std::shared_ptr<Device> device, Channel& channel, PullQueue& pulls,
+                   MemoryTable& memory, Connection& connection, Host& host)
+    : channel_(channel),
+      pulls_(pulls),
+      memory_(memory),
+      connection_(connection),
+      host_(host),
+      words_(kNumSlots),
+      words_mr_(device->register_memory(words_.data(), words_.size() * sizeof(words_[0]),
+                                        IBV_ACCESS_LOCAL_WRITE, "words of reads")),
+      flights_(kNumSlots) {
+  free_.reserve(kNumSlots);
+  for (uint32_t slot = kNumSlots; slot-- > 0;) free_.push_back(slot);
+}
+
+Outgoing::Flight* Outgoing::find(Ticket ticket) noexcept {
+  if (ticket.slot >= kNumSlots) return nullptr;
+  Flight& flight = flights_[ticket.slot];
+  return flight.request && flight.generation == ticket.generation ? &flight : nullptr;
+}
+
+void Outgoing::release(uint32_t slot) noexcept {
+  Flight& flight = flights_[slot];
+  by_id_.erase(flight.request->id);
+  const uint32_t generation = flight.generation;
+  flight = Flight{};
+  flight.generation = generation;
+  free_.push_back(slot);
+}
+
+// What the owner must know of the next bytes: for a pulled write, where they are as well.
+void Outgoing::next_segments(const Request& request, Flight& flight, std::vector<Segment>& out) {
+  out.clear();
+  const bool pulled = request.op == Op::kWrite && flight.memory;
+  while (out.size() < kMaxSegments && flight.span < request.spans.size()) {
+    const Span& span = request.spans[flight.span];
+    Segment segment{0, span.remote + flight.offset, 0, 0};
+    if (pulled) {
+      const RegionMemory::Run run =
+          flight.memory->at(span.local + flight.offset, span.nbytes - flight.offset);
+      segment.address = reinterpret_cast<uint64_t>(run.base);
+      segment.nbytes = run.nbytes;
+      segment.rkey = run.rkey;
+    } else {
+      segment.nbytes = span.nbytes;
+    }
+    flight.offset += segment.nbytes;
+    flight.announced += segment.nbytes;
+    if (flight.offset == span.nbytes) ++flight.span, flight.offset = 0;
+    out.push_back(segment);
+  }
+}
+
+// Which of the caller's spans the owner means by a segment's number.
+uint64_t Outgoing::span_of(const Request& request, const RegionMemory* memory,
+                           uint64_t segment) const {
+  if (request.op != Op::kWrite || memory == nullptr)
+    return segment < request.spans.size() ? request.spans[segment].index : kNoSpan;
+  uint64_t number = 0;
+  for (const Span& span : request.spans)
+    for (uint64_t offset = 0; offset < span.nbytes; ++number) {
+      if (number == segment) return span.index;
+      offset += memory->at(span.local + offset, span.nbytes - offset).nbytes;
+    }
+  return kNoSpan;
+}
+
+Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
+  RegionMemoryPtr memory;
+  if (request->nbytes > 0 && request->local) memory = memory_.find(request->local->id);
+  if (memory && request->op == Op::kWrite && !memory->readable()) memory = nullptr;
+  RequestHead head;
+  head.op = static_cast<uint32_t>(request->op);
+  head.notify_nbytes = static_cast<uint32_t>(request->notify.size());
+  head.nbytes = request->nbytes;
+  head.region = request->remote;
+  head.lease = request->lease;
+  head.arrival = request->arrival;
+  if (request->has_notify) head.flags |= kHasNotify;
+  if (request->has_arrival) head.flags |= kHasArrival;
+  if (request->nbytes > 0 && !memory) head.flags |= kStaged;
+  needs_pump = request->op == Op::kWrite && request->nbytes > 0 && !memory;
+
+  std::lock_guard lock(mutex_);
+  if (dead_) return {Code::kPeerDisconnected};
+  if (free_.empty()) {
+    room_wanted_.store(true, std::memory_order_relaxed);
+    return {Code::kAgain};
+  }
+  const uint32_t slot = free_.back();
+  Flight& flight = flights_[slot];
+  head.ticket = {slot, flight.generation + 1};
+  flight.memory = memory;
+  flight.staged = (head.flags & kStaged) != 0;
+  next_segments(*request, flight, segments_);
+  head.num_segments = static_cast<uint32_t>(segments_.size());
+  // Before the attempt: room comes with a completion, and whoever sees that looks at this.
+  const bool wanted = room_wanted_.exchange(true, std::memory_order_relaxed);
+  const Sent sent = channel_.try_message(
+      Type::kRequest,
+      {view_of(head), request->notify, view_of(std::span<const Segment>(segments_))});
+  if (sent != Sent::kSent) {
+    const uint32_t generation = flight.generation;
+    flight = Flight{};
+    flight.generation = generation;
+    // A channel that is broken ends the connection, and that every request.
+    return {Code::kAgain};
+  }
+  room_wanted_.store(wanted, std::memory_order_relaxed);
+  free_.pop_back();
+  ++flight.generation;
+  flight.request = request;
+  by_id_.emplace(request->id, slot);
+  if (needs_pump) queue(pumping_, head.ticket, flight);
+  return {};
+}
+
+void Outgoing::queue(std::deque<Ticket>& where, Ticket ticket, Flight& flight) {
+  if (std::exchange(flight.queued, true)) return;
+  where.push_back(ticket);
+  if (&where == &pumping_) any_pumping_.store(true, std::memory_order_relaxed);
+}
+
+Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept {
+  std::lock_guard lock(mutex_);
+  const auto found = by_id_.find(request->id);
+  if (found == by_id_.end()) return {Agreement::kEnding, true};
+  Flight& flight = flights_[found->second];
+  Cancelled result;
+  if (request->op == Op::kRead) {
+    // Its destination is ours: what we throw away can never be accepted.
+    result.agreement = Agreement::kStopped;
+    result.quiesced = !flight.inside && flight.num_inside == 0;
+  } else {
+    result.agreement = Agreement::kUnknown;
+    const bool read_by_peer = request->op == Op::kWrite && !flight.staged && !source_gone_;
+    result.quiesced = !flight.inside && !read_by_peer;
+    unanswered = read_by_peer;
+  }
+  flight.cancelled = true;
+  flight.unquiet = !result.quiesced;
+  flight.cancelled_ns = now_ns();
+  channel_.message(Type::kAbort,
+                   {view_of(PartHead{{found->second, flight.generation}, 0})});
+  return result;
+}
+
+bool Outgoing::room_wanted() noexcept {
+  if (!room_wanted_.load(std::memory_order_relaxed)) return false;
+  std::lock_guard lock(mutex_);
+  return !free_.empty() && room_wanted_.exchange(false, std::memory_order_relaxed);
+}
+
+int64_t Outgoing::unanswered_since() noexcept {
+  std::lock_guard lock(mutex_);
+  int64_t since = kNever;
+  if (source_gone_) return since;
+  for (const Flight& flight : flights_)
+    if (flight.request && flight.cancelled && flight.unquiet && flight.request->op == Op::kWrite &&
+        !flight.staged)
+      since = std::min(since, flight.cancelled_ns);
+  return since;
+}
+
+void Outgoing::source_gone() {
+  std::vector<RequestPtr> quiet;
+  {
+    std::lock_guard lock(mutex_);
+    source_gone_ = true;
+    for (Flight& flight : flights_)
+      if (flight.request && flight.cancelled && flight.request->op == Op::kWrite &&
+          !flight.staged && std::exchange(flight.unquiet, false))
+        quiet.push_back(flight.request);
+  }
+  for (const RequestPtr& request : quiet) host_.quiesced(*request);
+}
+
+void Outgoing::source_there() noexcept {
+  std::lock_guard lock(mutex_);
+  source_gone_ = false;
+}
+
+void Outgoing::end(Ticket ticket, Completion completion) {
+  RequestPtr request;
+  bool cancelled, unquiet;
+  {
+    std::lock_guard lock(mutex_);
+    Flight* flight = find(ticket);
+    if (flight == nullptr) return;
+    request = flight->request;
+    cancelled = flight->cancelled;
+    unquiet = flight->unquiet;
+    release(ticket.slot);
+  }
+  if (cancelled) {
+    if (unquiet) host_.quiesced(*request);
+    // Left open by cancel(), and now known not to have been shown.
+    if (!completion.ok && request->op != Op::kRead) host_.unshown(connection_, *request);
+    return;
+  }
+  if (completion.ok && request->op != Op::kNotify)
+    (request->op == Op::kRead ? connection_.counters.bytes_read
+                              : connection_.counters.bytes_written)
+        .fetch_add(request->nbytes, std::memory_order_relaxed);
+  host_.ended(connection_, request, std::move(completion));
+}
+
+bool Outgoing::on_outcome(ByteView body) {
+  Reader reader(body);
+  const auto head = reader.get<OutcomeHead>();
+  const ByteView text = reader.take(reader.remaining());
+  if (!reader.ok() || head.ticket.slot >= kNumSlots) return false;
+  Completion completion;
+  {
+    std::lock_guard lock(mutex_);
+    Flight* flight = find(head.ticket);
+    if (flight == nullptr) return true;  // of a read that we have ended
+    const Request& request = *flight->request;
+    completion.ok = head.code == 0;
+    if (request.op == Op::kRead) {
+      flight->answered = true;
+      if (completion.ok && flight->landed < request.nbytes && !flight->cancelled)
+        return false;  // bytes come before the word that they have
+    }
+    completion.nbytes = completion.ok ? request.nbytes : std::min(head.nbytes, request.nbytes);
+    if (!completion.ok) {
+      Failure& failure = completion.failure;
+      failure.code = head.code <= kMaxCode ? static_cast<Code>(head.code) : Code::kInternal;
+      failure.err = head.err;
+      if (head.segment != kNoSpan)
+        failure.span = span_of(request, flight->memory.get(), head.segment);
+      failure.expected = head.expected;
+      failure.given = head.given;
+      failure.text.assign(reinterpret_cast<const char*>(text.data()), text.size());
+      if (flight->num_inside > 0) {  // a read: it ends when our NIC is through
+        flight->over = true;
+        if (!flight->failure) flight->failure = std::move(failure);
+        return true;
+      }
+    }
+  }
+  end(head.ticket, std::move(completion));
+  return true;
+}
+
+void Outgoing::send_part(Ticket ticket, Flight& flight) {
+  next_segments(*flight.request, flight, segments_);
+  channel_.message(Type::kPart, {view_of(PartHead{ticket, segments_.size()}),
+                                 view_of(std::span<const Segment>(segments_))});
+}
+
+bool Outgoing::on_more(ByteView body) {
+  Reader reader(body);
+  const auto head = reader.get<PartHead>();
+  if (!reader.finished() || head.ticket.slot >= kNumSlots) return false;
+  std::lock_guard lock(mutex_);
+  Flight* flight = find(head.ticket);
+  if (flight == nullptr || flight->cancelled) return true;
+  if (flight->announced == flight->request->nbytes) return false;
+  send_part(head.ticket, *flight);
+  if (flight->request->op == Op::kWrite && flight->staged)
+    queue(pumping_, head.ticket, *flight);
+  return true;
+}
+
+// ---------------------------------------------------------------- bytes in messages
+
+bool Outgoing::on_use_messages(ByteView body) {
+  Reader reader(body);
+  const auto head = reader.get<PartHead>();
+  if (!reader.finished() || head.ticket.slot >= kNumSlots) return false;
+  std::lock_guard lock(mutex_);
+  Flight* flight = find(head.ticket);
+  if (flight == nullptr || flight->cancelled) return true;
+  if (flight->request->op != Op::kWrite || flight->request->nbytes == 0 ||
+      std::exchange(flight->staged, true))
+    return false;
+  queue(pumping_, head.ticket, *flight);
+  return true;
+}
+
+RequestPtr Outgoing::enter(Ticket ticket) noexcept {
+  std::lock_guard lock(mutex_);
+  Flight* flight = find(ticket);
+  if (flight == nullptr || flight->cancelled) return nullptr;
+  flight->inside = true;
+  return flight->request;
+}
+
+void Outgoing::leave(Ticket ticket, Request& request) noexcept {
+  bool report;
+  {
+    std::lock_guard lock(mutex_);
+    Flight* flight = find(ticket);
+    flight->inside = false;
+    // cancel() came meanwhile and said "not quiesced".
+    report = flight->num_inside == 0 && std::exchange(flight->unquiet, false);
+  }
+  if (report) host_.quiesced(request);
+}
+
+bool Outgoing::pump() {
+  if (!any_pumping_.load(std::memory_order_relaxed) || !channel_.is_wide()) return false;
+  Ticket ticket;
+  uint64_t announced = 0;
+  {
+    std::lock_guard lock(mutex_);
+    any_pumping_.store(!pumping_.empty(), std::memory_order_relaxed);
+    if (pumping_.empty()) return false;
+    ticket = pumping_.front();
+    pumping_.pop_front();
+    if (Flight* flight = find(ticket)) {
+      flight->queued = false;
+      announced = flight->announced;
+    }
+  }
+  const RequestPtr request = enter(ticket);
+  if (!request) return true;  // ended or cancelled: forgotten
+  Flight& flight = flights_[ticket.slot];
+  bytes_.resize(kMaxDataBytes);
+  uint32_t filled = 0;
+  while (filled < kMaxDataBytes && flight.moved < announced) {
+    const Span& span = request->spans[flight.next_span];
+    // Not beyond what was announced, though a span may be announced in parts.
+    const uint64_t n = std::min({uint64_t{kMaxDataBytes} - filled, announced - flight.moved,
+                                 span.nbytes - flight.next_offset});
+    request->local->resolve(span.local + flight.next_offset, n,
+                            [&](const std::byte* from, size_t size) {
+                              std::memcpy(bytes_.data() + filled, from, size);
+                              filled += static_cast<uint32_t>(size);
+                            });
+    flight.moved += n;
+    flight.next_offset += n;
+    if (flight.next_offset == span.nbytes) ++flight.next_span, flight.next_offset = 0;
+  }
+  if (filled > 0)
+    channel_.message(Type::kWriteData,
+                     {view_of(DataHead{ticket, filled, 0}), ByteView(bytes_).first(filled)});
+  {
+    std::lock_guard lock(mutex_);
+    if (flight.moved < flight.announced) queue(pumping_, ticket, flight);
+  }
+  leave(ticket, *request);
+  return true;
+}
+
+void Outgoing::end_all(const Failure& cause) {
+  std::vector<std::pair<RequestPtr, bool>> left;  // and whether it is only to be quiesced
+  {
+    std::lock_guard lock(mutex_);
+    dead_ = true;
+    for (uint32_t slot = 0; slot < kNumSlots; ++slot) {
+      Flight& flight = flights_[slot];
+      if (!flight.request) continue;
+      if (!flight.cancelled)
+        left.emplace_back(flight.request, false);
+      else if (flight.unquiet)
+        left.emplace_back(flight.request, true);
+      release(slot);
+    }
+    pumping_.clear();
+  }
+  pulling_.clear();
+  again_.clear();
+  for (auto& [request, quiesce] : left) {
+    if (quiesce) {
+      host_.quiesced(*request);
+      continue;
+    }
+    // Nobody knows whether the owner had accepted a write; what a read would have shown is ours.
+    host_.ended(connection_, request,
+                {.ok = false, .failure = cause, .agreed = request->op == Op::kRead});
+  }
+}
+
+}  // namespace kvxfer::verbs

@@ -1,0 +1,124 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// Our own requests on a connection: a write says where its bytes are and waits for the owner's
+// verdict; a read is granted, pulled by our NIC, and judged by the owner's words.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "transport/verbs/channel.hpp"
+#include "transport/verbs/memory.hpp"
+#include "transport/verbs/pull_queue.hpp"
+#include "transport/transport.hpp"
+
+namespace kvxfer::verbs {
+
+class Outgoing {
+ public:
+  Outgoing(std::shared_ptr<Device> device, Channel& channel, PullQueue& pulls, MemoryTable& memory,
+           Connection& connection, Host& host);
+
+  // Any thread.
+  Status post(const RequestPtr& request, bool& needs_pump) noexcept;
+  // `unanswered`: its source may be read until the owner answers, or the source goes.
+  Cancelled cancel(const RequestPtr& request, bool& unanswered) noexcept;
+  bool room_wanted() noexcept;  // true once, when a post was turned away and there may be room now
+
+  // Progress thread. False from on_…: the peer broke the protocol.
+  bool on_outcome(ByteView body);
+  bool on_more(ByteView body);
+  bool on_use_messages(ByteView body);
+  bool on_granted(ByteView body);
+  bool on_read_data(ByteView body);
+  bool pump();              // one message of a write that goes in messages
+  bool pull_one(int& err);  // one chain of one read
+  void on_landed(ChunkPtr chunk, std::optional<Failure> failure);
+  void on_flushed(ChunkPtr chunk);
+  // Whether a cancelled write has waited for the owner's answer since before `ns`; when the first
+  // of those that wait was cancelled, or kNever.
+  int64_t unanswered_since() noexcept;
+  // The peer's NIC reads nothing of ours until source_there(): what was cancelled is quiesced.
+  void source_gone();
+  void source_there() noexcept;
+  // 16 registered bytes that nobody uses before the first request.
+  std::array<uint64_t, 2>& scratch() noexcept { return words_[0]; }
+  uint32_t scratch_lkey() const noexcept { return words_mr_->lkey; }
+  void end_all(const Failure& cause);  // when neither NIC touches our memory any more
+
+ private:
+  struct Flight {
+    RequestPtr request;  // null: the slot is free
+    uint32_t generation = 0;
+    RegionMemoryPtr memory;  // what the NICs may touch of it; may be null
+    bool staged = false;     // the bytes go in messages
+    bool inside = false;     // the progress thread copies from or to its memory right now
+    bool cancelled = false;  // the engine ended it; the slot waits for the owner's word
+    bool unquiet = false;    // and Host::quiesced is due
+    int64_t cancelled_ns = 0;
+    uint32_t num_inside = 0;  // chunks that our NIC has, or that wait to be posted again
+    // The next byte to announce (write) or to ask for (read): this span, at this offset.
+    size_t span = 0;
+    uint64_t offset = 0, announced = 0;
+    // Progress thread only from here on: the next byte to send or to land, likewise.
+    size_t next_span = 0;
+    uint64_t next_offset = 0;
+    uint64_t moved = 0;   // bytes sent, or for which a READ was posted
+    uint64_t landed = 0;  // of a read
+    bool queued = false;  // stands in pumping_ or pulling_
+    std::deque<Source> sources;  // granted, not yet posted
+    uint64_t source_offset = 0, granted = 0;
+    WordSpot region, lease;
+    bool looked = false;    // the READ of the words is posted
+    bool over = false;      // ends, with `failure` or well, when our NIC is through with it
+    bool answered = false;  // the owner has said its last word
+    std::optional<Failure> failure;
+  };
+  Flight* find(Ticket ticket) noexcept;  // mutex_ held, like the next
+  void release(uint32_t slot) noexcept;
+  void next_segments(const Request& request, Flight& flight, std::vector<Segment>& out);
+  void send_part(Ticket ticket, Flight& flight);
+  uint64_t span_of(const Request& request, const RegionMemory* memory, uint64_t segment) const;
+  RequestPtr enter(Ticket ticket) noexcept;
+  void leave(Ticket ticket, Request& request) noexcept;
+  void queue(std::deque<Ticket>& where, Ticket ticket, Flight& flight);
+  void cut(const Request& request, Flight& flight, Chunk& chunk);
+  void look_at_words(Ticket ticket, Flight& flight, Chunk& chunk);
+  std::optional<Failure> judge(const Flight& flight, uint32_t slot) const;
+  void end(Ticket ticket, Completion completion);
+  bool is_wanted(const Chunk& chunk) noexcept;
+  void chunk_left(Ticket ticket);
+  void settle(Ticket ticket);
+
+  Channel& channel_;
+  PullQueue& pulls_;
+  MemoryTable& memory_;
+  Connection& connection_;
+  Host& host_;
+  // Where our NIC stores the words of each slot's read: the region's and the lease's.
+  std::vector<std::array<uint64_t, 2>> words_;
+  MrPtr words_mr_;
+
+  std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
+  std::vector<Flight> flights_;
+  std::vector<uint32_t> free_;
+  std::unordered_map<uint64_t, uint32_t> by_id_;
+  std::deque<Ticket> pumping_;
+  std::vector<Segment> segments_;  // scratch
+  std::atomic<bool> any_pumping_{false}, room_wanted_{false};
+  bool dead_ = false, source_gone_ = false;
+
+  // Progress thread only.
+  std::deque<Ticket> pulling_;
+  std::deque<ChunkPtr> again_;  // words, and what was flushed: to be posted before anything else
+  Bytes bytes_;
+};
+
+}  // namespace kvxfer::verbs

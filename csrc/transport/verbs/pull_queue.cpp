@@ -1,0 +1,172 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/verbs/pull_queue.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "common/clock.hpp"
+
+namespace kvxfer::verbs {
+namespace {
+constexpr uint32_t kMaxDepth = 512;
+constexpr uint32_t kMaxSge = 16;
+constexpr size_t kMaxIdle = 16;
+}  // namespace
+
+void Chunk::clear() noexcept {
+  reads_.clear();
+  sges_.clear();
+  nbytes_ = 0;
+  job.reset();
+  ticket = {};
+  words = false;
+}
+
+uint32_t Chunk::add(uint64_t from, uint32_t rkey, std::byte* to, uint32_t lkey, uint32_t nbytes,
+                    uint32_t max_sge) {
+  const auto n = static_cast<uint32_t>(std::min<uint64_t>(nbytes, kMaxBytes - nbytes_));
+  if (n == 0) return 0;
+  const auto address = reinterpret_cast<uint64_t>(to);
+  if (!reads_.empty()) {
+    // Contiguous over there: one more piece of the same READ, or none where it is here as well.
+    Read& last = reads_.back();
+    if (last.rkey == rkey && last.from + last.nbytes == from) {
+      ibv_sge& sge = sges_.back();
+      const bool follows = sge.lkey == lkey && sge.addr + sge.length == address;
+      if (follows || last.num_sge < max_sge) {
+        if (follows)
+          sge.length += n;
+        else
+          sges_.push_back({address, n, lkey}), ++last.num_sge;
+        last.nbytes += n;
+        nbytes_ += n;
+        return n;
+      }
+    }
+  }
+  if (reads_.size() == kMaxReads) return 0;
+  reads_.push_back({from, n, rkey, static_cast<uint32_t>(sges_.size()), 1});
+  sges_.push_back({address, n, lkey});
+  nbytes_ += n;
+  return n;
+}
+
+uint32_t PullQueue::depth(const Device& device) noexcept {
+  const int most = std::min(device.limits().max_qp_wr - 1, int{kMaxDepth});
+  return most < int{Chunk::kMaxReads} ? 0 : static_cast<uint32_t>(most);
+}
+
+PullQueue::PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, uint32_t depth)
+    : device_(std::move(device)),
+      cq_(cq),
+      depth_(depth),
+      shape_{.max_send = depth + 1,
+             .max_recv = 0,
+             .max_send_sge = static_cast<uint32_t>(
+                 std::clamp(device_->limits().max_sge, 1, int{kMaxSge})),
+             .max_recv_sge = 0},
+      chain_(Chunk::kMaxReads) {}
+
+PullQueue::~PullQueue() {
+  if (qp_) (void)stop_qp(qp_.get());
+}
+
+QpEnd PullQueue::open() {
+  ready_ = false;
+  qp_ = make_qp(*device_, cq_, shape_, 0);
+  psn_ = random_psn();
+  ++epoch_;
+  first_error_ = IBV_WC_SUCCESS;
+  vendor_error_ = 0;
+  return {qp_->qp_num, psn_};
+}
+
+void PullQueue::connect(const Route& route, const QpEnd& remote, uint8_t issued) {
+  connect_qp(*device_, qp_.get(), route, remote, psn_, 0, issued);
+}
+
+bool PullQueue::has_room() const noexcept {
+  return ready_ && num_reads_ + Chunk::kMaxReads <= depth_ && nbytes_ < kMaxBytesInFlight;
+}
+
+ChunkPtr PullQueue::new_chunk() {
+  if (idle_.empty()) return std::make_unique<Chunk>();
+  ChunkPtr chunk = std::move(idle_.back());
+  idle_.pop_back();
+  return chunk;
+}
+
+void PullQueue::recycle(ChunkPtr chunk) {
+  chunk->clear();
+  if (idle_.size() < kMaxIdle) idle_.push_back(std::move(chunk));
+}
+
+int PullQueue::post(ChunkPtr chunk, bool fence) noexcept {
+  const size_t count = chunk->reads_.size();
+  for (size_t i = 0; i < count; ++i) {
+    const Chunk::Read& read = chunk->reads_[i];
+    ibv_send_wr& wr = chain_[i];
+    wr = {};
+    wr.wr_id = id(next_, i + 1 == count);
+    wr.next = i + 1 < count ? &chain_[i + 1] : nullptr;
+    wr.sg_list = chunk->sges_.data() + read.first_sge;
+    wr.num_sge = static_cast<int>(read.num_sge);
+    wr.opcode = IBV_WR_RDMA_READ;
+    wr.wr.rdma.remote_addr = read.from;
+    wr.wr.rdma.rkey = read.rkey;
+    if (i == 0 && fence) wr.send_flags |= IBV_SEND_FENCE;
+    if (i + 1 == count) wr.send_flags |= IBV_SEND_SIGNALED;
+  }
+  ibv_send_wr* bad = nullptr;
+  const int err = ibv_post_send(qp_.get(), chain_.data(), &bad);
+  chunk->posted_ns = now_ns();
+  num_reads_ += count;
+  nbytes_ += chunk->nbytes_;
+  ++next_;
+  in_flight_.push_back(std::move(chunk));
+  return err;
+}
+
+PullQueue::Outcome PullQueue::on_completion(const ibv_wc& completion) noexcept {
+  const uint64_t number = number_of(completion.wr_id);
+  if ((number >> 48) != (epoch_ & 0xff) || in_flight_.empty()) return {};  // of one that is gone
+  if (completion.status != IBV_WC_SUCCESS) {
+    if (chain_status_ == IBV_WC_SUCCESS) chain_status_ = completion.status;
+    ready_ = false;
+    if (first_error_ == IBV_WC_SUCCESS) {
+      first_error_ = completion.status;
+      vendor_error_ = completion.vendor_err;
+    }
+  }
+  if ((number & 1) == 0) return {.is_mine = true};  // the chain's last one follows
+  Outcome outcome{true, std::move(in_flight_.front()),
+                  std::exchange(chain_status_, IBV_WC_SUCCESS)};
+  in_flight_.pop_front();
+  num_reads_ -= outcome.done->reads_.size();
+  nbytes_ -= outcome.done->nbytes_;
+  return outcome;
+}
+
+bool PullQueue::stop() noexcept {
+  ready_ = false;
+  if (!qp_ || stop_qp(qp_.get()) != 0) return false;
+  ibv_send_wr wr{}, *bad = nullptr;
+  wr.wr_id = marker();
+  wr.opcode = IBV_WR_SEND;  // never sent: it is flushed like what is before it
+  wr.send_flags = IBV_SEND_SIGNALED;
+  return ibv_post_send(qp_.get(), &wr, &bad) == 0;
+}
+
+std::deque<ChunkPtr> PullQueue::close() noexcept {
+  ready_ = false;
+  qp_.reset();
+  ++epoch_;
+  num_reads_ = 0;
+  nbytes_ = 0;
+  chain_status_ = IBV_WC_SUCCESS;
+  return std::exchange(in_flight_, {});
+}
+
+}  // namespace kvxfer::verbs

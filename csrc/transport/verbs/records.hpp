@@ -1,0 +1,140 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// What two engines say to each other over the control queue pair: plain little-endian structs,
+// read by value out of a message before they are looked at. docs/wire_format.md lists them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "common/wire.hpp"
+#include "transport/transport.hpp"
+
+namespace kvxfer::verbs {
+
+inline constexpr uint32_t kVersion = 1;
+inline constexpr uint32_t kNumSlots = kMaxInFlight;  // of requests, per direction
+inline constexpr uint32_t kMaxSegments = 1024;       // per message
+inline constexpr uint32_t kMaxDataBytes = 32 * 1024;  // of memory, in one message
+inline constexpr uint32_t kMaxMessageBytes = 96 * 1024;
+
+enum class Type : uint32_t {
+  kCredit = 1,       // nothing but what every message carries: how many receives are posted
+  kRequest = 2,      // RequestHead, notification, first segments
+  kPart = 3,         // PartHead, the next segments
+  kMore = 4,         // PartHead of the owner: send the next segments of your request
+  kOutcome = 5,      // OutcomeHead of the owner, text: how a request ended
+  kAbort = 6,        // PartHead: the request was cancelled, or a granted read has failed
+  kGranted = 7,      // GrantHead of the owner, sources: the reader may pull these
+  kReadDone = 8,     // PartHead: all of a granted read was pulled, and nothing had been revoked
+  kWriteData = 9,    // DataHead, bytes: the next of a write from memory that no peer may read
+  kReadData = 10,    // DataHead of the owner, bytes: the next of a read of such memory
+  kPullBroken = 11,  // QpHead: my queue pair that reads your memory has failed; make another source
+  kNewSource = 12,   // QpHead: my memory is read through this queue pair from now on
+  kNewPuller = 13,   // QpHead: and this one reads it
+  kSourceReady = 14,  // QpHead: it is connected
+  kUseMessages = 15,  // PartHead of the owner: send the bytes of your write, I cannot pull them
+};
+
+// Which request of the sender (or, in an answer, of the receiver) a message belongs to.
+struct Ticket {
+  uint32_t slot = 0, generation = 0;
+};
+
+enum Flag : uint32_t {
+  kHasNotify = 1,
+  kHasArrival = 2,
+  kStaged = 4,  // a write: its bytes come in messages; a read: they must, it cannot be pulled
+};
+
+struct RequestHead {
+  Ticket ticket;
+  uint32_t op = 0;
+  uint32_t flags = 0;
+  uint32_t notify_nbytes = 0;
+  uint32_t num_segments = 0;  // that follow in this message
+  uint64_t nbytes = 0;        // of the whole request
+  RegionRef region;
+  LeaseRef lease;
+  uint64_t arrival = 0;
+};
+
+// Where the bytes are in the initiator's memory (a pulled write; else zeros), and which of the
+// owner's region they belong to.
+struct Segment {
+  uint64_t address = 0, target = 0;
+  uint32_t nbytes = 0;
+  uint32_t rkey = 0;
+};
+
+struct PartHead {
+  Ticket ticket;
+  uint64_t num_segments = 0;
+};
+
+struct OutcomeHead {
+  Ticket ticket;
+  uint32_t code = 0;
+  int32_t err = 0;
+  uint64_t nbytes = 0;
+  uint64_t segment = kNoSpan;  // its number within the request
+  uint64_t expected = 0, given = 0;
+};
+
+// Where a reader finds the word of a gate, and what stands there while it is open.
+struct WordSpot {
+  uint64_t address = 0, value = 0;
+  uint32_t rkey = 0;
+  uint32_t present = 0;
+};
+
+struct Source {
+  uint64_t address = 0;
+  uint32_t nbytes = 0;
+  uint32_t rkey = 0;
+};
+
+struct GrantHead {
+  Ticket ticket;
+  uint64_t num_sources = 0;
+  WordSpot region, lease;
+};
+
+struct DataHead {
+  Ticket ticket;
+  uint32_t nbytes = 0;
+  uint32_t reserved = 0;
+};
+
+struct QpHead {
+  uint32_t epoch = 0;
+  uint32_t number = 0, psn = 0;
+  uint32_t status = 0;  // kPullBroken: enum ibv_wc_status, for messages
+};
+
+template <typename T>
+ByteView view_of(const T& value) {
+  return {reinterpret_cast<const std::byte*>(&value), sizeof(T)};
+}
+template <typename T>
+ByteView view_of(std::span<const T> values) {
+  return std::as_bytes(values);
+}
+
+// `count` elements that are the rest of a message; false when it does not have just those, or one
+// of them is empty: that would cost memory and move nothing.
+template <typename T>
+bool read_rest(Reader& reader, uint64_t count, std::vector<T>& out) {
+  // A span that lies across pieces of memory is several sources, so there may be more of these.
+  if (count > kMaxMessageBytes / sizeof(T) || reader.remaining() != count * sizeof(T)) return false;
+  out.resize(count);
+  const ByteView bytes = reader.take(count * sizeof(T));
+  if (count > 0) std::memcpy(out.data(), bytes.data(), bytes.size());
+  for (const T& each : out)
+    if (each.nbytes == 0) return false;
+  return reader.finished();
+}
+
+}  // namespace kvxfer::verbs

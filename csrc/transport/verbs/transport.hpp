@@ -1,0 +1,69 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// RDMA verbs: RC queue pairs that are set up inside an authenticated session. Bytes are pulled by
+// the NIC of whoever owns their destination, so no region is remotely writable.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "transport/config.hpp"
+#include "transport/transport.hpp"
+#include "transport/verbs/connection.hpp"
+
+namespace kvxfer::verbs {
+
+class VerbsTransport final : public Transport {
+ public:
+  explicit VerbsTransport(const TransportConfig& config) : config_(config) {}
+  std::string_view name() const noexcept override { return "verbs"; }
+  // On one host shared memory is quicker and asks for no NIC.
+  bool is_spare() const noexcept override { return true; }
+  std::optional<std::string> probe() const override;
+  void start(Host& host) override;
+  void stop() noexcept override;
+  Bytes offer() const override;
+  std::optional<std::string> attach(const Session& session, ByteView offer,
+                                    int64_t deadline_ns) override;
+  Bytes answer(const Session& session, ByteView question) override;
+  void expose(const std::shared_ptr<Region>& region) override { memory_.add(*region); }
+  void withdraw(Region& region) noexcept override { memory_.remove(region.id); }
+
+ private:
+  struct EventHandler;
+  // What a peer reads to see that the path works and that this is us.
+  struct alignas(16) Word {
+    Incarnation incarnation{};
+  };
+  struct Half {  // an acceptor's connection that the other side has not committed to yet
+    std::shared_ptr<VerbsConnection> connection;
+    Reactor::TimerId timer;
+  };
+  Route route_to(const Path& path, const PortAddress& remote) const;
+  PortAddress own_address() const;
+  std::string join(const Session& session, Reader& question, Bytes& reply);
+  std::string commit(const Session& session);
+  void keep(const std::shared_ptr<VerbsConnection>& connection);
+  std::vector<std::shared_ptr<VerbsConnection>> alive();
+  void on_events();
+  void lose_all(const std::string& event);
+
+  const TransportConfig config_;
+  // Opened by probe(), which the engine calls before anything else; the engine's thread.
+  mutable std::shared_ptr<Device> device_;
+  Host* host_ = nullptr;
+  MemoryTable memory_;
+  std::unique_ptr<Word> word_;
+  MrPtr word_mr_;
+  Reactor::Token token_ = 0;
+
+  std::map<Key, Half> halves_;  // progress thread only
+  std::mutex mutex_;            // over the next two
+  std::vector<std::weak_ptr<VerbsConnection>> connections_;
+  std::string lost_;  // why the device is of no use any more
+};
+
+}  // namespace kvxfer::verbs

@@ -1,0 +1,51 @@
+/* SPDX-FileCopyrightText: The kvxfer authors
+ * SPDX-License-Identifier: Apache-2.0 */
+/* libfake_verbs.so: libibverbs with NICs made of software, so that verbs code runs, and fails,
+ * anywhere. It exports the entry points of libibverbs by their names; a program opens it in place
+ * of libibverbs.so.1 (kvxfer: environment variable KVXFER_LIBIBVERBS), or links it.
+ *
+ * What the NICs are and what goes wrong with them is told by KVXFER_FAKE_VERBS, read once; the
+ * words are in plan.hpp. Processes reach each other when KVXFER_FAKE_VERBS_NET is the same
+ * (by default the user's uid). These functions are for tests that hold the moment in their hands;
+ * they may be called from any thread. */
+#ifndef KVXFER_FAKE_VERBS_H
+#define KVXFER_FAKE_VERBS_H
+
+#include <infiniband/verbs.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Replaces the plan from now on; devices that were listed before keep their ports and addresses.
+ * 0, or EINVAL with the reason on stderr. */
+int fake_verbs_plan(const char *plan);
+
+/* Packets to this QP number, of this process, wait until released, in order. Judged on delivery:
+ * what the QP, the key or the window was when they were sent does not matter. */
+void fake_verbs_hold(uint32_t qp_num);
+void fake_verbs_release(uint32_t qp_num);
+
+/* The next request that this QP begins ends with `status`: half of the time before anything was
+ * sent, half of the time after all of it has landed. */
+void fake_verbs_fail_next(struct ibv_qp *qp, enum ibv_wc_status status);
+
+/* The QP breaks: ERR and IBV_EVENT_QP_FATAL. */
+void fake_verbs_break_qp(struct ibv_qp *qp);
+
+/* The link of a port goes or comes, with the event; packets are lost while it is away. ENODEV. */
+int fake_verbs_set_port(const char *device, int port, int up);
+
+/* The device is gone: IBV_EVENT_DEVICE_FATAL, then every verb on it fails with EIO. ENODEV. */
+int fake_verbs_remove_device(const char *device);
+
+/* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
+ * packets, retransmissions, timeouts, rnr_naks, completions, events, binds, bytes_placed, dropped,
+ * duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes. */
+int64_t fake_verbs_count(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
