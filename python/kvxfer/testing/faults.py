@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ class Way:
         faults: the plan of the faulty transport: ``wrap=TRANSPORT seed=N`` and what goes wrong
             how often, see csrc/transport/faulty/plan.hpp.
         copy_threads: None: by the CPUs that there are.
+        verbs_devices: of the engine that is called "driver", and of every other; None: by rule.
         reason: why it cannot be gone here.
     """
 
@@ -45,11 +47,17 @@ class Way:
     transport: str
     faults: str = ""
     copy_threads: int | None = None
+    verbs_devices: tuple[str, str] | None = None
     reason: str | None = None
 
     def engine(self, name: str, secret: bytes, **options: Any) -> TransferEngine:
         """An engine that goes this way and no other."""
-        config = _FaultyConfig(faults=self.faults, copy_threads=self.copy_threads)
+        device = None
+        if self.verbs_devices is not None:
+            device = self.verbs_devices[0 if name == "driver" else 1]
+        config = _FaultyConfig(
+            faults=self.faults, copy_threads=self.copy_threads, verbs_device=device
+        )
         return TransferEngine(
             name, transports=(self.transport,), secret=secret, config=config, **options
         )
@@ -71,7 +79,15 @@ class Way:
 
 
 def ways() -> list[Way]:
-    """Every transport that is compiled in, and each again with harmless faults."""
-    plain = [Way(name, name, reason=reason) for name, reason in probe_transports()]
+    """Every transport that is compiled in, and each again with harmless faults.
+
+    ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
+    """
+    named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
+    ours, theirs = named.split(",") if named else ("", "")
+    plain = [
+        Way(name, name, verbs_devices=(ours, theirs) if named else None, reason=reason)
+        for name, reason in probe_transports()
+    ]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
     return plain + pooled + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]

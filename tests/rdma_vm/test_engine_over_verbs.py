@@ -1,0 +1,103 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's own tests over the verbs transport, in the guest, between processes on Soft-RoCE devices.
+
+The ordinary form is the conformance suite and the kill tests on one device, and the conformance suite over a cable
+that loses packets; the slow form adds kills over such a cable, harmless faults, and everything else that takes a transport.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from vm_guest import Guest
+
+from kvxfer.transfer import probe_transports
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFORMANCE = "tests/transfer/test_conformance.py"
+KILLS = ("tests/transfer/test_processes.py", "tests/transfer/test_faults.py")
+OTHERS = (
+    "tests/transfer/test_blocks_and_after.py",
+    "tests/transfer/test_errors.py",
+    "tests/transfer/test_leases.py",
+    "tests/transfer/test_memory.py",
+    "tests/transfer/test_waiting.py",
+)
+
+
+@pytest.fixture(scope="module")
+def verbs(guest: Guest) -> Guest:
+    """The machine, where this build has the verbs transport."""
+    reasons = dict(probe_transports())
+    if "verbs" not in reasons:
+        pytest.skip("this build has no verbs transport")
+    if "built" in (reasons["verbs"] or ""):
+        pytest.skip(f"verbs: {reasons['verbs']}")
+    return guest
+
+
+def passed(
+    guest: Guest,
+    *files: str,
+    options: tuple[str, ...] = (),
+    linked: bool = False,
+    way: str = "verbs",
+    timeout_s: float = 560,
+) -> int:
+    """Runs the tests of that way in the guest; how many passed. None may fail, and none may be skipped."""
+    environment = ["env", "KVXFER_TEST_PATIENCE=4"]
+    environment += ["KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1"] if linked else []
+    # Emulated processes start in seconds, and stand still for as long when the host is busy.
+    pytest_options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=300",
+        "-k",
+        f"[{way} or [{way}-",
+    ]
+    command = [*environment, sys.executable, "-m", "pytest", *pytest_options, *files]
+    done = guest(*options, "--", *command, timeout_s=timeout_s)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, (
+        f"exit code {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    )
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "skipped" not in summary, done.stdout[-3000:]
+    found = re.search(r"(\d+) passed", summary)
+    assert found, summary
+    return int(found[1])
+
+
+def test_conformance_on_one_device(verbs: Guest) -> None:
+    assert passed(verbs, CONFORMANCE) >= 30
+
+
+def test_kills_on_one_device(verbs: Guest) -> None:
+    assert passed(verbs, *KILLS) >= 5
+
+
+def test_conformance_over_a_cable_that_loses_packets(verbs: Guest) -> None:
+    count = passed(verbs, CONFORMANCE, options=("--netem", "loss 0.5%"), linked=True)
+    assert count >= 30
+
+
+@pytest.mark.slow
+def test_kills_over_a_cable_that_loses_and_delays(verbs: Guest) -> None:
+    assert passed(verbs, *KILLS, options=("--netem", "loss 1% delay 1ms"), linked=True) >= 5
+
+
+@pytest.mark.slow
+def test_conformance_with_harmless_faults(verbs: Guest) -> None:
+    assert passed(verbs, CONFORMANCE, way="faulty-verbs", timeout_s=1500) >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", OTHERS)
+def test_everything_else_on_one_device(verbs: Guest, file: str) -> None:
+    assert passed(verbs, file, timeout_s=1500) >= 1
