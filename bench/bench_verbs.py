@@ -60,7 +60,7 @@ class Ours:
         source, target = (self._generator.permutation(blocks) * block for _ in range(2))
         lengths = np.full(blocks, block)
         call = self._engine.write if op == "write" else self._engine.read
-        sides = (self._region, source, self._remote, target)
+        sides = (self._region, self._remote, source, target)
         began = time.perf_counter()
         call(*sides, lengths).wait(timeout_s=120)
         took = time.perf_counter() - began
@@ -82,7 +82,7 @@ class Ours:
 def perftest(tool: str, nbytes: int, count: int) -> float:
     """Seconds that ``count`` messages take by the tool's average bandwidth, one queue pair."""
     command = [tool, "-d", "rxe0", "-x", "1", "-s", str(nbytes), "-n", str(count), "-F"]
-    command += ["--report_gbits", "-p", str(PORT)]
+    command += ["-p", str(PORT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         _await_listener(server)
         client = subprocess.run([*command, "127.0.0.1"], capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
@@ -91,7 +91,7 @@ def perftest(tool: str, nbytes: int, count: int) -> float:
     row = re.search(rf"^ {nbytes} +{count} +\S+ +(\S+)", client.stdout, re.MULTILINE)
     if row is None:
         raise RuntimeError(f"{tool} printed no row for {nbytes} bytes: {client.stdout}")
-    return nbytes * count * 8 / 1e9 / float(row[1])
+    return nbytes * count / (float(row[1]) * 2**20)  # its "MB/sec" are MiB
 
 
 def _await_listener(server: subprocess.Popen[bytes]) -> None:

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's own tests over the verbs transport, in the guest, between processes on Soft-RoCE devices.
 
-The ordinary form is the conformance suite and the kill tests on one device, and the conformance suite over a cable
-that loses packets; the slow form adds kills over such a cable, harmless faults, and everything else that takes a transport.
+The ordinary form is the conformance suite on one device, a killed peer, and requests over a cable that loses packets;
+the slow form adds all tests of peers that die, the suites over such a cable, harmless faults, everything else that takes
+a transport, and the server.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -78,18 +80,36 @@ def test_conformance_on_one_device(verbs: Guest) -> None:
     assert passed(verbs, CONFORMANCE) >= 30
 
 
+def test_a_killed_peer_is_lost_on_one_device(verbs: Guest) -> None:
+    assert passed(verbs, f"{KILLS[1]}::test_peer_death_fails_pending_transfers") == 1
+
+
+@pytest.mark.slow
 def test_kills_on_one_device(verbs: Guest) -> None:
-    assert passed(verbs, *KILLS) >= 5
+    assert passed(verbs, *KILLS, timeout_s=1500) >= 5
 
 
+def test_bytes_are_right_over_a_cable_that_loses_packets(verbs: Guest) -> None:
+    script = Path(__file__).with_name("lossy_cable.py")
+    done = verbs("--netem", "loss 0.5%", "--", sys.executable, script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["lost_packets"] > 0
+
+
+@pytest.mark.slow
 def test_conformance_over_a_cable_that_loses_packets(verbs: Guest) -> None:
-    count = passed(verbs, CONFORMANCE, options=("--netem", "loss 0.5%"), linked=True)
+    count = passed(
+        verbs, CONFORMANCE, options=("--netem", "loss 0.5%"), linked=True, timeout_s=1500
+    )
     assert count >= 30
 
 
 @pytest.mark.slow
 def test_kills_over_a_cable_that_loses_and_delays(verbs: Guest) -> None:
-    assert passed(verbs, *KILLS, options=("--netem", "loss 1% delay 1ms"), linked=True) >= 5
+    assert (
+        passed(verbs, *KILLS, options=("--netem", "loss 1% delay 1ms"), linked=True, timeout_s=1500)
+        >= 5
+    )
 
 
 @pytest.mark.slow
@@ -101,3 +121,12 @@ def test_conformance_with_harmless_faults(verbs: Guest) -> None:
 @pytest.mark.parametrize("file", OTHERS)
 def test_everything_else_on_one_device(verbs: Guest, file: str) -> None:
     assert passed(verbs, file, timeout_s=1500) >= 1
+
+
+@pytest.mark.slow
+def test_the_server_answers_alike_over_verbs(verbs: Guest) -> None:
+    script = Path(__file__).with_name("server_over_verbs.py")
+    done = verbs("--memory", "6000", "--", sys.executable, script, timeout_s=3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["found"] == result["expected"]
