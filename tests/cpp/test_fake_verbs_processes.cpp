@@ -131,9 +131,9 @@ TEST_CASE("child: a peer that does as it is told" * doctest::skip()) {
       case 'w': {  // write back
         end.fill(55);
         ibv_send_wr wr = write_to(peer, end, 40'000);
+        wr.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
         REQUIRE(end.post(wr) == 0);
         CHECK(end.await().status == IBV_WC_SUCCESS);
-        say(fd, 'd');
         break;
       }
       case 'q':
@@ -155,8 +155,9 @@ TEST_CASE("two processes write, notify and read") {
   CHECK(end.await().status == IBV_WC_SUCCESS);
   say(child.fd, 'n');
   CHECK(hear(child.fd) == 'y');
+  REQUIRE(end.receive(1, end.sge(0, 0)) == 0);
   say(child.fd, 'w');
-  CHECK(hear(child.fd) == 'd');
+  CHECK(end.await().opcode == IBV_WC_RECV_RDMA_WITH_IMM);  // only then may one look
   const std::vector<std::byte> written(end.memory.begin(), end.memory.begin() + 40'000);
   std::fill(end.memory.begin(), end.memory.end(), std::byte{0});
   wr.opcode = IBV_WR_RDMA_READ;
