@@ -57,6 +57,13 @@ struct Child {
     pid = -1;
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
+  // Until the last of its threads has stopped: one that runs still answers.
+  void stop() {
+    int status = 0;
+    REQUIRE(::kill(pid, SIGSTOP) == 0);
+    REQUIRE(::waitpid(pid, &status, WUNTRACED) == pid);
+    REQUIRE(WIFSTOPPED(status));
+  }
   pid_t pid = -1;
   int fd = -1;
 };
@@ -180,7 +187,7 @@ TEST_CASE("a peer that was killed, or is stopped for too long, is given up") {
   REQUIRE(end.post(wr) == 0);
   REQUIRE(end.await().status == IBV_WC_SUCCESS);
   SUBCASE("killed") { REQUIRE(::kill(child.pid, SIGKILL) == 0); }
-  SUBCASE("stopped") { REQUIRE(::kill(child.pid, SIGSTOP) == 0); }
+  SUBCASE("stopped") { child.stop(); }
   // Some of the later ones only fill the socket of a peer that does not read.
   for (int i = 0; i < 50; ++i) REQUIRE(end.post(wr) == 0);
   CHECK(end.await().status == IBV_WC_RETRY_EXC_ERR);
@@ -192,7 +199,7 @@ TEST_CASE("a peer that was stopped for a moment goes on") {
   End end({});
   const Card peer = exchange(end, child.fd);
   REQUIRE(hear(child.fd) == 'r');
-  REQUIRE(::kill(child.pid, SIGSTOP) == 0);
+  child.stop();
   for (uint64_t i = 0; i < 20; ++i) {
     ibv_send_wr wr = write_to(peer, end, 20'000);
     wr.wr_id = i;
@@ -382,7 +389,7 @@ TEST_CASE("child: no devices" * doctest::skip()) {
 
 TEST_CASE("there may be no device at all, but not a plan that is wrong") {
   CHECK(Child("child: no devices", "devices=0").wait() == 0);
-  CHECK(Child("child: no devices", "devices=many").wait() == -SIGABRT);
+  CHECK(Child("child: no devices", "devices=many").wait() == 2);
 }
 
 TEST_CASE("child: a port that loses its link" * doctest::skip()) {
