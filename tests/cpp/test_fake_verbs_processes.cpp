@@ -186,7 +186,10 @@ TEST_CASE("a peer that was killed, or is stopped for too long, is given up") {
   ibv_send_wr wr = write_to(peer, end, 1000);
   REQUIRE(end.post(wr) == 0);
   REQUIRE(end.await().status == IBV_WC_SUCCESS);
-  SUBCASE("killed") { REQUIRE(::kill(child.pid, SIGKILL) == 0); }
+  SUBCASE("killed") {
+    REQUIRE(::kill(child.pid, SIGKILL) == 0);
+    CHECK(child.wait() == -SIGKILL);
+  }
   SUBCASE("stopped") { child.stop(); }
   // Some of the later ones only fill the socket of a peer that does not read.
   for (int i = 0; i < 50; ++i) REQUIRE(end.post(wr) == 0);
