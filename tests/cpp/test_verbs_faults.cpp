@@ -113,8 +113,7 @@ TEST_CASE("verbs: an error of any kind on any queue pair ends what it carried, o
       std::memset(w->at_a(0), status, kBytes);
       // The seed decides whether anything has landed by then.
       const Plan plan("seed=" + std::to_string(status * 4 + static_cast<int>(which)));
-      fake_verbs_fail_next(w->requesters()[which],
-                           static_cast<ibv_wc_status>(status));
+      fake_verbs_fail_next(w->requesters()[which], static_cast<ibv_wc_status>(status));
       const TransferPtr write = w->write(), read = w->read();
       if (settle(write) == State::kDone) CHECK(all_equal(w->at_b(0), kBytes, status));
       settle(read);
@@ -129,10 +128,9 @@ TEST_CASE("verbs: an error of any kind on any queue pair ends what it carried, o
 }
 
 TEST_CASE("verbs: any call that fails leaves a reason, and nothing behind") {
-  for (const char* verb :
-       {"open_device", "query_device", "query_port", "query_gid_ex", "alloc_pd", "reg_mr",
-        "create_comp_channel", "create_cq", "create_qp", "modify_qp", "req_notify_cq", "post_recv",
-        "post_send"}) {
+  for (const char* verb : {"open_device", "query_device", "query_port", "query_gid_ex", "alloc_pd",
+                           "reg_mr", "create_comp_channel", "create_cq", "create_qp", "modify_qp",
+                           "req_notify_cq", "post_recv", "post_send"}) {
     int failures = 0;
     for (int n = 1; n <= 24; ++n) {
       CAPTURE(verb);
@@ -161,10 +159,9 @@ TEST_CASE("verbs: any call that fails leaves a reason, and nothing behind") {
 }
 
 TEST_CASE("verbs: a device with little works, or says what is too little") {
-  for (const char* plan :
-       {"lie=0.5", "lie=0.05", "max_sge=1", "max_inline=0", "max_rd_atomic=1", "max_rd_atomic=0",
-        "mtu=256", "max_qp_wr=64", "max_qp_wr=8", "max_cqe=64", "windows=0", "max_qp=5", "max_mr=1",
-        "memlock=100000"}) {
+  for (const char* plan : {"lie=0.5", "lie=0.05", "max_sge=1", "max_inline=0", "max_rd_atomic=1",
+                           "max_rd_atomic=0", "mtu=256", "max_qp_wr=64", "max_qp_wr=8",
+                           "max_cqe=64", "windows=0", "max_qp=5", "max_mr=1", "memlock=100000"}) {
     CAPTURE(plan);
     {
       const Plan little(plan);
