@@ -56,8 +56,7 @@ void Engine::check_new_region(const Region& region) const {
     fail(Code::kRegistration, "more than ", kMaxRegions, " regions");
   for (auto& [id, other] : regions_)
     if (other->name == region.name)
-      fail(Code::kInvalidArgument, "a region named '", region.name,
-           "' exists; pass another name=");
+      fail(Code::kInvalidArgument, "a region named '", region.name, "' exists; pass another name=");
 }
 
 // To every transport. One that was asked for by name must reach it; of the others the reason is

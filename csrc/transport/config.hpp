@@ -18,7 +18,7 @@ struct TransportConfig {
   int64_t deadline_ns = 30'000'000'000;  // of transfers that name none: what retries may take
   std::string verbs_device;              // "mlx5_0" or "mlx5_0:2"; empty: by rule
   int32_t verbs_gid_index = -1;          // of its port; -1: by rule
-  std::string faults;  // what the faulty transport injects; see faulty/plan.hpp
+  std::string faults;                    // what the faulty transport injects; see faulty/plan.hpp
 };
 
 }  // namespace kvxfer

@@ -42,7 +42,9 @@ const std::vector<std::pair<std::string, Maker>>& makers() {
        [](const TransportConfig& config) { return std::make_unique<cma::CmaTransport>(config); }},
 #ifdef KVXFER_WITH_VERBS
       {"verbs",
-       [](const TransportConfig& config) { return std::make_unique<verbs::VerbsTransport>(config); }},
+       [](const TransportConfig& config) {
+         return std::make_unique<verbs::VerbsTransport>(config);
+       }},
 #else
       {"verbs",
        [](const TransportConfig&) {

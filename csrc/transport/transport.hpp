@@ -308,8 +308,8 @@ class Transport {
     return {};
   }
 
-  // A region came or is going. expose() may throw when it cannot be reached this way. withdraw() returns when no peer-visible resource of it is left that
-  // this process holds (mappings of peers are read-only and do no harm).
+  // A region came (throws where this way cannot be gone) or is going: withdraw() returns when no
+  // peer-visible resource of it is left that we hold (mappings of peers are read-only: no harm).
   virtual void expose(const std::shared_ptr<Region>& region) { (void)region; }
   virtual void withdraw(Region& region) noexcept { (void)region; }
 };

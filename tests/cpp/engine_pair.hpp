@@ -27,8 +27,10 @@ struct Pair {
   PeerPtr to_b;
   RemoteRegionPtr remote;
 
-  explicit Pair(uint64_t nbytes = 1 << 22, const std::string& listen = "127.0.0.1:0") {
+  explicit Pair(uint64_t nbytes = 1 << 22, const std::string& listen = "127.0.0.1:0",
+                const TransportConfig& config = {}) {
     EngineOptions options;
+    options.transport = config;
     options.secret = Bytes(32, std::byte{1});
     options.transports = {transport()};
     options.listen = listen;

@@ -184,6 +184,11 @@ TEST_CASE("control messages, offers and tokens survive the round trip") {
   CHECK_FALSE(std::get<RegionAdded>(*added).writable);
   CHECK(std::get<RegionRemoved>(*decode_control(encode(RegionRemoved{9}))).id == 9);
   CHECK(std::get<Credit>(*decode_control(encode(Credit{64}))).count == 64);
+  const Bytes asked = encode(Attach{"verbs", true, Bytes(300)});
+  const auto attach = std::get<Attach>(*decode_control(asked));
+  CHECK((attach.transport == "verbs" && attach.is_answer && attach.data.size() == 300));
+  for (size_t n = 0; n < asked.size(); ++n) CHECK_FALSE(decode_control(ByteView(asked).first(n)));
+  CHECK_FALSE(decode_control(encode(Attach{"verbs", false, Bytes(5000)})));
   const auto offers = decode_offers(encode_offers({{"shm", Bytes(16)}, {"x", {}}}));
   REQUIRE(offers);
   CHECK(offers->size() == 2);

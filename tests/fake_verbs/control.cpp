@@ -47,16 +47,26 @@ FAKE_VERBS_EXPORT void fake_verbs_release(uint32_t qp_num) {
   nic.arm(0);
 }
 
-FAKE_VERBS_EXPORT void fake_verbs_fail_next(ibv_qp* qp, ibv_wc_status status) {
+FAKE_VERBS_EXPORT void fake_verbs_pass(uint32_t qp_num, int num_packets) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();
-  nic.doomed[qp->qp_num] = status;
+  nic.network.pass(qp_num, num_packets);
+  nic.arm(0);
 }
 
-FAKE_VERBS_EXPORT void fake_verbs_break_qp(ibv_qp* qp) {
+FAKE_VERBS_EXPORT void fake_verbs_fail_next(uint32_t qp_num, ibv_wc_status status) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();
-  nic.break_qp(*static_cast<QueuePair*>(qp), IBV_EVENT_QP_FATAL);
+  nic.doomed[qp_num] = status;
+}
+
+FAKE_VERBS_EXPORT int fake_verbs_break_qp(uint32_t qp_num) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  QueuePair* const qp = nic.find(qp_num);
+  if (!qp) return ENOENT;
+  nic.break_qp(*qp, IBV_EVENT_QP_FATAL);
+  return 0;
 }
 
 FAKE_VERBS_EXPORT int fake_verbs_set_port(const char* name, int number, int up) {
@@ -78,6 +88,15 @@ FAKE_VERBS_EXPORT int fake_verbs_remove_device(const char* name) {
   return 0;
 }
 
+FAKE_VERBS_EXPORT int fake_verbs_restore_device(const char* name) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  Device* const device = find_device(nic, name);
+  if (!device || !device->removed) return ENODEV;
+  nic.replace_device(*device);
+  return 0;
+}
+
 FAKE_VERBS_EXPORT int64_t fake_verbs_count(const char* name) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();
@@ -93,6 +112,7 @@ FAKE_VERBS_EXPORT int64_t fake_verbs_count(const char* name) {
       {"receives", s.receives},
       {"packets", s.packets},
       {"retransmissions", s.retransmissions},
+      {"failed_calls", s.failed_calls},
       {"timeouts", s.timeouts},
       {"rnr_naks", s.rnr_naks},
       {"completions", s.completions},

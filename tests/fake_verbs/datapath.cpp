@@ -34,7 +34,10 @@ int read(const QueuePair& qp, const ibv_send_wr& wr, SendRequest& out) {
   if (wr.opcode == IBV_WR_BIND_MW) {
     const ibv_mw* mw = wr.bind_mw.mw;
     const ibv_mr* mr = wr.bind_mw.bind_info.mr;
+    // A window of type 1 is bound by ibv_bind_mw, which marks its requests so.
+    const bool of_type_1 = wr.send_flags & kBindOfType1;
     if (!mw || (!mr && wr.bind_mw.bind_info.length > 0)) return EINVAL;
+    if (of_type_1 != (mw->type == IBV_MW_TYPE_1)) return EINVAL;
     if (mw->pd != qp.pd || (mr && mr->pd != qp.pd)) return EPERM;
     out.window = mw->rkey;
     out.new_window = wr.bind_mw.rkey;

@@ -105,4 +105,6 @@ inline Context& context_of(ibv_context* context) {
   return *static_cast<Context*>(verbs_get_ctx(context));
 }
 
+inline Keys& keys_of(const QueuePair& qp) { return context_of(qp.context).of->keys; }
+
 }  // namespace fake_verbs

@@ -28,6 +28,9 @@ inline int fail_int(int err) {
   return err;
 }
 
+// A send flag of our own.
+inline constexpr unsigned kBindOfType1 = 1u << 30;
+
 // The functions of the context's table (datapath.cpp).
 int post_send(ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad_wr);
 int post_recv(ibv_qp* qp, ibv_recv_wr* wr, ibv_recv_wr** bad_wr);

@@ -20,30 +20,35 @@ extern "C" {
 
 /* Replaces the plan from now on; devices that were listed before keep their ports and addresses.
  * 0, or EINVAL with the reason on stderr. */
-int fake_verbs_plan(const char *plan);
+int fake_verbs_plan(const char* plan);
 
 /* Packets to this QP number, of this process, wait until released, in order. Judged on delivery:
  * what the QP, the key or the window was when they were sent does not matter. */
 void fake_verbs_hold(uint32_t qp_num);
 void fake_verbs_release(uint32_t qp_num);
+/* Lets so many of them through and goes on holding. */
+void fake_verbs_pass(uint32_t qp_num, int num_packets);
 
 /* The next request that this QP begins ends with `status`: half of the time before anything was
  * sent, half of the time after all of it has landed. */
-void fake_verbs_fail_next(struct ibv_qp *qp, enum ibv_wc_status status);
+void fake_verbs_fail_next(uint32_t qp_num, enum ibv_wc_status status);
 
-/* The QP breaks: ERR and IBV_EVENT_QP_FATAL. */
-void fake_verbs_break_qp(struct ibv_qp *qp);
+/* The QP breaks: ERR and IBV_EVENT_QP_FATAL. ENOENT. */
+int fake_verbs_break_qp(uint32_t qp_num);
 
 /* The link of a port goes or comes, with the event; packets are lost while it is away. ENODEV. */
-int fake_verbs_set_port(const char *device, int port, int up);
+int fake_verbs_set_port(const char* device, int port, int up);
 
 /* The device is gone: IBV_EVENT_DEVICE_FATAL, then every verb on it fails with EIO. ENODEV. */
-int fake_verbs_remove_device(const char *device);
+int fake_verbs_remove_device(const char* device);
+/* Another device of this name takes its place, with the counts of the plan. ENODEV. */
+int fake_verbs_restore_device(const char* device);
 
 /* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
- * packets, retransmissions, timeouts, rnr_naks, completions, events, binds, bytes_placed, dropped,
- * duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes. */
-int64_t fake_verbs_count(const char *name);
+ * packets, retransmissions, failed_calls, timeouts, rnr_naks, completions, events, binds,
+ * bytes_placed, dropped, duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes.
+ */
+int64_t fake_verbs_count(const char* name);
 
 #ifdef __cplusplus
 }

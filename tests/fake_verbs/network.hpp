@@ -47,6 +47,7 @@ class Network {
   // Packets to this QP wait for release().
   void hold(uint32_t qpn) { held_[qpn]; }
   void release(uint32_t qpn);
+  void pass(uint32_t qpn, int num_packets);
 
   uint64_t dropped = 0, duplicated = 0, delayed = 0, acks_lost = 0;
 

@@ -41,7 +41,7 @@ Nic::Nic() {
   } catch (const std::exception& error) {
     // No verb can say it, and a test that goes on without its faults proves nothing.
     std::fprintf(stderr, "%s\n", error.what());
-    std::abort();
+    ::_exit(2);
   }
   ::pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
                    [] {
@@ -65,7 +65,7 @@ void Nic::forked() {
     for (const auto& [key, context] : contexts)
       for (const auto& [unused, cq] : context->cqs) cq->broken.store(true);
   }
-  for (auto& device : devices_) inherited_.push_back(std::move(device));
+  for (auto& device : devices_) gone_.push_back(std::move(device));
   devices_.clear();
   qps_.clear();
   ready_.clear();
@@ -106,6 +106,7 @@ int Nic::refuse(const char* verb, const Device& device) {
   if (plan.fail.empty()) return 0;
   const auto asked = plan.fail.find(verb);
   if (asked == plan.fail.end() || ++calls_[verb] != asked->second.at) return 0;
+  ++statistics.failed_calls;
   return asked->second.err;
 }
 
@@ -328,6 +329,15 @@ void Nic::remove_device(Device& device) {
     tell(*context, event);
     for (const auto& [unused, cq] : context->cqs) cq->broken.store(true, std::memory_order_release);
   }
+}
+
+void Nic::replace_device(Device& removed) {
+  for (auto& device : devices_)
+    if (device.get() == &removed) {
+      // Contexts of the old one are still open.
+      gone_.push_back(std::exchange(device, std::make_unique<Device>(plan, removed.index)));
+      return;
+    }
 }
 
 }  // namespace fake_verbs

@@ -27,7 +27,8 @@ namespace fake_verbs {
 
 struct Statistics {
   uint64_t work_requests = 0, doorbells = 0, receives = 0, packets = 0, retransmissions = 0;
-  uint64_t timeouts = 0, rnr_naks = 0, completions = 0, events = 0, binds = 0, bytes_placed = 0;
+  uint64_t failed_calls = 0, timeouts = 0, rnr_naks = 0, completions = 0, events = 0, binds = 0,
+           bytes_placed = 0;
 };
 
 class Nic {
@@ -79,6 +80,7 @@ class Nic {
   void break_qp(QueuePair& qp, std::optional<ibv_event_type> event);
   void set_port(Port& port, bool up);
   void remove_device(Device& device);
+  void replace_device(Device& removed);
   // No event or completion of this one is left anywhere.
   void forget(QueuePair& qp);
   void forget(CompletionQueue& cq);
@@ -113,7 +115,7 @@ class Nic {
   int doorbell_ = -1;
   int64_t next_timer_ns_ = kvxfer::kNever;
   std::vector<std::unique_ptr<Device>> devices_;
-  std::vector<std::unique_ptr<Device>> inherited_;  // in a child, its parent's
+  std::vector<std::unique_ptr<Device>> gone_;  // removed and replaced; in a child, its parent's
   std::unordered_map<uint32_t, QueuePair*> qps_;
   uint32_t next_qp_ = 0;
   std::deque<uint32_t> ready_;  // QP numbers: the pair may be gone by then

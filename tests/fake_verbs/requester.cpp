@@ -23,8 +23,6 @@ SendRequest& at(QueuePair& qp, uint64_t number) {
   return qp.sends[number - (qp.posted - qp.sends.size())];
 }
 
-Keys& keys(const QueuePair& qp) { return context_of(qp.context).of->keys; }
-
 bool is_open(const QueuePair& qp) { return qp.state == IBV_QPS_RTS || qp.state == IBV_QPS_SQD; }
 
 int reads_ahead(const QueuePair& qp, uint64_t number) {
@@ -140,7 +138,7 @@ ibv_wc_status check(QueuePair& qp, const SendRequest& r) {
   if (r.is_read() && qp.attr.max_rd_atomic == 0) return IBV_WC_LOC_QP_OP_ERR;
   if (!(r.flags & IBV_SEND_INLINE))
     for (const ibv_sge& sge : r.sges)
-      if (sge.length > 0 && !keys(qp).local(qp.pd, sge.lkey, sge.addr, sge.length, r.is_read()))
+      if (sge.length > 0 && !keys_of(qp).local(qp.pd, sge.lkey, sge.addr, sge.length, r.is_read()))
         return IBV_WC_LOC_PROT_ERR;
   return IBV_WC_SUCCESS;
 }
@@ -148,9 +146,10 @@ ibv_wc_status check(QueuePair& qp, const SendRequest& r) {
 void execute_locally(Nic& nic, QueuePair& qp, SendRequest& r) {
   if (r.opcode == IBV_WR_BIND_MW) {
     ++nic.statistics.binds;
-    if (nic.hit(nic.plan.bind) || !keys(qp).bind(qp, r.window, r.new_window, r.bind, r.bind_region))
+    if (nic.hit(nic.plan.bind) ||
+        !keys_of(qp).bind(qp, r.window, r.new_window, r.bind, r.bind_region))
       r.status = IBV_WC_MW_BIND_ERR;
-  } else if (nic.hit(nic.plan.invalidate) || !keys(qp).invalidate(qp, r.imm)) {
+  } else if (nic.hit(nic.plan.invalidate) || !keys_of(qp).invalidate(qp, r.imm)) {
     r.status = IBV_WC_LOC_QP_OP_ERR;
   }
   if (r.status == IBV_WC_SUCCESS) return done(r);
@@ -197,7 +196,7 @@ bool gather(QueuePair& qp, const SendRequest& r, uint64_t offset, size_t n,
     }
     const size_t take = std::min<size_t>(n - out.size(), sge.length - offset);
     if (take == 0) break;
-    const std::byte* from = keys(qp).local(qp.pd, sge.lkey, sge.addr + offset, take, false);
+    const std::byte* from = keys_of(qp).local(qp.pd, sge.lkey, sge.addr + offset, take, false);
     if (!from) return false;
     out.insert(out.end(), from, from + take);
     offset = 0;
@@ -215,7 +214,7 @@ bool scatter(Nic& nic, QueuePair& qp, const SendRequest& r, uint64_t offset,
     }
     const size_t take = std::min<size_t>(in.size() - at, sge.length - offset);
     if (take == 0) break;
-    std::byte* to = keys(qp).local(qp.pd, sge.lkey, sge.addr + offset, take, true);
+    std::byte* to = keys_of(qp).local(qp.pd, sge.lkey, sge.addr + offset, take, true);
     if (!to) return false;
     std::memcpy(to, in.data() + at, take);
     nic.statistics.bytes_placed += take;

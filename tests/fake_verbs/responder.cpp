@@ -9,8 +9,6 @@
 namespace fake_verbs {
 namespace {
 
-Keys& keys(const QueuePair& qp) { return context_of(qp.context).of->keys; }
-
 void answer(Nic& nic, QueuePair& qp, Syndrome syndrome, uint32_t psn) {
   if (syndrome == Syndrome::kOk && !qp.answers.empty()) {
     Head& last = qp.answers.back().packet.head;  // one acknowledgement stands for all before it
@@ -90,7 +88,7 @@ bool place_send(Nic& nic, QueuePair& qp, const Packet& packet) {
     }
     const size_t take = std::min<size_t>(in.size() - at, sge.length - offset);
     if (take == 0) break;
-    std::byte* to = keys(qp).local(qp.pd, sge.lkey, sge.addr + offset, take, true);
+    std::byte* to = keys_of(qp).local(qp.pd, sge.lkey, sge.addr + offset, take, true);
     if (!to) return fail_receive(nic, qp, packet.head.psn, IBV_WC_LOC_PROT_ERR), false;
     std::memcpy(to, in.data() + at, take);
     nic.statistics.bytes_placed += take;
@@ -110,7 +108,7 @@ void on_send(Nic& nic, QueuePair& qp, const Packet& packet) {
   if (!place_send(nic, qp, packet)) return;
   qp.received += packet.payload.size();
   if (head.flags & kLast) {
-    if (head.flags & kInvalidate && !keys(qp).invalidate(qp, head.imm))
+    if (head.flags & kInvalidate && !keys_of(qp).invalidate(qp, head.imm))
       return fail_receive(nic, qp, head.psn, IBV_WC_LOC_QP_OP_ERR);
     complete_receive(nic, qp, head, qp.received);
   }
@@ -126,12 +124,12 @@ void on_write(Nic& nic, QueuePair& qp, const Packet& packet) {
   // for each piece, since a window may have been taken away meanwhile.
   const bool first = head.flags & kFirst;
   if (head.length > 0 && first &&
-      !keys(qp).remote(qp, head.rkey, head.remote_addr, head.length, IBV_ACCESS_REMOTE_WRITE))
+      !keys_of(qp).remote(qp, head.rkey, head.remote_addr, head.length, IBV_ACCESS_REMOTE_WRITE))
     return refuse(nic, qp, head.psn, Syndrome::kAccess);
   std::byte* to = nullptr;
   if (!packet.payload.empty()) {
-    to = keys(qp).remote(qp, head.rkey, head.remote_addr, packet.payload.size(),
-                         IBV_ACCESS_REMOTE_WRITE);
+    to = keys_of(qp).remote(qp, head.rkey, head.remote_addr, packet.payload.size(),
+                            IBV_ACCESS_REMOTE_WRITE);
     if (!to) return refuse(nic, qp, head.psn, Syndrome::kAccess);
   }
   if (head.flags & kImm && !take_receive(nic, qp, head.psn)) return;
@@ -150,7 +148,7 @@ void on_read(Nic& nic, QueuePair& qp, const Packet& packet, bool again) {
       head.reads_ahead >= qp.attr.max_dest_rd_atomic)
     return refuse(nic, qp, head.psn, Syndrome::kInvalidRequest);
   if (head.length > 0 &&
-      !keys(qp).remote(qp, head.rkey, head.remote_addr, head.length, IBV_ACCESS_REMOTE_READ))
+      !keys_of(qp).remote(qp, head.rkey, head.remote_addr, head.length, IBV_ACCESS_REMOTE_READ))
     return refuse(nic, qp, head.psn, Syndrome::kAccess);
   // What is left of an answer to the same request would only be said twice.
   if (again)
@@ -175,7 +173,7 @@ void on_atomic(Nic& nic, QueuePair& qp, const Packet& packet) {
   if (!(qp.attr.qp_access_flags & IBV_ACCESS_REMOTE_ATOMIC) || head.remote_addr % 8 != 0 ||
       head.reads_ahead >= qp.attr.max_dest_rd_atomic)
     return refuse(nic, qp, head.psn, Syndrome::kInvalidRequest);
-  std::byte* to = keys(qp).remote(qp, head.rkey, head.remote_addr, 8, IBV_ACCESS_REMOTE_ATOMIC);
+  std::byte* to = keys_of(qp).remote(qp, head.rkey, head.remote_addr, 8, IBV_ACCESS_REMOTE_ATOMIC);
   if (!to) return refuse(nic, qp, head.psn, Syndrome::kAccess);
   uint64_t old = 0;
   std::memcpy(&old, to, 8);
@@ -261,7 +259,7 @@ bool answer_some(Nic& nic, QueuePair& qp, int budget) {
     packet.head.psn = psn_add(head.psn, next.sent);
     if (n > 0) {
       const std::byte* from =
-          keys(qp).remote(qp, head.rkey, head.remote_addr + offset, n, IBV_ACCESS_REMOTE_READ);
+          keys_of(qp).remote(qp, head.rkey, head.remote_addr + offset, n, IBV_ACCESS_REMOTE_READ);
       if (!from) {  // taken away while it was being read
         qp.answers.clear();
         return refuse(nic, qp, packet.head.psn, Syndrome::kAccess), false;

@@ -119,6 +119,7 @@ int main(int argc, char** argv) {
   wire("region_added", 6, encode(RegionAdded{{3, {}}, 4096, true, "kv"}));
   wire("region_removed", 6, encode(RegionRemoved{3}));
   wire("credit", 6, encode(Credit{64}));
+  wire("attach", 6, encode(Attach{"verbs", true, Bytes(80)}));
   wire("offers", 7, encode_offers({{"shm", Bytes(20)}, {"verbs", {}}}));
   std::array<std::byte, kTrailerBytes> trailer;
   write_trailer(Code::kCancelled, trailer.data());

@@ -21,8 +21,7 @@ Family family(const Gid& gid) {
                                   [](std::byte b) { return b == std::byte{0}; }) &&
                       byte(gid, 10) == 0xff && byte(gid, 11) == 0xff;
   if (mapped) return Family::kIpv4;
-  return byte(gid, 0) == 0xfe && (byte(gid, 1) & 0xc0) == 0x80 ? Family::kLinkLocal
-                                                                : Family::kIpv6;
+  return byte(gid, 0) == 0xfe && (byte(gid, 1) & 0xc0) == 0x80 ? Family::kLinkLocal : Family::kIpv6;
 }
 
 const char* name_of(Family family) {
@@ -96,8 +95,8 @@ std::optional<PortAddress> decode_address(Reader& reader) {
 std::string text_of(const Gid& gid) {
   char text[INET6_ADDRSTRLEN] = "";
   ::inet_ntop(AF_INET6, gid.raw.data(), text, sizeof text);
-  return cat("index ", gid.index, " ", text, " (", name_of(gid.type), ", ",
-             name_of(family(gid)), ")");
+  return cat("index ", gid.index, " ", text, " (", name_of(gid.type), ", ", name_of(family(gid)),
+             ")");
 }
 
 std::optional<Path> choose_path(const PortAddress& local, const PortAddress& remote,
@@ -125,8 +124,8 @@ std::optional<Path> choose_path(const PortAddress& local, const PortAddress& rem
   if (local.infiniband) {
     // GIDs of one subnet share their upper half; LIDs are valid within it.
     const bool same_subnet =
-        best_score < 0 || std::equal(best.local.raw.begin(), best.local.raw.begin() + 8,
-                                     best.remote.raw.begin());
+        best_score < 0 ||
+        std::equal(best.local.raw.begin(), best.local.raw.begin() + 8, best.remote.raw.begin());
     if (local.lid != 0 && remote.lid != 0 && same_subnet && local_index < 0) {
       best.global = false;
       best.reason = cat("LID ", local.lid, " to LID ", remote.lid, ", one subnet");
@@ -139,10 +138,10 @@ std::optional<Path> choose_path(const PortAddress& local, const PortAddress& rem
                  ": ours are ", list_of(local), "; the peer's ", list_of(remote));
     return {};
   }
-  best.reason = cat("GID ", text_of(best.local), " to ", text_of(best.remote), ", ",
-                    common_prefix(best.local, best.remote), " common bits, ",
-                    local_index >= 0 ? "as verbs_gid_index says"
-                                     : cat("best of ", num_candidates, " pair(s)"));
+  best.reason = cat(
+      "GID ", text_of(best.local), " to ", text_of(best.remote), ", ",
+      common_prefix(best.local, best.remote), " common bits, ",
+      local_index >= 0 ? "as verbs_gid_index says" : cat("best of ", num_candidates, " pair(s)"));
   return best;
 }
 

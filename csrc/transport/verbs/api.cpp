@@ -27,8 +27,8 @@ struct Loaded {
       return;
     }
     const auto find = [&](auto& function, const char* symbol, bool needed) {
-      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(
-          ::dlsym(library, symbol));
+      function =
+          reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(library, symbol));
       if (function == nullptr && needed && reason.empty())
         reason = cat(name, " has no ", symbol, ": it is too old, or another library");
     };

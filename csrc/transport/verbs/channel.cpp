@@ -140,8 +140,7 @@ void Channel::message(Type type, std::initializer_list<ByteView> parts) {
 }
 
 bool Channel::flush() noexcept {
-  if (!any_queued_.load(std::memory_order_relaxed) &&
-      !credit_due_.load(std::memory_order_relaxed))
+  if (!any_queued_.load(std::memory_order_relaxed) && !credit_due_.load(std::memory_order_relaxed))
     return false;
   bool some = false;
   std::lock_guard lock(mutex_);

@@ -34,7 +34,8 @@ enum class Heard : uint8_t { kFragment, kMessage, kMalformed };
 class Channel {
  public:
   static constexpr uint32_t kFragmentBytes = 4096;  // with its head
-  static constexpr uint32_t kMaxBuffers = 64, kMinBuffers = 32;
+  // With so many, the half of which a sender may not have been told leaves room for any message.
+  static constexpr uint32_t kMaxBuffers = 64, kMinBuffers = 52;
   // What each direction of this device gets; 0 when it cannot have enough.
   static uint32_t num_buffers(const Device& device) noexcept;
   // Completion queue entries that this needs.
@@ -71,6 +72,7 @@ class Channel {
     uint32_t reserved = 0;
   };
   static constexpr uint32_t kRoom = kFragmentBytes - sizeof(Head);
+  static_assert(kMinBuffers / 2 + 1 > kMaxMessageBytes / kRoom + 1);
   struct Queued {
     Type type;
     Bytes body;

@@ -24,7 +24,8 @@ class CompletionQueue {
   int poll(std::span<ibv_wc> out) noexcept {
     return ibv_poll_cq(cq_.get(), static_cast<int>(out.size()), out.data());
   }
-  // From now on the next completion makes fd() readable; what is there already does not. 0 or errno.
+  // From now on the next completion makes fd() readable; what is there already does not. 0 or
+  // errno.
   int arm() noexcept { return ibv_req_notify_cq(cq_.get(), 0); }
   void hear() noexcept;  // takes the events; never blocks
 

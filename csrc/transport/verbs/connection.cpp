@@ -62,16 +62,17 @@ VerbsConnection::VerbsConnection(Host& host, std::shared_ptr<Device> device, Mem
   QpShape shape;
   source_ = make_qp(*device_, completions_.get(), shape, IBV_ACCESS_REMOTE_READ);
   source_psn_ = random_psn();
-  pull_end_ = pulls_.open();
+  ends_ = {channel_.end(),
+           pulls_.open(),
+           {source_->qp_num, source_psn_},
+           Channel::num_buffers(*device_),
+           served_,
+           issued_,
+           0};
 }
 
 VerbsConnection::~VerbsConnection() {
   if (source_) (void)stop_qp(source_.get());
-}
-
-Ends VerbsConnection::ends() const noexcept {
-  return {channel_.end(), pull_end_, {source_->qp_num, source_psn_}, Channel::num_buffers(*device_),
-          served_, issued_, 0};
 }
 
 void VerbsConnection::connect(const Route& route, const Ends& remote) {
@@ -101,9 +102,9 @@ std::optional<std::string> VerbsConnection::try_read(uint64_t address, uint32_t 
       continue;
     }
     if (completion.status != IBV_WC_SUCCESS)
-      return cat("an RDMA READ of the peer's memory failed: ",
-                 api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
-                 "); the path is ", route_.path.reason);
+      return cat(
+          "an RDMA READ of the peer's memory failed: ", api().wc_status_str(completion.status),
+          " (vendor error ", completion.vendor_err, "); the path is ", route_.path.reason);
     pulls_.recycle(pulls_.on_completion(completion).done);
     out = std::bit_cast<Incarnation>(outgoing_.scratch());
     return {};
@@ -246,7 +247,13 @@ void VerbsConnection::on_message(Type type, ByteView body) {
 void VerbsConnection::on_read(const ibv_wc& completion) {
   PullQueue::Outcome outcome = pulls_.on_completion(completion);
   if (completion.status != IBV_WC_SUCCESS && outcome.is_mine) pull_failed_ = true;
-  if (outcome.done) deliver(std::move(outcome.done), outcome.status);
+  if (!outcome.done) return;
+  // While the queue pair is being stopped, a flush may come before the NIC has put away what it was
+  // just receiving (Soft-RoCE copies on another CPU): such chains wait until it is destroyed.
+  if (outcome.status != IBV_WC_SUCCESS && stopping_pulls_)
+    parked_.emplace_back(std::move(outcome.done), outcome.status);
+  else
+    deliver(std::move(outcome.done), outcome.status);
 }
 
 void VerbsConnection::deliver(ChunkPtr chunk, ibv_wc_status status) {
@@ -255,11 +262,10 @@ void VerbsConnection::deliver(ChunkPtr chunk, ibv_wc_status status) {
   if (!is_dead() && (status == IBV_WC_SUCCESS || is_requests_own(status))) {
     std::optional<Failure> failure;
     if (status != IBV_WC_SUCCESS)
-      failure = Failure{.code = status == IBV_WC_REM_ACCESS_ERR ? Code::kRemoteAccess
-                                                                : Code::kTransport,
-                        .text = cat("an RDMA READ on ", device_->name(), " failed: ",
-                                    api().wc_status_str(status), " (vendor error ",
-                                    pulls_.vendor_error(), ")")};
+      failure = Failure{
+          .code = status == IBV_WC_REM_ACCESS_ERR ? Code::kRemoteAccess : Code::kTransport,
+          .text = cat("an RDMA READ on ", device_->name(), " failed: ", api().wc_status_str(status),
+                      " (vendor error ", pulls_.vendor_error(), ")")};
     is_write ? incoming_.on_landed(std::move(chunk), std::move(failure))
              : outgoing_.on_landed(std::move(chunk), std::move(failure));
   } else {
@@ -285,8 +291,8 @@ bool VerbsConnection::step() {
   if (const int err = channel_.error())
     die({.code = Code::kTransport,
          .err = err,
-         .text = cat("ibv_post_send or ibv_post_recv of a message on ", device_->name(),
-                     " failed")});
+         .text =
+             cat("ibv_post_send or ibv_post_recv of a message on ", device_->name(), " failed")});
   else if (outgoing_.room_wanted())
     host_.writable(*this);
   return some;
@@ -337,9 +343,8 @@ void VerbsConnection::control_failed(const ibv_wc& completion) {
   const bool lost = completion.status == IBV_WC_RETRY_EXC_ERR;
   die({.code = lost ? Code::kPeerDisconnected : Code::kTransport,
        .text = cat("the control queue pair on ", device_->name(), " failed: ",
-                   api().wc_status_str(completion.status), " (vendor error ",
-                   completion.vendor_err, ")",
-                   lost ? ": the peer's host or the network does not answer" : "")});
+                   api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
+                   ")", lost ? ": the peer's host or the network does not answer" : "")});
 }
 
 void VerbsConnection::broken(const char* what) {
@@ -354,7 +359,9 @@ void VerbsConnection::die(const Failure& cause) {
     if (dead_.exchange(true, std::memory_order_relaxed)) return;
   }
   if (token_ != 0) host_.reactor().remove(token_, completions_.fd());
+  host_.reactor().cancel(gates_timer_);
   if (source_) (void)stop_qp(source_.get());
+  stopping_pulls_ = true;
   const bool control_marked = channel_.stop(), pulls_marked = pulls_.stop();
   if (control_marked && pulls_marked)
     drain({work_id(Work::kSendMarker, 0), pulls_.marker()}, kFlushNs);
@@ -363,7 +370,7 @@ void VerbsConnection::die(const Failure& cause) {
   else if (control_marked)
     drain({work_id(Work::kSendMarker, 0)}, kFlushNs);
   channel_.destroy();
-  for (ChunkPtr& chunk : pulls_.close()) deliver(std::move(chunk), IBV_WC_WR_FLUSH_ERR);
+  close_pulls();
   source_.reset();
   held_.clear();
   incoming_.clear();
@@ -377,10 +384,9 @@ void VerbsConnection::close(const Failure& cause) noexcept {
 }
 
 std::string VerbsConnection::describe() const {
-  return cat("verbs: ", device_->name(), ", ", route_.path.reason, ", MTU ",
-             128 << route_.mtu, ", ", int{issued_}, " READs in flight, gives up after ",
-             int{route_.retry_count}, " retries of ",
-             (int64_t{4096} << route_.timeout) / 1'000'000,
+  return cat("verbs: ", device_->name(), ", ", route_.path.reason, ", MTU ", 128 << route_.mtu,
+             ", ", int{issued_}, " READs in flight, gives up after ", int{route_.retry_count},
+             " retries of ", (int64_t{4096} << route_.timeout) / 1'000'000,
              " ms; the owner pulls: no region is remotely writable; ",
              num_replaced_.load(std::memory_order_relaxed), " queue pair(s) replaced");
 }

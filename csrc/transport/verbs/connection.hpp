@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "transport/verbs/channel.hpp"
 #include "transport/verbs/completion_queue.hpp"
@@ -37,7 +38,7 @@ class VerbsConnection final : public Connection, public Pollable {
  public:
   VerbsConnection(Host& host, std::shared_ptr<Device> device, MemoryTable& memory);  // throws
   ~VerbsConnection() override;
-  Ends ends() const noexcept;
+  const Ends& ends() const noexcept { return ends_; }    // as they were in the beginning
   void connect(const Route& route, const Ends& remote);  // throws
   // Before start(): reads the peer's incarnation. Empty when it came; else why not.
   std::optional<std::string> try_read(uint64_t address, uint32_t rkey, Incarnation& out,
@@ -58,7 +59,8 @@ class VerbsConnection final : public Connection, public Pollable {
   bool on_queue_pair_event(uint32_t number, const char* event);
 
  private:
-  // A flush takes microseconds; a device that does not do it is gone, and to destroy is all there is.
+  // A flush takes microseconds; a device that does not do it is gone, and to destroy is all there
+  // is.
   static constexpr int64_t kFlushNs = 100'000'000;
   struct ChannelHandler;
 
@@ -81,6 +83,7 @@ class VerbsConnection final : public Connection, public Pollable {
   // replace.cpp
   void break_pulls(bool counts);
   void stop_pulls();
+  void close_pulls();
   void replace_source();
   void check_answers() noexcept;
   void check_gates();
@@ -95,6 +98,7 @@ class VerbsConnection final : public Connection, public Pollable {
   Incoming incoming_;
   Outgoing outgoing_;
   QpPtr source_;
+  Ends ends_;
   Route route_;
   uint32_t source_psn_ = 0;
   uint8_t served_, issued_;
@@ -106,14 +110,15 @@ class VerbsConnection final : public Connection, public Pollable {
 
   // Progress thread only.
   std::deque<ibv_wc> held_;  // taken while something else was waited for
-  bool pull_failed_ = false;
+  bool pull_failed_ = false, stopping_pulls_ = false;
+  std::deque<std::pair<ChunkPtr, ibv_wc_status>> parked_;
   bool gates_watched_ = false;
-  uint32_t num_breaks_ = 0;         // since a chain last came through
-  uint32_t source_epoch_ = 0;       // of ours
-  uint32_t peer_epoch_ = 0;         // of the peer's source
-  bool serving_ = true;             // our source is connected
-  std::string last_error_;          // of a post that failed, or an event
-  QpEnd pull_end_;                  // of the first pull queue pair, for the join
+  Reactor::TimerId gates_timer_ = Reactor::kNoTimer;
+  uint32_t num_breaks_ = 0;    // since a chain last came through
+  uint32_t source_epoch_ = 0;  // of ours
+  uint32_t peer_epoch_ = 0;    // of the peer's source
+  bool serving_ = true;        // our source is connected
+  std::string last_error_;     // of a post that failed, or an event
   Bytes body_;
   Reactor::Token token_ = 0;
 };

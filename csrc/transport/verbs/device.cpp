@@ -39,8 +39,8 @@ const char* name_of(ibv_port_state state) {
 
 // The table's types are not told by ibv_query_gid; older libraries leave them to sysfs.
 GidType type_in_sysfs(const std::string& device, uint8_t port, int index) {
-  std::ifstream in(cat("/sys/class/infiniband/", device, "/ports/", int{port}, "/gid_attrs/types/",
-                       index));
+  std::ifstream in(
+      cat("/sys/class/infiniband/", device, "/ports/", int{port}, "/gid_attrs/types/", index));
   std::string text;
   std::getline(in, text);
   return text.find("v2") != std::string::npos ? GidType::kRoceV2 : GidType::kRoceV1;
@@ -86,14 +86,14 @@ std::string Device::use_port(uint8_t port) {
       gid.type = static_cast<GidType>(entry.gid_type);
     } else {
       if (api().query_gid(context_, port, index, &raw) != 0) continue;
-      gid.type =
-          address_.infiniband ? GidType::kInfiniband : type_in_sysfs(device, port, index);
+      gid.type = address_.infiniband ? GidType::kInfiniband : type_in_sysfs(device, port, index);
     }
     std::copy_n(reinterpret_cast<const std::byte*>(raw.raw), gid.raw.size(), gid.raw.begin());
     if (std::ranges::all_of(gid.raw, [](std::byte b) { return b == std::byte{0}; })) continue;
     address_.gids.push_back(gid);
   }
-  if (address_.gids.empty() && !address_.infiniband) return "has no GID: give its interface an address";
+  if (address_.gids.empty() && !address_.infiniband)
+    return "has no GID: give its interface an address";
   port_ = port;
   name_ = cat(device, ":", int{port});
   max_message_nbytes_ = std::max<uint32_t>(attr.max_msg_sz, 1);
@@ -102,11 +102,13 @@ std::string Device::use_port(uint8_t port) {
 
 std::shared_ptr<Device> Device::open(const std::string& wanted, std::string& reason) {
   // A look at sysfs first: most machines have no such device, and need not load the library.
-  std::error_code none;
-  if (std::getenv("KVXFER_LIBIBVERBS") == nullptr &&
-      std::filesystem::is_empty("/sys/class/infiniband", none) | static_cast<bool>(none)) {
-    reason = "no RDMA device: /sys/class/infiniband is empty or not there";
-    return nullptr;
+  if (std::getenv("KVXFER_LIBIBVERBS") == nullptr) {
+    std::error_code none;
+    const bool empty = std::filesystem::is_empty("/sys/class/infiniband", none);
+    if (empty || none) {
+      reason = "no RDMA device: /sys/class/infiniband is empty or not there";
+      return nullptr;
+    }
   }
   if (load_api(reason) == nullptr) return nullptr;
   int num_devices = 0;
@@ -117,8 +119,7 @@ std::shared_ptr<Device> Device::open(const std::string& wanted, std::string& rea
   }
   const size_t colon = wanted.find(':');
   const std::string wanted_name = wanted.substr(0, colon);
-  const int wanted_port =
-      colon == std::string::npos ? 0 : std::atoi(wanted.c_str() + colon + 1);
+  const int wanted_port = colon == std::string::npos ? 0 : std::atoi(wanted.c_str() + colon + 1);
   std::string seen;
   for (int i = 0; i < num_devices; ++i) {
     ibv_device* const candidate = list.get()[i];
@@ -129,14 +130,14 @@ std::shared_ptr<Device> Device::open(const std::string& wanted, std::string& rea
     }
     ibv_context* const context = api().open_device(candidate);
     if (context == nullptr) {
-      seen += cat(seen.empty() ? "" : "; ", "ibv_open_device(", name,
-                  ") failed: ", errno_text(errno));
+      seen +=
+          cat(seen.empty() ? "" : "; ", "ibv_open_device(", name, ") failed: ", errno_text(errno));
       continue;
     }
     const std::shared_ptr<Device> device(new Device(context));
     if (const int err = api().query_device(context, &device->limits_)) {
-      seen += cat(seen.empty() ? "" : "; ", "ibv_query_device(", name,
-                  ") failed: ", errno_text(err));
+      seen +=
+          cat(seen.empty() ? "" : "; ", "ibv_query_device(", name, ") failed: ", errno_text(err));
       continue;
     }
     for (uint8_t port = 1; port <= device->limits_.phys_port_cnt; ++port) {

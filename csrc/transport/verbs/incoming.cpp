@@ -118,8 +118,7 @@ bool Incoming::take(const JobPtr& job, std::vector<Segment>& segments) {
 
 // One part is under way while another is worked on; that bounds what we remember.
 void Incoming::ask(Job& job) {
-  if (job.asked || job.granted || job.announced == job.nbytes ||
-      job.window.size() > kMaxSegments)
+  if (job.asked || job.granted || job.announced == job.nbytes || job.window.size() > kMaxSegments)
     return;
   job.asked = true;
   channel_.message(Type::kMore, {view_of(PartHead{job.ticket, 0})});
@@ -168,8 +167,7 @@ bool Incoming::on_request(ByteView body) {
   if (job->op == Op::kRead && job->nbytes > 0 && !job->staged) {
     const Landing& landing = job->landing;
     job->granted = job->memory && job->memory->readable() && job->memory->words() != nullptr &&
-                   landing.region->gate.word() &&
-                   (!landing.lease || landing.lease->gate.word());
+                   landing.region->gate.word() && (!landing.lease || landing.lease->gate.word());
   }
   if (job->op == Op::kRead) job->staged = !job->granted;
   return take(job, segments_);

@@ -12,10 +12,10 @@
 #include <optional>
 #include <vector>
 
+#include "transport/transport.hpp"
 #include "transport/verbs/channel.hpp"
 #include "transport/verbs/memory.hpp"
 #include "transport/verbs/pull_queue.hpp"
-#include "transport/transport.hpp"
 
 namespace kvxfer::verbs {
 
@@ -28,9 +28,9 @@ struct Job {
   bool staged = false;     // its bytes come, or go, in messages
   bool granted = false;    // a read that the peer pulls
   uint64_t nbytes = 0;
-  uint64_t announced = 0;     // bytes of all segments that came
-  uint64_t done = 0;          // bytes that landed, or were sent
-  uint64_t num_segments = 0;  // that came
+  uint64_t announced = 0;      // bytes of all segments that came
+  uint64_t done = 0;           // bytes that landed, or were sent
+  uint64_t num_segments = 0;   // that came
   std::deque<Segment> window;  // those of them not yet cut, judged; a bounded number
   uint64_t offset = 0;         // in the first
   bool asked = false;          // for more segments
@@ -97,7 +97,7 @@ class Incoming {
 
   std::vector<JobPtr> jobs_;  // by slot; null: it is free
   std::deque<JobPtr> pulling_, serving_;
-  std::deque<ChunkPtr> again_;  // flushed, to be posted before anything else
+  std::deque<ChunkPtr> again_;    // flushed, to be posted before anything else
   uint32_t num_dead_inside_ = 0;  // chunks in flight of requests that have been stopped
   std::vector<Ticket> accepted_late_;
   std::vector<Target> targets_;  // scratch

@@ -207,8 +207,8 @@ bool Incoming::serve_one() {
     }
   }
   job->landing.leave();
-  channel_.message(Type::kReadData, {view_of(DataHead{job->ticket, filled, 0}),
-                                     ByteView(bytes_).first(filled)});
+  channel_.message(Type::kReadData,
+                   {view_of(DataHead{job->ticket, filled, 0}), ByteView(bytes_).first(filled)});
   job->done += filled;
   ask(*job);
   queue(job);

@@ -29,8 +29,7 @@ RegionMemory::RegionMemory(std::shared_ptr<Device> device, std::shared_ptr<WordM
     const std::string what = pieces_.size() == 1
                                  ? cat("region '", region.name, "'")
                                  : cat("piece ", i, " of region '", region.name, "'");
-    mrs_.push_back(
-        device_->register_memory(pieces_[i].base, pieces_[i].nbytes, access, what));
+    mrs_.push_back(device_->register_memory(pieces_[i].base, pieces_[i].nbytes, access, what));
   }
 }
 
@@ -39,16 +38,15 @@ RegionMemory::~RegionMemory() = default;
 RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexcept {
   size_t i = 0;
   if (pieces_.size() > 1) {
-    const auto after = std::upper_bound(
-        pieces_.begin(), pieces_.end(), offset,
-        [](uint64_t value, const Piece& piece) { return value < piece.offset; });
+    const auto after =
+        std::upper_bound(pieces_.begin(), pieces_.end(), offset,
+                         [](uint64_t value, const Piece& piece) { return value < piece.offset; });
     i = static_cast<size_t>(after - pieces_.begin()) - 1;
   }
   const Piece& piece = pieces_[i];
   const uint64_t skip = offset - piece.offset;
   return {piece.base + skip,
-          static_cast<uint32_t>(
-              std::min({nbytes, piece.nbytes - skip, uint64_t{kMaxRunBytes}})),
+          static_cast<uint32_t>(std::min({nbytes, piece.nbytes - skip, uint64_t{kMaxRunBytes}})),
           mrs_[i]->lkey, mrs_[i]->rkey};
 }
 
@@ -83,11 +81,6 @@ void MemoryTable::clear() noexcept {
   std::unordered_map<uint64_t, RegionMemoryPtr> last;
   std::lock_guard lock(mutex_);
   last.swap(regions_);
-}
-
-std::string MemoryTable::describe() const {
-  std::lock_guard lock(mutex_);
-  return cat(regions_.size(), " region(s) registered");
 }
 
 }  // namespace kvxfer::verbs

@@ -9,8 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "transport/verbs/device.hpp"
 #include "transport/region.hpp"
+#include "transport/verbs/device.hpp"
 
 namespace kvxfer::verbs {
 
@@ -71,7 +71,6 @@ class MemoryTable {
   void remove(uint64_t region) noexcept;
   RegionMemoryPtr find(uint64_t region) const noexcept;
   void clear() noexcept;
-  std::string describe() const;
 
  private:
   std::shared_ptr<Device> device_;

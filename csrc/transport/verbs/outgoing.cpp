@@ -153,8 +153,7 @@ Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept
   flight.cancelled = true;
   flight.unquiet = !result.quiesced;
   flight.cancelled_ns = now_ns();
-  channel_.message(Type::kAbort,
-                   {view_of(PartHead{{found->second, flight.generation}, 0})});
+  channel_.message(Type::kAbort, {view_of(PartHead{{found->second, flight.generation}, 0})});
   return result;
 }
 
@@ -271,8 +270,7 @@ bool Outgoing::on_more(ByteView body) {
   if (flight == nullptr || flight->cancelled) return true;
   if (flight->announced == flight->request->nbytes) return false;
   send_part(head.ticket, *flight);
-  if (flight->request->op == Op::kWrite && flight->staged)
-    queue(pumping_, head.ticket, *flight);
+  if (flight->request->op == Op::kWrite && flight->staged) queue(pumping_, head.ticket, *flight);
   return true;
 }
 

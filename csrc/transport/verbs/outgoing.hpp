@@ -14,10 +14,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "transport/transport.hpp"
 #include "transport/verbs/channel.hpp"
 #include "transport/verbs/memory.hpp"
 #include "transport/verbs/pull_queue.hpp"
-#include "transport/transport.hpp"
 
 namespace kvxfer::verbs {
 
@@ -70,9 +70,9 @@ class Outgoing {
     // Progress thread only from here on: the next byte to send or to land, likewise.
     size_t next_span = 0;
     uint64_t next_offset = 0;
-    uint64_t moved = 0;   // bytes sent, or for which a READ was posted
-    uint64_t landed = 0;  // of a read
-    bool queued = false;  // stands in pumping_ or pulling_
+    uint64_t moved = 0;          // bytes sent, or for which a READ was posted
+    uint64_t landed = 0;         // of a read
+    bool queued = false;         // stands in pumping_ or pulling_
     std::deque<Source> sources;  // granted, not yet posted
     uint64_t source_offset = 0, granted = 0;
     WordSpot region, lease;

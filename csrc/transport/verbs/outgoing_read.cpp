@@ -136,8 +136,7 @@ std::optional<Failure> Outgoing::judge(const Flight& flight, uint32_t slot) cons
   if (flight.landed != flight.request->nbytes)
     return Failure{.code = Code::kInternal, .text = "words came before the data of a read"};
   if (flight.lease.present && words[1] != flight.lease.value)
-    return Failure{.code = Code::kLease,
-                   .text = "the lease ended before the read was complete"};
+    return Failure{.code = Code::kLease, .text = "the lease ended before the read was complete"};
   if (words[0] != flight.region.value)
     return Failure{.code = Code::kRemoteAccess,
                    .text = "the region was deregistered before the read was complete"};
@@ -161,7 +160,11 @@ void Outgoing::on_landed(ChunkPtr chunk, std::optional<Failure> failure) {
 
 void Outgoing::on_flushed(ChunkPtr chunk) {
   if (is_wanted(*chunk)) {
-    again_.push_back(std::move(chunk));  // still counted in num_inside
+    // Before the words of its own request, which may be waiting here for room: they are read last.
+    const auto words = std::ranges::find_if(again_, [&](const ChunkPtr& other) {
+      return other->words && other->ticket.slot == chunk->ticket.slot;
+    });
+    again_.insert(words, std::move(chunk));  // still counted in num_inside
     return;
   }
   chunk_left(chunk->ticket);
@@ -201,8 +204,7 @@ bool Outgoing::on_read_data(ByteView body) {
   Reader reader(body);
   const auto head = reader.get<DataHead>();
   const ByteView data = reader.take(reader.remaining());
-  if (!reader.ok() || data.empty() || data.size() != head.nbytes ||
-      head.ticket.slot >= kNumSlots)
+  if (!reader.ok() || data.empty() || data.size() != head.nbytes || head.ticket.slot >= kNumSlots)
     return false;
   const RequestPtr request = enter(head.ticket);
   if (!request) {

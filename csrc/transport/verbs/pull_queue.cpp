@@ -64,8 +64,8 @@ PullQueue::PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, uint32_t depth)
       depth_(depth),
       shape_{.max_send = depth + 1,
              .max_recv = 0,
-             .max_send_sge = static_cast<uint32_t>(
-                 std::clamp(device_->limits().max_sge, 1, int{kMaxSge})),
+             .max_send_sge =
+                 static_cast<uint32_t>(std::clamp(device_->limits().max_sge, 1, int{kMaxSge})),
              .max_recv_sge = 0},
       chain_(Chunk::kMaxReads) {}
 

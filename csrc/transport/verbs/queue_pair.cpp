@@ -14,7 +14,7 @@ namespace kvxfer::verbs {
 namespace {
 
 // Receives never run out (credits), so this is met only by a bug, and must then end.
-constexpr uint8_t kRnrRetry = 6;   // 7 would be for ever
+constexpr uint8_t kRnrRetry = 6;      // 7 would be for ever
 constexpr uint8_t kMinRnrTimer = 12;  // 0.64 ms
 constexpr uint8_t kHopLimit = 64;
 
@@ -46,13 +46,13 @@ QpPtr make_qp(const Device& device, ibv_cq* cq, QpShape& shape, int access) {
   }
   if (!qp) {
     const int err = errno;
-    throw Error(Code::kTransport,
-                cat("ibv_create_qp(RC, max_send_wr ", shape.max_send, ", max_recv_wr ",
-                    shape.max_recv, ", max_send_sge ", shape.max_send_sge, ") on ", device.name(),
-                    " failed: ", errno_text(err), "; the device has room for ",
-                    device.limits().max_qp, " queue pairs of ", device.limits().max_qp_wr,
-                    " work requests"),
-                err, "verbs");
+    throw Error(
+        Code::kTransport,
+        cat("ibv_create_qp(RC, max_send_wr ", shape.max_send, ", max_recv_wr ", shape.max_recv,
+            ", max_send_sge ", shape.max_send_sge, ") on ", device.name(),
+            " failed: ", errno_text(err), "; the device has room for ", device.limits().max_qp,
+            " queue pairs of ", device.limits().max_qp_wr, " work requests"),
+        err, "verbs");
   }
   ibv_qp_attr attr{};
   attr.qp_state = IBV_QPS_INIT;

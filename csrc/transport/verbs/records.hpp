@@ -15,8 +15,8 @@
 namespace kvxfer::verbs {
 
 inline constexpr uint32_t kVersion = 1;
-inline constexpr uint32_t kNumSlots = kMaxInFlight;  // of requests, per direction
-inline constexpr uint32_t kMaxSegments = 1024;       // per message
+inline constexpr uint32_t kNumSlots = kMaxInFlight;   // of requests, per direction
+inline constexpr uint32_t kMaxSegments = 1024;        // per message
 inline constexpr uint32_t kMaxDataBytes = 32 * 1024;  // of memory, in one message
 inline constexpr uint32_t kMaxMessageBytes = 96 * 1024;
 

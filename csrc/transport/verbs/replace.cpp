@@ -3,8 +3,8 @@
 // Queue pairs of bulk come and go while the connection stays.
 //
 //   source side                                        pulling side
-//   ERR, destroy: nothing is read any more             (its READs fail: kPullBroken, or before that)
-//   kNewSource epoch+1  ──────────────────────────►    ERR, flush, destroy; chains are kept
+//   ERR, destroy: nothing is read any more             (its READs fail: kPullBroken, or before
+//   that) kNewSource epoch+1  ──────────────────────────►    ERR, flush, destroy; chains are kept
 //   connect             ◄──────────────────────────    kNewPuller
 //   kSourceReady        ──────────────────────────►    chains are posted again
 //
@@ -29,9 +29,17 @@ constexpr uint32_t kMaxBreaks = 4;  // without anything that came through in bet
 // What was in flight is kept by its request, to be posted again.
 void VerbsConnection::stop_pulls() {
   if (!pulls_.is_open()) return;
+  stopping_pulls_ = true;
   if (pulls_.stop()) drain({pulls_.marker()}, kFlushNs);
-  for (ChunkPtr& chunk : pulls_.close()) deliver(std::move(chunk), IBV_WC_WR_FLUSH_ERR);
-  pull_failed_ = false;
+  close_pulls();
+}
+
+// Destroyed, the queue pair touches nothing any more; only now are gates left.
+void VerbsConnection::close_pulls() {
+  std::deque<ChunkPtr> rest = pulls_.close();
+  for (auto& [chunk, status] : std::exchange(parked_, {})) deliver(std::move(chunk), status);
+  for (ChunkPtr& chunk : rest) deliver(std::move(chunk), IBV_WC_WR_FLUSH_ERR);
+  stopping_pulls_ = pull_failed_ = false;
 }
 
 // `counts`: because it failed; else because we want what is in flight back.
@@ -40,12 +48,11 @@ void VerbsConnection::break_pulls(bool counts) {
   const ibv_wc_status status = pulls_.first_error();
   stop_pulls();
   if (counts && ++num_breaks_ > kMaxBreaks)
-    return die({.code = status == IBV_WC_RETRY_EXC_ERR ? Code::kPeerDisconnected
-                                                       : Code::kTransport,
-                .text = cat("RDMA READs on ", device_->name(), " have failed ", num_breaks_,
-                            " times in a row, at last: ",
-                            status == IBV_WC_SUCCESS ? last_error_.c_str()
-                                                     : api().wc_status_str(status))});
+    return die({.code = status == IBV_WC_RETRY_EXC_ERR ? Code::kPeerDisconnected : Code::kTransport,
+                .text = cat(
+                    "RDMA READs on ", device_->name(), " have failed ", num_breaks_,
+                    " times in a row, at last: ",
+                    status == IBV_WC_SUCCESS ? last_error_.c_str() : api().wc_status_str(status))});
   channel_.message(Type::kPullBroken,
                    {view_of(QpHead{peer_epoch_, 0, 0, static_cast<uint32_t>(status)})});
 }
@@ -142,7 +149,7 @@ void VerbsConnection::check_answers() noexcept {
 
 void VerbsConnection::watch_gates() {
   if (std::exchange(gates_watched_, true)) return;
-  host_.reactor().at(now_ns() + kGateNs, [weak = weak_from_this()] {
+  gates_timer_ = host_.reactor().at(now_ns() + kGateNs, [weak = weak_from_this()] {
     if (auto self = std::static_pointer_cast<VerbsConnection>(weak.lock())) self->check_gates();
   });
 }

@@ -25,8 +25,8 @@ struct AskHead {
 };
 struct JoinHead {  // then the sender's address
   Ends ends{};
-  uint32_t rkey = 0;     // of the word
-  uint16_t gid = 0;      // index in the receiver's table, which it is asked to use
+  uint32_t rkey = 0;  // of the word
+  uint16_t gid = 0;   // index in the receiver's table, which it is asked to use
   uint16_t global = 0;
   uint64_t address = 0;  // of the word
 };
@@ -55,6 +55,13 @@ std::optional<std::string> VerbsTransport::probe() const {
   if (Channel::num_buffers(*device) == 0 || PullQueue::depth(*device) == 0)
     return cat(device->name(), " has send queues of ", device->limits().max_qp_wr,
                " work requests, which are too short");
+  word_ = std::make_unique<Word>();
+  try {
+    word_mr_ = device->register_memory(word_.get(), sizeof(Word), IBV_ACCESS_REMOTE_READ,
+                                       "the engine's identity");
+  } catch (const Error& error) {
+    return error.what();
+  }
   device_ = std::move(device);
   return {};
 }
@@ -62,11 +69,7 @@ std::optional<std::string> VerbsTransport::probe() const {
 void VerbsTransport::start(Host& host) {
   host_ = &host;
   memory_.open(device_);
-  word_ = std::make_unique<Word>();
   word_->incarnation = host.self().incarnation;
-  word_mr_ = device_->register_memory(word_.get(), sizeof(Word),
-                                      IBV_ACCESS_REMOTE_READ,
-                                      "the engine's identity");
   token_ = host.reactor().add(device_->context()->async_fd, EPOLLIN,
                               std::make_shared<EventHandler>(*this));
 }
@@ -99,8 +102,8 @@ Route VerbsTransport::route_to(const Path& path, const PortAddress& remote) cons
   Route route;
   route.path = path;
   route.remote_lid = remote.lid;
-  route.mtu = std::clamp<uint8_t>(std::min(device_->address().mtu, remote.mtu), IBV_MTU_256,
-                                  IBV_MTU_4096);
+  route.mtu =
+      std::clamp<uint8_t>(std::min(device_->address().mtu, remote.mtu), IBV_MTU_256, IBV_MTU_4096);
   route.retry_count = kRetries;
   route.timeout = timeout_for(config_.deadline_ns, kRetries);
   return route;
@@ -222,8 +225,8 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
       return cat("GID index ", head.gid, " is not one that was offered");
     path.local = *gid;
     path.remote = remote->gids[0];
-    path.reason = cat("GID ", text_of(path.local), " to ", text_of(path.remote),
-                      ", chosen by the peer");
+    path.reason =
+        cat("GID ", text_of(path.local), " to ", text_of(path.remote), ", chosen by the peer");
   }
   auto connection = std::make_shared<VerbsConnection>(*host_, device_, memory_);
   connection->connect(route_to(path, *remote), head.ends);
@@ -232,8 +235,8 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
                        .rkey = word_mr_->rkey,
                        .address = reinterpret_cast<uint64_t>(word_.get())});
   const Key id = session.id;
-  const Reactor::TimerId timer = host_->reactor().at(
-      deadline_after(kJoinTimeoutSeconds), [this, id] { halves_.erase(id); });
+  const Reactor::TimerId timer =
+      host_->reactor().at(deadline_after(kJoinTimeoutSeconds), [this, id] { halves_.erase(id); });
   halves_.emplace(id, Half{std::move(connection), timer});
   return {};
 }

@@ -54,10 +54,10 @@ class VerbsTransport final : public Transport {
   const TransportConfig config_;
   // Opened by probe(), which the engine calls before anything else; the engine's thread.
   mutable std::shared_ptr<Device> device_;
+  mutable std::unique_ptr<Word> word_;
+  mutable MrPtr word_mr_;
   Host* host_ = nullptr;
   MemoryTable memory_;
-  std::unique_ptr<Word> word_;
-  MrPtr word_mr_;
   Reactor::Token token_ = 0;
 
   std::map<Key, Half> halves_;  // progress thread only

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvxfer.testing import fake_verbs
 from kvxfer.transfer import EngineConfig, TransferEngine, probe_transports
 
 __all__ = ["HARMLESS", "Way", "ways"]
@@ -15,6 +17,10 @@ __all__ = ["HARMLESS", "Way", "ways"]
 # Everything that a transport may do without anybody noticing: late, out of order, told twice,
 # back-pressure out of the blue.
 HARMLESS = "delay=0.2:3ms delay_end=0.2:3ms reorder=0.2 duplicate=0.2 again=0.2"
+
+# Likewise of NICs: packets late, twice and out of order between queue pairs, completions late and
+# a few at a time.
+HARMLESS_NIC = "delay=0.05:2ms duplicate=0.1:5ms hold_cqe=0.05:2ms short_poll=0.5"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Way:
         transport: the one that carries requests.
         faults: the plan of the faulty transport: ``wrap=TRANSPORT seed=N`` and what goes wrong
             how often, see csrc/transport/faulty/plan.hpp.
+        nic: what goes wrong on the software NICs, see tests/fake_verbs/plan.hpp; in the whole
+            process, from the moment an engine is made.
         copy_threads: None: by the CPUs that there are.
         verbs_devices: of the engine that is called "driver", and of every other; None: by rule.
         reason: why it cannot be gone here.
@@ -46,6 +54,7 @@ class Way:
     name: str
     transport: str
     faults: str = ""
+    nic: str = ""
     copy_threads: int | None = None
     verbs_devices: tuple[str, str] | None = None
     reason: str | None = None
@@ -58,9 +67,13 @@ class Way:
         config = _FaultyConfig(
             faults=self.faults, copy_threads=self.copy_threads, verbs_device=device
         )
-        return TransferEngine(
-            name, transports=(self.transport,), secret=secret, config=config, **options
-        )
+        on_fake = self.below == "verbs"
+        with fake_verbs.in_use() if on_fake else nullcontext():
+            if on_fake and not fake_verbs.real_devices():
+                fake_verbs.set_plan(self.nic)
+            return TransferEngine(
+                name, transports=(self.transport,), secret=secret, config=config, **options
+            )
 
     @property
     def below(self) -> str:
@@ -81,13 +94,20 @@ class Way:
 def ways() -> list[Way]:
     """Every transport that is compiled in, and each again with harmless faults.
 
+    Verbs goes over real NICs where there are some, else over software ones.
     ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
     """
     named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
     ours, theirs = named.split(",") if named else ("", "")
-    plain = [
-        Way(name, name, verbs_devices=(ours, theirs) if named else None, reason=reason)
-        for name, reason in probe_transports()
-    ]
+    with fake_verbs.in_use():
+        plain = [
+            Way(name, name, verbs_devices=(ours, theirs) if named else None, reason=reason)
+            for name, reason in probe_transports()
+        ]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
-    return plain + pooled + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
+    rough = [
+        replace(way, name="verbs-rough", nic=f"seed=1 {HARMLESS_NIC}")
+        for way in plain
+        if way.name == "verbs" and not fake_verbs.real_devices()
+    ]
+    return plain + pooled + rough + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]

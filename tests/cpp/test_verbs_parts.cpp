@@ -1,0 +1,155 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// The parts of the verbs transport that need no device: addresses, timeouts, chains.
+#include <doctest/doctest.h>
+
+#include "common/clock.hpp"
+#include "transport/verbs/pull_queue.hpp"
+
+using namespace kvxfer;
+using namespace kvxfer::verbs;
+
+namespace {
+
+Gid gid(uint16_t index, GidType type, std::initializer_list<int> bytes) {
+  Gid out;
+  out.index = index;
+  out.type = type;
+  size_t i = 0;
+  for (const int b : bytes) out.raw[i++] = static_cast<std::byte>(b);
+  return out;
+}
+Gid ipv4(uint16_t index, int a, int b, int c, int d, GidType type = GidType::kRoceV2) {
+  return gid(index, type, {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d});
+}
+Gid link_local(uint16_t index, int last, GidType type = GidType::kRoceV2) {
+  return gid(index, type, {0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last});
+}
+Gid global_v6(uint16_t index, int last) {
+  return gid(index, GidType::kRoceV2, {0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last});
+}
+PortAddress ethernet(std::vector<Gid> gids) {
+  PortAddress out;
+  out.mtu = 5;
+  out.gids = std::move(gids);
+  return out;
+}
+
+std::optional<Path> choose(const PortAddress& a, const PortAddress& b, int index = -1) {
+  std::string reason;
+  auto path = choose_path(a, b, index, reason);
+  CHECK(path.has_value() == reason.empty());
+  return path;
+}
+
+}  // namespace
+
+TEST_CASE("GIDs: RoCE v2 before v1, one family, the nearest subnet") {
+  const auto here = ethernet({link_local(0, 1, GidType::kRoceV1), link_local(1, 1),
+                              ipv4(2, 10, 1, 0, 1, GidType::kRoceV1), ipv4(3, 10, 1, 0, 1),
+                              ipv4(4, 10, 2, 0, 1), global_v6(5, 1)});
+  const auto there = ethernet({link_local(0, 2), ipv4(1, 10, 2, 0, 2), ipv4(2, 192, 168, 0, 2)});
+  const auto path = choose(here, there);
+  REQUIRE(path);
+  CHECK(path->global);
+  CHECK(path->local.index == 4);
+  CHECK(path->remote.index == 1);
+  CHECK(path->reason.find("10.2.0.1") != std::string::npos);
+}
+
+TEST_CASE("GIDs: link-local only where there is nothing else") {
+  const auto only = choose(ethernet({link_local(0, 1), ipv4(1, 10, 0, 0, 1)}),
+                           ethernet({link_local(7, 2), global_v6(8, 2)}));
+  REQUIRE(only);
+  CHECK(only->local.index == 0);
+  CHECK(only->remote.index == 7);
+  // Far subnets are still better: they can be routed.
+  const auto far = choose(ethernet({link_local(0, 1), ipv4(1, 10, 0, 0, 1)}),
+                          ethernet({link_local(7, 2), ipv4(8, 192, 168, 0, 2)}));
+  REQUIRE(far);
+  CHECK(far->local.index == 1);
+}
+
+TEST_CASE("GIDs: the user's choice, and reasons where there is no pair") {
+  const auto here = ethernet({ipv4(1, 10, 0, 0, 1), ipv4(2, 10, 9, 0, 1)});
+  const auto there = ethernet({ipv4(1, 10, 0, 0, 2)});
+  CHECK(choose(here, there)->local.index == 1);
+  CHECK(choose(here, there, 2)->local.index == 2);
+  CHECK_FALSE(choose(here, there, 3));
+  CHECK_FALSE(choose(here, ethernet({link_local(0, 2)})));
+  CHECK_FALSE(choose(here, ethernet({ipv4(0, 10, 0, 0, 2, GidType::kRoceV1)})));
+  PortAddress infiniband;
+  infiniband.infiniband = true;
+  infiniband.lid = 3;
+  CHECK_FALSE(choose(here, infiniband));
+}
+
+TEST_CASE("InfiniBand: by LID within one subnet, by GID across") {
+  const auto port = [](int subnet, uint16_t lid) {
+    PortAddress out;
+    out.infiniband = true;
+    out.lid = lid;
+    out.gids = {gid(0, GidType::kInfiniband,
+                    {0xfe, 0x80, 0, 0, 0, 0, 0, subnet, 0, 0, 0, 0, 0, 0, 0, lid})};
+    return out;
+  };
+  CHECK_FALSE(choose(port(1, 4), port(1, 5))->global);
+  CHECK(choose(port(1, 4), port(2, 5))->global);
+  CHECK(choose(port(1, 4), port(1, 5), 0)->global);  // the user names a GID
+}
+
+TEST_CASE("addresses: decode after encode is the same, and lengths are checked") {
+  const auto there = ethernet({link_local(0, 2), ipv4(1, 10, 2, 0, 2)});
+  Bytes bytes;
+  Writer writer(bytes);
+  encode(there, writer);
+  for (size_t n = 0; n < bytes.size(); ++n) {
+    Reader cut(ByteView(bytes).first(n));
+    CHECK_FALSE(decode_address(cut));
+  }
+  Reader whole(bytes);
+  const auto again = decode_address(whole);
+  REQUIRE(again);
+  CHECK(whole.finished());
+  CHECK(again->mtu == 5);
+  REQUIRE(again->gids.size() == 2);
+  CHECK(again->gids[1].raw == there.gids[1].raw);
+  bytes[4] = std::byte{kMaxGids + 1};
+  Reader many(bytes);
+  CHECK_FALSE(decode_address(many));
+}
+
+TEST_CASE("retries end within half of the deadline") {
+  for (const int64_t deadline_ns :
+       {int64_t{100'000'000}, int64_t{1'000'000'000}, int64_t{30'000'000'000}}) {
+    const uint8_t timeout = timeout_for(deadline_ns, 7);
+    CHECK((int64_t{4096} << timeout) * 7 <= deadline_ns / 2);
+    CHECK((int64_t{4096} << (timeout + 1)) * 7 > deadline_ns / 2);
+  }
+  CHECK(timeout_for(1, 7) == 8);  // sooner, a busy host would be taken for a lost one
+  CHECK(timeout_for(kNever, 7) == 20);
+}
+
+TEST_CASE("chains: contiguous pieces share a READ, the chain is bounded") {
+  Chunk chunk;
+  auto* const base = reinterpret_cast<std::byte*>(uint64_t{0x10000});
+  CHECK(chunk.add(1000, 1, base, 7, 100, 4) == 100);
+  CHECK(chunk.add(1100, 1, base + 100, 7, 100, 4) == 100);   // here as well: one piece
+  CHECK(chunk.add(1200, 1, base + 5000, 7, 100, 4) == 100);  // there only: two pieces
+  CHECK(chunk.num_reads() == 1);
+  CHECK(chunk.add(1300, 2, base + 6000, 7, 100, 4) == 100);  // another key
+  CHECK(chunk.add(9000, 2, base + 6100, 7, 100, 4) == 100);  // a gap over there
+  CHECK(chunk.num_reads() == 3);
+  CHECK(chunk.nbytes() == 500);
+  chunk.clear();
+  for (uint32_t i = 0; i < 6; ++i)  // pieces beyond the device's limit begin another READ
+    CHECK(chunk.add(1000 + 10 * i, 1, base + 1000 * i, 7, 10, 4) == 10);
+  CHECK(chunk.num_reads() == 2);
+  chunk.clear();
+  for (uint32_t i = 0; i < Chunk::kMaxReads; ++i)
+    CHECK(chunk.add(1000 * i, 1, base + 1000 * i, 7, 10, 4) == 10);
+  CHECK(chunk.add(900'000, 1, base, 7, 10, 4) == 0);
+  chunk.clear();
+  CHECK(chunk.add(0, 1, base, 7, (1u << 20) + 5, 4) == 1u << 20);
+  CHECK(chunk.add(1u << 20, 1, base + (1u << 20), 7, 5, 4) == 0);
+}

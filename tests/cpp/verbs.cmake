@@ -1,0 +1,23 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+# The verbs transport over tests/fake_verbs: what holds for every transport, and what only it has.
+if(KVXFER_WITH_VERBS)
+  set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
+  add_test(NAME transfer_verbs COMMAND test_transfer)
+  # From memory that no peer may read: in messages.
+  add_test(NAME transfer_verbs_never COMMAND test_transfer)
+  set_tests_properties(transfer_verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+  set_tests_properties(transfer_verbs_never PROPERTIES TIMEOUT 300
+                       ENVIRONMENT "${on_fake};KVXFER_TEST_SHARE=never")
+  if(TARGET test_hooks)
+    add_test(NAME hooks_verbs COMMAND test_hooks)
+    set_tests_properties(hooks_verbs PROPERTIES TIMEOUT 120 ENVIRONMENT "${on_fake}")
+  endif()
+
+  add_executable(test_verbs ${CMAKE_CURRENT_LIST_DIR}/test_verbs.cpp
+                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp ${CMAKE_CURRENT_LIST_DIR}/main.cpp)
+  target_include_directories(test_verbs SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(test_verbs PRIVATE kvxfer_engine fake_verbs)
+  add_test(NAME verbs COMMAND test_verbs)
+  set_tests_properties(verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+endif()
