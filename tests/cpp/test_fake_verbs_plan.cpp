@@ -153,6 +153,56 @@ TEST_CASE("the GID table has what real ones have") {
   CHECK(pkey == 0xffff);
 }
 
+TEST_CASE("a planned share of requests fails") {
+  int failed = 0, done = 0;
+  for (int round = 0; round < 20; ++round) {
+    Setup setup;
+    setup.plan = "error=0.5:rem_op seed=" + std::to_string(round);
+    Pair p(setup);
+    ibv_send_wr wr = p.a.write(p.b, 10);
+    REQUIRE(p.a.post(wr) == 0);
+    const ibv_wc_status status = p.a.await().status;
+    CHECK((status == IBV_WC_SUCCESS || status == IBV_WC_REM_OP_ERR));
+    (status == IBV_WC_SUCCESS ? done : failed) += 1;
+  }
+  CHECK(failed > 0);
+  CHECK(done > 0);
+}
+
+TEST_CASE("the queue pair of the planned request breaks") {
+  Pair p;
+  REQUIRE(fake_verbs_plan("qp_fatal=3") == 0);
+  for (uint64_t i = 0; i < 3; ++i) {
+    CHECK(p.a.state(p.a.qp) == IBV_QPS_RTS);
+    ibv_send_wr wr = p.a.write(p.b, 10, i);
+    REQUIRE(p.a.post(wr) == 0);
+    CHECK(p.a.await().status == (i < 2 ? IBV_WC_SUCCESS : IBV_WC_WR_FLUSH_ERR));
+  }
+  CHECK(p.a.await_event() == IBV_EVENT_QP_FATAL);
+}
+
+TEST_CASE("a completion queue can be made longer, not shorter than what is in it") {
+  Setup small;
+  small.cqe = 2;
+  Pair p(small, {});
+  int64_t before = fake_verbs_count("completions");
+  for (uint64_t i = 0; i < 2; ++i) {
+    ibv_send_wr wr = p.a.write(p.b, 10, i);
+    REQUIRE(p.a.post(wr) == 0);
+  }
+  REQUIRE(eventually([&] { return fake_verbs_count("completions") == before + 2; }));
+  CHECK(ibv_resize_cq(p.a.cq, 1) == EINVAL);
+  before += 2;
+  REQUIRE(ibv_resize_cq(p.a.cq, 4) == 0);
+  CHECK(p.a.cq->cqe == 4);
+  for (uint64_t i = 2; i < 4; ++i) {
+    ibv_send_wr wr = p.a.write(p.b, 10, i);
+    REQUIRE(p.a.post(wr) == 0);
+  }
+  REQUIRE(eventually([&] { return fake_verbs_count("completions") == before + 2; }));
+  for (uint64_t i = 0; i < 4; ++i) CHECK(p.a.await().wr_id == i);
+}
+
 TEST_CASE("numbers have words") {
   CHECK(std::string(ibv_wc_status_str(IBV_WC_RETRY_EXC_ERR)) == "transport retry counter exceeded");
   CHECK(std::string(ibv_port_state_str(IBV_PORT_DOWN)) == "down");

@@ -263,9 +263,20 @@ TEST_CASE("verbs: removing the device ends everything, and says so") {
 
 TEST_CASE("verbs: a port that goes down ends its connections, and is refused with the reason") {
   World w;
+  HeldWrite held(w, w.puller_of_b());
   REQUIRE(fake_verbs_set_port("fake0", 1, 0) == 0);
+  REQUIRE(held.transfer->wait(deadline_after(30)) == Woken::kNotified);
+  CHECK(held.transfer->state.load() == State::kFailed);
+  // Whichever side hears of its own port first ends the session for both.
+  const Code code = held.transfer->failure.code;
+  CHECK((code == Code::kTransport || code == Code::kPeerDisconnected));
+  CHECK(quiesces(held.transfer));
   REQUIRE(eventually([&] { return !w.alive(); }));
-  CHECK(w.to_b->lost_because.find("port error") != std::string::npos);
+  EngineOptions options;
+  options.secret = Bytes(32, std::byte{1});
+  options.transports = {"verbs"};
+  options.name = "c";
+  CHECK_THROWS_WITH_AS(Engine::create(options), doctest::Contains("port 1 is down"), Error);
   REQUIRE(fake_verbs_set_port("fake0", 1, 1) == 0);
 }
 

@@ -41,7 +41,7 @@ Nic::Nic() {
   } catch (const std::exception& error) {
     // No verb can say it, and a test that goes on without its faults proves nothing.
     std::fprintf(stderr, "%s\n", error.what());
-    std::abort();
+    ::_exit(2);
   }
   ::pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
                    [] {

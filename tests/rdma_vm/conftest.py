@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE and "guest" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.vm)
-            item.add_marker(pytest.mark.timeout(600))
+            item.add_marker(pytest.mark.timeout(3200))
 
 
 @pytest.fixture(scope="session")

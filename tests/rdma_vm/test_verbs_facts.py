@@ -20,7 +20,7 @@ STORED = Path(__file__).resolve().parents[2] / "bench/results/verbs-rxe-facts.js
 def facts(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler to build tests/rdma_vm/facts with")
-    program = vm_facts.build(tmp_path_factory.mktemp("facts"))
+    program = vm_facts.build_facts(tmp_path_factory.mktemp("facts"))
     return vm_facts.ask(program, linked=False)
 
 

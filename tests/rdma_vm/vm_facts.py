@@ -15,22 +15,26 @@ from vm_guest import RUN
 HERE = Path(__file__).resolve().parent
 
 
-def build(into: Path) -> Path:
-    """Compiles the program against the unpacked packages' verbs headers.
+def build(name: str, sources: list[Path], into: Path) -> Path:
+    """Compiles a program against the unpacked packages' verbs headers.
 
     Raises:
         subprocess.CalledProcessError: no compiler, or it refuses (its messages are on stderr).
     """
     packages = _prepared() / "root/usr"
-    program = into / "facts"
-    command = ["c++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
+    program = into / name
+    command = ["c++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror"]
     # The header mixes two of its own enumerations, which C++20 deprecates, in an inline function.
     command += ["-Wno-deprecated-enum-enum-conversion", "-isystem", str(packages / "include")]
-    command += [*map(str, sorted(HERE.glob("facts/*.cpp"))), "-o", str(program)]
+    command += [*map(str, sources), "-o", str(program)]
     # Its own libraries are found in the guest, where the packages lie over this machine's files.
     command += ["-L", str(packages / "lib/x86_64-linux-gnu"), "-libverbs"]
     subprocess.run([*command, "-Wl,--allow-shlib-undefined"], check=True)
     return program
+
+
+def build_facts(into: Path) -> Path:
+    return build("facts", sorted(HERE.glob("facts/*.cpp")), into)
 
 
 def ask(program: Path, *, linked: bool) -> dict[str, str]:
@@ -50,7 +54,7 @@ def _prepared() -> Path:
 
 def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        program = build(Path(folder))
+        program = build_facts(Path(folder))
         manifest = json.loads((_prepared() / "manifest.json").read_text())
         record = {
             "command": "tests/rdma_vm/vm_facts.py " + str(out),

@@ -21,7 +21,9 @@ from kvxfer.testing.faults import Way
 from kvxfer.transfer import TransferEngine
 
 SECRET = b"a secret for tests"
-TIMEOUT_S = 30.0  # of anything that must happen; generous, since machines that run tests are shared
+# More than 1 where the tests run emulated (tests/rdma_vm).
+PATIENCE = float(os.environ.get("KVXFER_TEST_PATIENCE", "1"))
+TIMEOUT_S = 30.0 * PATIENCE  # of anything that must happen; machines that run tests are shared
 
 
 def wait_for(engine: TransferEngine, look: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
@@ -253,7 +255,7 @@ class PeerProcess:
         self.process.start()
         child.close()
         self._stopped = False
-        assert self._pipe.poll(60), f"{name} did not start"
+        assert self._pipe.poll(60 * PATIENCE), f"{name} did not start"
         self.address, self.incarnation = self._pipe.recv()
 
     @property

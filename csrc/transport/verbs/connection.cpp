@@ -62,21 +62,17 @@ VerbsConnection::VerbsConnection(Host& host, std::shared_ptr<Device> device, Mem
   QpShape shape;
   source_ = make_qp(*device_, completions_.get(), shape, IBV_ACCESS_REMOTE_READ);
   source_psn_ = random_psn();
-  pull_end_ = pulls_.open();
+  ends_ = {channel_.end(),
+           pulls_.open(),
+           {source_->qp_num, source_psn_},
+           Channel::num_buffers(*device_),
+           served_,
+           issued_,
+           0};
 }
 
 VerbsConnection::~VerbsConnection() {
   if (source_) (void)stop_qp(source_.get());
-}
-
-Ends VerbsConnection::ends() const noexcept {
-  return {channel_.end(),
-          pull_end_,
-          {source_->qp_num, source_psn_},
-          Channel::num_buffers(*device_),
-          served_,
-          issued_,
-          0};
 }
 
 void VerbsConnection::connect(const Route& route, const Ends& remote) {

@@ -38,7 +38,7 @@ class VerbsConnection final : public Connection, public Pollable {
  public:
   VerbsConnection(Host& host, std::shared_ptr<Device> device, MemoryTable& memory);  // throws
   ~VerbsConnection() override;
-  Ends ends() const noexcept;
+  const Ends& ends() const noexcept { return ends_; }    // as they were in the beginning
   void connect(const Route& route, const Ends& remote);  // throws
   // Before start(): reads the peer's incarnation. Empty when it came; else why not.
   std::optional<std::string> try_read(uint64_t address, uint32_t rkey, Incarnation& out,
@@ -98,6 +98,7 @@ class VerbsConnection final : public Connection, public Pollable {
   Incoming incoming_;
   Outgoing outgoing_;
   QpPtr source_;
+  Ends ends_;
   Route route_;
   uint32_t source_psn_ = 0;
   uint8_t served_, issued_;
@@ -118,7 +119,6 @@ class VerbsConnection final : public Connection, public Pollable {
   uint32_t peer_epoch_ = 0;    // of the peer's source
   bool serving_ = true;        // our source is connected
   std::string last_error_;     // of a post that failed, or an event
-  QpEnd pull_end_;             // of the first pull queue pair, for the join
   Bytes body_;
   Reactor::Token token_ = 0;
 };

@@ -160,7 +160,11 @@ void Outgoing::on_landed(ChunkPtr chunk, std::optional<Failure> failure) {
 
 void Outgoing::on_flushed(ChunkPtr chunk) {
   if (is_wanted(*chunk)) {
-    again_.push_back(std::move(chunk));  // still counted in num_inside
+    // Before the words of its own request, which may be waiting here for room: they are read last.
+    const auto words = std::ranges::find_if(again_, [&](const ChunkPtr& other) {
+      return other->words && other->ticket.slot == chunk->ticket.slot;
+    });
+    again_.insert(words, std::move(chunk));  // still counted in num_inside
     return;
   }
   chunk_left(chunk->ticket);

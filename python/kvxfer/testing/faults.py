@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,7 @@ class Way:
         nic: what goes wrong on the software NICs, see tests/fake_verbs/plan.hpp; in the whole
             process, from the moment an engine is made.
         copy_threads: None: by the CPUs that there are.
+        verbs_devices: of the engine that is called "driver", and of every other; None: by rule.
         reason: why it cannot be gone here.
     """
 
@@ -54,11 +56,17 @@ class Way:
     faults: str = ""
     nic: str = ""
     copy_threads: int | None = None
+    verbs_devices: tuple[str, str] | None = None
     reason: str | None = None
 
     def engine(self, name: str, secret: bytes, **options: Any) -> TransferEngine:
         """An engine that goes this way and no other."""
-        config = _FaultyConfig(faults=self.faults, copy_threads=self.copy_threads)
+        device = None
+        if self.verbs_devices is not None:
+            device = self.verbs_devices[0 if name == "driver" else 1]
+        config = _FaultyConfig(
+            faults=self.faults, copy_threads=self.copy_threads, verbs_device=device
+        )
         on_fake = self.below == "verbs"
         with fake_verbs.in_use() if on_fake else nullcontext():
             if on_fake and not fake_verbs.real_devices():
@@ -87,9 +95,15 @@ def ways() -> list[Way]:
     """Every transport that is compiled in, and each again with harmless faults.
 
     Verbs goes over real NICs where there are some, else over software ones.
+    ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
     """
+    named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
+    ours, theirs = named.split(",") if named else ("", "")
     with fake_verbs.in_use():
-        plain = [Way(name, name, reason=reason) for name, reason in probe_transports()]
+        plain = [
+            Way(name, name, verbs_devices=(ours, theirs) if named else None, reason=reason)
+            for name, reason in probe_transports()
+        ]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
     rough = [
         replace(way, name="verbs-rough", nic=f"seed=1 {HARMLESS_NIC}")

@@ -1,0 +1,132 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's own tests over the verbs transport, in the guest, between processes on Soft-RoCE devices.
+
+The ordinary form is the conformance suite on one device, a killed peer, and requests over a cable that loses packets;
+the slow form adds all tests of peers that die, the suites over such a cable, harmless faults, everything else that takes
+a transport, and the server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from vm_guest import Guest
+
+from kvxfer.transfer import probe_transports
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFORMANCE = "tests/transfer/test_conformance.py"
+KILLS = ("tests/transfer/test_processes.py", "tests/transfer/test_faults.py")
+OTHERS = (
+    "tests/transfer/test_blocks_and_after.py",
+    "tests/transfer/test_errors.py",
+    "tests/transfer/test_leases.py",
+    "tests/transfer/test_memory.py",
+    "tests/transfer/test_waiting.py",
+)
+
+
+@pytest.fixture(scope="module")
+def verbs(guest: Guest) -> Guest:
+    """The machine, where this build has the verbs transport."""
+    reasons = dict(probe_transports())
+    if "verbs" not in reasons:
+        pytest.skip("this build has no verbs transport")
+    if "built" in (reasons["verbs"] or ""):
+        pytest.skip(f"verbs: {reasons['verbs']}")
+    return guest
+
+
+def passed(
+    guest: Guest,
+    *files: str,
+    options: tuple[str, ...] = (),
+    linked: bool = False,
+    way: str = "verbs",
+    timeout_s: float = 560,
+) -> int:
+    """Runs the tests of that way in the guest; how many passed. None may fail, and none may be skipped."""
+    environment = ["env", "KVXFER_TEST_PATIENCE=4"]
+    environment += ["KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1"] if linked else []
+    # Emulated processes start in seconds, and stand still for as long when the host is busy.
+    pytest_options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=300",
+        "-k",
+        f"[{way} or [{way}-",
+    ]
+    command = [*environment, sys.executable, "-m", "pytest", *pytest_options, *files]
+    done = guest(*options, "--", *command, timeout_s=timeout_s)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, (
+        f"exit code {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    )
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "skipped" not in summary, done.stdout[-3000:]
+    found = re.search(r"(\d+) passed", summary)
+    assert found, summary
+    return int(found[1])
+
+
+def test_conformance_on_one_device(verbs: Guest) -> None:
+    assert passed(verbs, CONFORMANCE) >= 30
+
+
+def test_a_killed_peer_is_lost_on_one_device(verbs: Guest) -> None:
+    assert passed(verbs, f"{KILLS[1]}::test_peer_death_fails_pending_transfers") == 1
+
+
+@pytest.mark.slow
+def test_kills_on_one_device(verbs: Guest) -> None:
+    assert passed(verbs, *KILLS, timeout_s=1500) >= 5
+
+
+def test_bytes_are_right_over_a_cable_that_loses_packets(verbs: Guest) -> None:
+    script = Path(__file__).with_name("lossy_cable.py")
+    done = verbs("--netem", "loss 0.5%", "--", sys.executable, script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["lost_packets"] > 0
+
+
+@pytest.mark.slow
+def test_conformance_over_a_cable_that_loses_packets(verbs: Guest) -> None:
+    count = passed(
+        verbs, CONFORMANCE, options=("--netem", "loss 0.5%"), linked=True, timeout_s=1500
+    )
+    assert count >= 30
+
+
+@pytest.mark.slow
+def test_kills_over_a_cable_that_loses_and_delays(verbs: Guest) -> None:
+    assert (
+        passed(verbs, *KILLS, options=("--netem", "loss 1% delay 1ms"), linked=True, timeout_s=1500)
+        >= 5
+    )
+
+
+@pytest.mark.slow
+def test_conformance_with_harmless_faults(verbs: Guest) -> None:
+    assert passed(verbs, CONFORMANCE, way="faulty-verbs", timeout_s=1500) >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", OTHERS)
+def test_everything_else_on_one_device(verbs: Guest, file: str) -> None:
+    assert passed(verbs, file, timeout_s=1500) >= 1
+
+
+@pytest.mark.slow
+def test_the_server_answers_alike_over_verbs(verbs: Guest) -> None:
+    script = Path(__file__).with_name("server_over_verbs.py")
+    done = verbs("--memory", "6000", "--", sys.executable, script, timeout_s=3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["found"] == result["expected"]

@@ -1,0 +1,186 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""What only verbs has, between two processes: the network beneath, limits, addresses, reasons."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess
+
+from kvxfer.errors import KvxferError
+from kvxfer.testing import fake_verbs
+from kvxfer.testing.faults import Way, ways
+from kvxfer.transfer import TransferEngine
+
+_VERBS = next((way for way in ways() if way.name == "verbs"), None)
+pytestmark = pytest.mark.skipif(
+    _VERBS is None or _VERBS.reason is not None or bool(fake_verbs.real_devices()),
+    reason=f"needs software NICs: {_VERBS.reason if _VERBS else 'verbs is not compiled in'}",
+)
+NBYTES = 1 << 20
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Way:
+    """Verbs on NICs with the plan that the test is parametrised with; both processes have it."""
+    assert _VERBS is not None
+    return replace(_VERBS, nic=getattr(request, "param", ""))
+
+
+@pytest.fixture
+def pair(way: Way) -> Iterator[tuple[TransferEngine, PeerProcess]]:
+    peer = PeerProcess("target", way)
+    with way.engine("driver", SECRET) as engine:
+        yield engine, peer
+    peer.close()
+    fake_verbs.set_plan("")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """The output of a process of its own, which sees other devices."""
+    path, _ = fake_verbs.library()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KVXFER_LIBIBVERBS": str(path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PROBE = """
+from kvxfer.transfer import probe_transports
+print(dict(probe_transports())["verbs"])
+"""
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["seed=3 drop=0.002 lose_ack=0.002 delay=0.1:1ms duplicate=0.1:3ms hold_cqe=0.05:1ms"],
+    indirect=True,
+)
+def test_loss_delay_and_repetition_cost_time_alone(
+    pair: tuple[TransferEngine, PeerProcess],
+) -> None:
+    engine, target = pair
+    target.call("add_region", "kv", NBYTES, "registered")
+    local = engine.allocate(NBYTES, "kv")
+    peer = engine.connect(target.address)
+    rng = np.random.default_rng(5)
+    before = fake_verbs.counts("delayed", "duplicated")
+    for _ in range(4):
+        data = rng.integers(0, 256, NBYTES, np.uint8)
+        local.array[:] = data
+        offsets = rng.permutation(NBYTES // 4096) * 4096
+        engine.write(local, peer.regions["kv"], offsets, offsets, 4096).wait(TIMEOUT_S)
+        assert target.call("bytes_of", "kv") == data.tobytes()
+        local.array[:] = 0
+        engine.read(local, peer.regions["kv"], offsets, offsets, 4096).wait(TIMEOUT_S)
+        assert local.array.tobytes() == data.tobytes()
+    after = fake_verbs.counts("delayed", "duplicated")
+    assert all(new > old for new, old in zip(after, before, strict=True)), "nothing went wrong"
+
+
+@pytest.mark.parametrize("way", ["seed=9 error=0.05:any"], indirect=True)
+def test_failed_completions_end_transfers_once_with_a_typed_error(
+    pair: tuple[TransferEngine, PeerProcess], way: Way
+) -> None:
+    engine, target = pair
+    target.call("add_region", "kv", NBYTES, "registered")
+    local = engine.allocate(NBYTES, "kv")
+    ends: list[str] = []
+    while len(ends) < 60:
+        try:
+            peer = engine.connect(target.address)
+            remote = peer.regions["kv"]
+            while len(ends) < 60 and peer.alive:
+                xfer = engine.write(local, remote, 0, 0, NBYTES, deadline_s=TIMEOUT_S)
+                try:
+                    xfer.wait(TIMEOUT_S)
+                    ends.append("done")
+                except KvxferError as error:
+                    ends.append(type(error).__name__)
+        except KvxferError as error:  # the connection itself met one
+            ends.append(f"connect {type(error).__name__}")
+    assert "done" in ends
+    assert set(ends) - {"done"}, "nothing went wrong"
+    assert "InternalError" not in ends
+    assert engine.stats()["transfers"]["in_flight"] == 0
+
+
+def test_explain_names_device_address_and_limits(
+    pair: tuple[TransferEngine, PeerProcess],
+) -> None:
+    engine, target = pair
+    peer = engine.connect(target.address)
+    text = engine.explain(peer)
+    assert "fake0:1" in text
+    assert "RoCE v2" in text
+    assert "::ffff:10.77.0.1" in text
+
+
+def test_reason_says_what_is_missing() -> None:
+    assert run_python(PROBE).strip() == "None"
+    assert "no RDMA device" in run_python(PROBE, KVXFER_FAKE_VERBS="devices=0")
+    assert "active" in run_python(PROBE, KVXFER_FAKE_VERBS="down=0")
+    assert "no GID" in run_python(PROBE, KVXFER_FAKE_VERBS="gids=none")
+    refused = run_python(PROBE, KVXFER_FAKE_VERBS="fail=open_device@1:ENOSPC")
+    assert "ibv_open_device(fake0)" in refused
+    assert "No space left on device" in refused
+    missing = run_python(PROBE, KVXFER_LIBIBVERBS="/nowhere/libibverbs.so")
+    assert "/nowhere/libibverbs.so" in missing
+
+
+LOCKED = """
+import numpy as np
+from kvxfer.errors import RegistrationError
+from kvxfer.transfer import TransferEngine
+with TransferEngine("a", transports=("verbs",), secret=b"a secret for tests") as engine:
+    try:
+        engine.register(np.zeros(64 << 20, np.uint8), "too much")
+    except RegistrationError as error:
+        print(error)
+    else:
+        print("registered")
+    engine.allocate(1 << 20, "enough")
+"""
+
+
+def test_memory_limit_is_explained() -> None:
+    text = run_python(LOCKED, KVXFER_FAKE_VERBS=f"memlock={8 << 20}")
+    assert "ibv_reg_mr" in text
+    assert "ulimit -l" in text or "locked-memory limit" in text
+    assert "registered" in run_python(LOCKED)
+
+
+CONNECT = """
+from kvxfer.transfer import EngineConfig, TransferEngine
+def engine(name):
+    return TransferEngine(name, transports=("verbs",), secret=b"a secret for tests", config=EngineConfig({}))
+with engine("a") as a, engine("b") as b:
+    peer = a.connect(b.address)
+    remote = b.allocate(4096, "kv")
+    print(a.explain(peer))
+"""
+
+
+def test_device_and_address_are_chosen_by_rule_or_by_name() -> None:
+    two = {"KVXFER_FAKE_VERBS": "devices=2 gids=ll1,ll2,v4r1,v4r2,v6r2"}
+    assert "fake0:1" in run_python(CONNECT.format(""), **two)
+    chosen = run_python(CONNECT.format("verbs_device='fake1'"), **two)
+    assert "fake1:1" in chosen
+    assert "10.77.1.1" in chosen
+    index = run_python(CONNECT.format("verbs_gid_index=1"), **two)
+    assert "fe80" in index
+    down = {"KVXFER_FAKE_VERBS": "devices=2 down=0"}
+    assert "fake1:1" in run_python(CONNECT.format(""), **down)
