@@ -86,8 +86,10 @@ def in_use() -> Iterator[None]:
 
     Nothing changes where there are real devices, or where the user has named a library.
     """
-    path, _ = library()
-    if real_devices() or "KVXFER_LIBIBVERBS" in os.environ or path is None:
+    # Asked first: where there are devices nobody needs to compile anything.
+    named = real_devices() or "KVXFER_LIBIBVERBS" in os.environ
+    path = None if named else library()[0]
+    if path is None:
         yield
         return
     os.environ["KVXFER_LIBIBVERBS"] = str(path)
@@ -98,7 +100,8 @@ def in_use() -> Iterator[None]:
 
 
 def _loaded() -> ctypes.CDLL:
-    path, reason = library()
+    named = os.environ.get("KVXFER_LIBIBVERBS")
+    path, reason = (named, None) if named else library()
     if path is None:
         raise RuntimeError(reason)
     return ctypes.CDLL(str(path))
