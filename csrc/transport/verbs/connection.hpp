@@ -54,6 +54,7 @@ class VerbsConnection final : public Connection, public Pollable {
   bool doze() override;
   void awake() override {}
   std::string describe() const override;
+  std::string condition() const override;
 
   // An event of the device that names one of our queue pairs; false: not ours. Progress thread.
   bool on_queue_pair_event(uint32_t number, const char* event);
@@ -106,7 +107,9 @@ class VerbsConnection final : public Connection, public Pollable {
   std::mutex mutex_;  // dead_ changes under it, so that close() and start() agree
   std::atomic<bool> dead_{false};
   std::atomic<bool> answers_watched_{false};  // check_answers() is due
-  std::atomic<uint32_t> num_replaced_{0};     // for describe(); relaxed
+  // What is being replaced, for condition(): written by the progress thread, relaxed.
+  std::atomic<bool> pulls_broken_{false}, source_gone_{false};
+  std::atomic<uint32_t> num_replaced_{0};  // for describe(); relaxed
 
   // Progress thread only.
   std::deque<ibv_wc> held_;  // taken while something else was waited for

@@ -29,6 +29,7 @@ constexpr uint32_t kMaxBreaks = 4;  // without anything that came through in bet
 // What was in flight is kept by its request, to be posted again.
 void VerbsConnection::stop_pulls() {
   if (!pulls_.is_open()) return;
+  pulls_broken_.store(true, std::memory_order_relaxed);
   stopping_pulls_ = true;
   if (pulls_.stop()) drain({pulls_.marker()}, kFlushNs);
   close_pulls();
@@ -61,6 +62,7 @@ void VerbsConnection::replace_source() {
   if (source_) (void)stop_qp(source_.get());
   source_.reset();
   serving_ = false;
+  source_gone_.store(true, std::memory_order_relaxed);
   ++source_epoch_;
   num_replaced_.fetch_add(1, std::memory_order_relaxed);
   try {
@@ -100,11 +102,14 @@ void VerbsConnection::on_queue_pairs(Type type, ByteView body) {
         connect_qp(*device_, source_.get(), route_, {head.number, head.psn}, source_psn_, served_,
                    0);
         serving_ = true;
+        source_gone_.store(false, std::memory_order_relaxed);
         outgoing_.source_there();
         channel_.message(Type::kSourceReady, {view_of(QpHead{head.epoch, 0, 0, 0})});
         return;
       default:
-        if (head.epoch == peer_epoch_ && pulls_.is_open()) pulls_.start();
+        if (head.epoch != peer_epoch_ || !pulls_.is_open()) return;
+        pulls_.start();
+        pulls_broken_.store(false, std::memory_order_relaxed);
         return;
     }
   } catch (const Error& error) {
@@ -120,6 +125,7 @@ bool VerbsConnection::on_queue_pair_event(uint32_t number, const char* event) {
   } else if (pulls_.is_mine(number)) {
     last_error_ = event;
     break_pulls(true);
+    host_.reactor().attend(self());  // for what was held while it flushed
   } else if (source_ && source_->qp_num == number) {
     if (serving_) replace_source();
   } else {
@@ -161,6 +167,7 @@ void VerbsConnection::check_gates() {
   for (const ChunkPtr& chunk : pulls_.in_flight())
     if (Incoming::waits_for_gate(*chunk, before_ns)) {
       break_pulls(false);
+      host_.reactor().attend(self());  // for what was held while it flushed
       return;
     }
   if (!pulls_.is_empty()) watch_gates();
