@@ -154,6 +154,15 @@ void Network::flush() {
     it = drain(it->second) ? std::next(it) : peers_.erase(it);
 }
 
+void Network::leave_peers() {
+  flush();
+  std::erase_if(peers_, [](const auto& entry) {
+    if (!entry.second.waiting.empty()) return false;
+    ::close(entry.second.fd);
+    return true;
+  });
+}
+
 void Network::arrive(Packet packet) {
   const auto held = held_.find(packet.head.dest_qpn);
   (held == held_.end() ? arrived_ : held->second).push_back(std::move(packet));

@@ -37,6 +37,8 @@ class Network {
   void send(Packet packet, const Plan& plan, std::mt19937_64& random, int64_t now);
   // Hands every waiting datagram to the kernel that it takes.
   void flush();
+  // No QP is left here: closes what leads to other processes, which else stayed beyond their end.
+  void leave_peers();
   // Up to `most` packets for QPs of this process, in order of arrival.
   void receive(std::deque<Packet>& out, size_t most, int64_t now);
   // When the next delayed packet is due; kNever.

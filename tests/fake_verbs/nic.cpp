@@ -132,6 +132,7 @@ void Nic::remove(QueuePair& qp) {
   forget(qp);
   qps_.erase(qp.qp_num);
   doomed.erase(qp.qp_num);
+  if (qps_.empty()) network.leave_peers();
 }
 
 QueuePair* Nic::find(uint32_t qpn) {

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fault_run import Run
+from transfer_peers import SECRET
 
 from kvxfer.testing.faults import Way, ways
 
@@ -103,6 +104,9 @@ def test_any_long_sequence_keeps_the_contract(way: Way, seed: int) -> None:
 
 def _kill_and_stop(seeds: list[int]) -> None:
     lateness: list[float] = []
+    for way in _WAYS:  # what a library makes once for its process stays
+        with way.engine("first", SECRET) as first, way.engine("second", SECRET) as second:
+            first.connect(second.address)
     before = None
     rss: list[int] = []
     for seed, way in zip(seeds, itertools.cycle(_WAYS), strict=False):
