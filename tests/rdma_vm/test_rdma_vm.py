@@ -101,6 +101,7 @@ exit $code
 """
 
 
+@pytest.mark.slow  # a lost packet has once kept ibv_rc_pingpong beyond its limit on a busy machine
 def test_linked_devices_lose_packets_and_data_arrives_whole(guest: Guest) -> None:
     done = guest("--netem", "loss 1%", "--", "bash", "-c", _PINGPONG)
     assert done.returncode == 0, done.stdout + done.stderr
