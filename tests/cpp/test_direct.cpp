@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/hooks.hpp"
+#include "common/racy_copy.hpp"
 #include "engine/engine.hpp"
 #include "transport/cma/peer.hpp"
 #include "transport/exported_words.hpp"
@@ -132,7 +133,7 @@ TEST_CASE("a reader that finds the word open has copied nothing that was stored 
   std::thread reader([&] {
     for (int now; (now = round.load(std::memory_order_acquire)) <= kRounds;) {
       if (now == 0) continue;
-      shm::copy_from_peer(copy.data(), memory.data(), kBytes);
+      racy_copy(copy.data(), memory.data(), kBytes);
       if (!still_open(words->base(), refs[now])) continue;
       ++num_open;
       num_wrong += !all_equal(copy.data(), kBytes, now % 200);

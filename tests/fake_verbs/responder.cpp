@@ -6,23 +6,10 @@
 #include <cstring>
 #include <limits>
 
+#include "common/racy_copy.hpp"
+
 namespace fake_verbs {
 namespace {
-
-// A NIC reads what its owner may be writing: whoever asked judges afterwards what came. TSan is
-// right that this is a race, so in its build it does not see the copy.
-#ifdef __SANITIZE_THREAD__
-__attribute__((no_sanitize("thread"))) void read_memory(std::byte* to, const std::byte* from,
-                                                        size_t n) noexcept {
-  // volatile, or the compiler would make it a call of the memcpy that TSan intercepts.
-  const volatile std::byte* source = from;
-  for (size_t i = 0; i < n; ++i) to[i] = source[i];
-}
-#else
-void read_memory(std::byte* to, const std::byte* from, size_t n) noexcept {
-  std::memcpy(to, from, n);
-}
-#endif
 
 void answer(Nic& nic, QueuePair& qp, Syndrome syndrome, uint32_t psn) {
   if (syndrome == Syndrome::kOk && !qp.answers.empty()) {
@@ -280,7 +267,7 @@ bool answer_some(Nic& nic, QueuePair& qp, int budget) {
         return refuse(nic, qp, packet.head.psn, Syndrome::kAccess), false;
       }
       packet.payload.resize(n);
-      read_memory(packet.payload.data(), from, n);
+      kvxfer::racy_copy(packet.payload.data(), from, n);
     }
     if (++next.sent == next.num_packets) qp.answers.pop_front();
     nic.send(qp, std::move(packet));

@@ -5,28 +5,16 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstring>
 #include <system_error>
 #include <utility>
+
+#include "common/racy_copy.hpp"
 
 #ifndef MADV_POPULATE_READ  // Linux 5.14; on older ones pages are mapped as they are touched
 #define MADV_POPULATE_READ 22
 #endif
 
 namespace kvxfer::shm {
-
-#ifdef __SANITIZE_THREAD__
-__attribute__((no_sanitize("thread"))) void copy_from_peer(std::byte* to, const std::byte* from,
-                                                           size_t nbytes) noexcept {
-  // volatile, or the compiler would make it a call of the memcpy that TSan intercepts.
-  const volatile std::byte* source = from;
-  for (size_t i = 0; i < nbytes; ++i) to[i] = source[i];
-}
-#else
-void copy_from_peer(std::byte* to, const std::byte* from, size_t nbytes) noexcept {
-  std::memcpy(to, from, nbytes);
-}
-#endif
 
 void prefetch_block(const std::byte* to, const std::byte* from, size_t nbytes) noexcept {
   constexpr size_t kLine = 64, kAhead = 8 * kLine;
@@ -40,7 +28,7 @@ void copy_pulls(const std::byte* base, std::span<const Pull> pulls) noexcept {
   for (size_t i = 0; i < pulls.size(); ++i) {
     if (i + 1 < pulls.size())
       prefetch_block(pulls[i + 1].to, base + pulls[i + 1].from, pulls[i + 1].nbytes);
-    copy_from_peer(pulls[i].to, base + pulls[i].from, pulls[i].nbytes);
+    racy_copy(pulls[i].to, base + pulls[i].from, pulls[i].nbytes);
   }
 }
 

@@ -72,10 +72,6 @@ class Reach {
 // Sealed memfds, mapped to read.
 std::unique_ptr<Reach> make_mapped_reach();
 
-// Copies memory that its owner may be writing at this moment: what came is judged afterwards, by a
-// word. TSan is right that this is a race, so in its build the copy is one that it does not see.
-void copy_from_peer(std::byte* to, const std::byte* from, size_t nbytes) noexcept;
-
 // The first lines of a block that is copied next: the hardware's own prefetching stops at the end
 // of a page and knows nothing of the next block.
 void prefetch_block(const std::byte* to, const std::byte* from, size_t nbytes) noexcept;

@@ -61,7 +61,8 @@ def library() -> tuple[Path | None, str | None]:
         return None, f"the sources of the software NICs are not there: {_SOURCES}"
     words = os.environ.get("CXX", "c++").split()
     state = hashlib.sha256(" ".join([*words, *_FLAGS]).encode())
-    for path in [*sorted(_SOURCES.glob("*.[ch]*")), _ROOT / "csrc" / "common" / "clock.hpp"]:
+    common = [_ROOT / "csrc" / "common" / name for name in ("clock.hpp", "racy_copy.hpp")]
+    for path in [*sorted(_SOURCES.glob("*.[ch]*")), *common]:
         state.update(path.name.encode() + path.read_bytes())
     folder = _ROOT / "build" / "fake_verbs" / state.hexdigest()[:16]
     target = folder / "libfake_verbs.so"
