@@ -391,14 +391,4 @@ std::string VerbsConnection::describe() const {
              num_replaced_.load(std::memory_order_relaxed), " queue pair(s) replaced");
 }
 
-std::string VerbsConnection::condition() const {
-  std::string out;
-  if (pulls_broken_.load(std::memory_order_relaxed))
-    out = "our RDMA READs wait for the peer to connect a fresh queue pair";
-  if (source_gone_.load(std::memory_order_relaxed))
-    out += cat(out.empty() ? "" : "; ",
-               "the peer's RDMA READs wait until it has answered about a fresh queue pair");
-  return out;
-}
-
 }  // namespace kvxfer::verbs

@@ -134,6 +134,16 @@ bool VerbsConnection::on_queue_pair_event(uint32_t number, const char* event) {
   return true;
 }
 
+std::string VerbsConnection::condition() const {
+  std::string out;
+  if (pulls_broken_.load(std::memory_order_relaxed))
+    out = "our RDMA READs wait for the peer to connect a fresh queue pair";
+  if (source_gone_.load(std::memory_order_relaxed))
+    out += cat(out.empty() ? "" : "; ",
+               "the peer's RDMA READs wait until it has answered about a fresh queue pair");
+  return out;
+}
+
 // ---------------------------------------------------------------- what must not wait for ever
 
 // Any thread, when answers_watched_ has just become true, or is.

@@ -13,7 +13,7 @@ from kvxfer import _transfer
 from kvxfer._transfer import BlockView, Peer, RemoteRegion, Signal, Transfer
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.transfer.config import EngineConfig
-from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Region
+from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Region, own, theirs
 from kvxfer.transfer.secret import user_secret
 
 __all__ = ["Notification", "PeerEvent", "TransferEngine"]
@@ -34,23 +34,6 @@ class PeerEvent:
     kind: str
     peer: Peer
     cause: str = field(default="")
-
-
-def _own(region: Region) -> _transfer.Region:
-    if isinstance(region, Region):
-        return region._core
-    raise InvalidArgumentError(
-        f"region must be a Region, not {type(region).__name__}: memory is registered first, "
-        "region = engine.register(buffer)"
-    )
-
-
-def _theirs(remote: RemoteRegion) -> RemoteRegion:
-    if isinstance(remote, RemoteRegion):
-        return remote
-    raise InvalidArgumentError(
-        f"remote must be a RemoteRegion, not {type(remote).__name__}: peer.regions[name] is one"
-    )
 
 
 class TransferEngine:
@@ -150,7 +133,7 @@ class TransferEngine:
 
     def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
         """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
-        self._core.deregister(_own(region), timeout_s)
+        self._core.deregister(own(region), timeout_s)
 
     def _region_name(self, name: str | None) -> str:
         if name is None:
@@ -213,8 +196,8 @@ class TransferEngine:
         """
         return self._core.submit(
             False,
-            _own(region),
-            _theirs(remote),
+            own(region),
+            theirs(remote),
             local_offsets,
             remote_offsets,
             nbytes,
@@ -247,8 +230,8 @@ class TransferEngine:
         """
         return self._core.submit(
             True,
-            _own(region),
-            _theirs(remote),
+            own(region),
+            theirs(remote),
             local_offsets,
             remote_offsets,
             nbytes,
@@ -288,8 +271,8 @@ class TransferEngine:
         """
         return self._core.submit_blocks(
             False,
-            _own(region),
-            _theirs(remote),
+            own(region),
+            theirs(remote),
             local_view,
             remote_view,
             local_blocks,
@@ -319,8 +302,8 @@ class TransferEngine:
         """Copies blocks of ``remote`` into ``region``; arguments as for ``write_blocks``."""
         return self._core.submit_blocks(
             True,
-            _own(region),
-            _theirs(remote),
+            own(region),
+            theirs(remote),
             local_view,
             remote_view,
             local_blocks,
@@ -365,7 +348,7 @@ class TransferEngine:
         """Lets a peer (or whoever holds the token) write and read just these spans for a time."""
         who = peer.incarnation if isinstance(peer, Peer) else peer
         core = self._core.grant(
-            _own(region), offsets, nbytes, ttl_s=ttl_s, peer=who, num_arrivals=num_arrivals
+            own(region), offsets, nbytes, ttl_s=ttl_s, peer=who, num_arrivals=num_arrivals
         )
         return Lease(core, region)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvxfer import _transfer
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["BlockIds", "Int64Array", "Lease", "Region"]
+__all__ = ["BlockIds", "Int64Array", "Lease", "Region", "own", "theirs"]
 
 Int64Array = npt.NDArray[np.int64]
 BlockIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -143,3 +143,22 @@ class Lease:
     def __repr__(self) -> str:
         state = "quiet" if self.quiet else "closed" if self.closed else "open"
         return f"<Lease on {self.region.name!r}, {state}, {self.num_arrived} arrived>"
+
+
+def own(region: Region) -> _transfer.Region:
+    """The native region of an argument, which may be anything: memory has to be registered first."""
+    if isinstance(region, Region):
+        return region._core
+    raise InvalidArgumentError(
+        f"region must be a Region, not {type(region).__name__}: memory is registered first, "
+        "region = engine.register(buffer)"
+    )
+
+
+def theirs(remote: _transfer.RemoteRegion) -> _transfer.RemoteRegion:
+    """The argument, if it is a region of a peer."""
+    if isinstance(remote, _transfer.RemoteRegion):
+        return remote
+    raise InvalidArgumentError(
+        f"remote must be a RemoteRegion, not {type(remote).__name__}: peer.regions[name] is one"
+    )
