@@ -7,7 +7,6 @@
 
 namespace kvxfer {
 namespace {
-constexpr double kReadyTimeoutS = 10.0;  // from an authenticated session to its READY
 constexpr int64_t kLastWordsNs = 20'000'000;
 constexpr size_t kMaxLostPeers = 256;  // kept for stats() and late questions
 }  // namespace

@@ -41,6 +41,8 @@ inline constexpr uint32_t kMaxTags = 65536;     // arrival tags without a lease,
 inline constexpr uint32_t kNotifyWindow = 256;  // notifications a peer may have undrained
 inline constexpr uint32_t kMaxInFlight = 1024;  // requests posted and not ended, per connection
 inline constexpr uint32_t kMaxSpanBytes = 1u << 30;  // longer ones are cut by the engine
+// From an authenticated session to its READY; a transport that attaches later is worth nothing.
+inline constexpr double kReadyTimeoutS = 10.0;
 
 // ---------------------------------------------------------------- a request, on the initiator's
 // side
@@ -187,6 +189,15 @@ struct Counters {
   std::atomic<uint64_t> requests_served{0};  // the peer's, accepted
   std::atomic<uint64_t> refused{0};          // the peer's, refused by us
   std::atomic<uint64_t> notifications_sent{0}, notifications_received{0};
+
+  // A request of ours, or of the peer's, that carried all its bytes.
+  void carried(Op op, uint64_t nbytes) noexcept {
+    (op == Op::kRead ? bytes_read : bytes_written).fetch_add(nbytes, std::memory_order_relaxed);
+  }
+  void served(Op op, uint64_t nbytes) noexcept {
+    requests_served.fetch_add(1, std::memory_order_relaxed);
+    (op == Op::kRead ? bytes_served : bytes_received).fetch_add(nbytes, std::memory_order_relaxed);
+  }
 };
 
 class Connection;

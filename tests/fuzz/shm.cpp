@@ -129,7 +129,7 @@ void part(Input& input, ShmPeer& peer) {
   PartHead head{ticket(input), 0};
   const bool bare = type == Type::kAbort || type == Type::kReadDone;
   const auto targets = bare ? std::vector<SpanRecord>{} : spans(input);
-  head.num_spans = (how & 0x80) != 0 ? number(input) : targets.size();
+  head.count = (how & 0x80) != 0 ? number(input) : targets.size();
   const std::initializer_list<ByteView> parts = {view_of(head), view_of(all(targets))};
   const bool is_bulk = type == Type::kCheck || type == Type::kSpans;
   is_bulk != ((how & 0x40) != 0) ? peer.bulk(type, parts) : peer.message(type, parts);

@@ -15,15 +15,8 @@ Incoming::JobPtr Incoming::find(Ticket ticket) const {
 }
 
 void Incoming::tell(Ticket ticket, Code code, uint64_t nbytes, const Failure* failure) {
-  OutcomeHead head{ticket, static_cast<uint32_t>(code), 0, nbytes, kNoSpan, 0, 0};
   std::string text;
-  if (failure != nullptr) {
-    head.err = failure->err;
-    head.span = failure->span;
-    head.expected = failure->expected;
-    head.given = failure->given;
-    text = failure->text.substr(0, 256);
-  }
+  const OutcomeHead head = outcome_of(ticket, code, nbytes, failure, text);
   channel_.message(Type::kOutcome, {view_of(head), as_bytes_view(text)});
 }
 
@@ -91,10 +84,7 @@ void Incoming::finish(const JobPtr& job) {
   const uint64_t nbytes = job->nbytes;
   std::optional<Failure> failure = host_.accept(connection_, job->landing, std::move(job->arrival));
   if (commit.done) {
-    Counters& counters = connection_.counters;
-    counters.requests_served.fetch_add(1, std::memory_order_relaxed);
-    (job->op == Op::kRead ? counters.bytes_served : counters.bytes_received)
-        .fetch_add(nbytes, std::memory_order_relaxed);
+    connection_.counters.served(job->op, nbytes);
     if (job->op == Op::kNotify && host_.reactor().lent())
       accepted_late_.push_back(job->ticket);
     else

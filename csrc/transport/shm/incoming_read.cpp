@@ -51,8 +51,7 @@ bool Incoming::on_read_done(ByteView body) {
   const auto head = reader.get<PartHead>();
   const JobPtr job = find(head.ticket);
   if (!reader.finished() || !job || !job->granted || job->announced != job->nbytes) return false;
-  connection_.counters.requests_served.fetch_add(1, std::memory_order_relaxed);
-  connection_.counters.bytes_served.fetch_add(job->nbytes, std::memory_order_relaxed);
+  connection_.counters.served(Op::kRead, job->nbytes);
   jobs_[job->ticket.slot].reset();
   return true;
 }

@@ -13,25 +13,7 @@ Outgoing::Outgoing(Channel& channel, Connection& connection, Host& host, Show sh
       host_(host),
       show_(show),
       context_(context),
-      flights_(kNumSlots) {
-  free_.reserve(kNumSlots);
-  for (uint32_t slot = kNumSlots; slot-- > 0;) free_.push_back(slot);
-}
-
-Outgoing::Flight* Outgoing::find(Ticket ticket) noexcept {
-  if (ticket.slot >= kNumSlots) return nullptr;
-  Flight& flight = flights_[ticket.slot];
-  return flight.request && flight.generation == ticket.generation ? &flight : nullptr;
-}
-
-void Outgoing::release(uint32_t slot) noexcept {
-  Flight& flight = flights_[slot];
-  by_id_.erase(flight.request->id);
-  const uint32_t generation = flight.generation;
-  flight = Flight{};
-  flight.generation = generation;
-  free_.push_back(slot);
-}
+      flights_(kNumSlots) {}
 
 std::span<const Span> Outgoing::spans_from(const Request& request, size_t first) {
   const std::span<const Span> all(request.spans);
@@ -69,11 +51,11 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
 
   std::lock_guard lock(mutex_);
   if (dead_) return {Code::kPeerDisconnected};
-  if (free_.empty()) {
+  if (flights_.full()) {
     room_wanted_.store(true, std::memory_order_relaxed);
     return {Code::kAgain};
   }
-  const uint32_t slot = free_.back();
+  const uint32_t slot = flights_.next();
   Flight& flight = flights_[slot];
   head.ticket = {slot, ++flight.generation};
   // Before the record: the owner's CAS must find it.
@@ -84,13 +66,11 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   if (!channel_.try_message(Type::kRequest, {view_of(head), request->notify, view_of(spans)}))
     return {Code::kAgain};
   room_wanted_.store(wanted, std::memory_order_relaxed);
-  free_.pop_back();
-  flight.request = request;
+  flights_.occupy(request);
   flight.mapped = mapped;
   flight.judged = flight.window_end = spans.size();
   flight.asked_spans = spans.size();
   for (const Span& span : spans) flight.asked += span.nbytes;
-  by_id_.emplace(request->id, slot);
   if (needs_pump) {
     pumping_.push_back(head.ticket);
     any_pumping_.store(true, std::memory_order_relaxed);
@@ -108,39 +88,35 @@ bool Outgoing::take_back(uint32_t slot) noexcept {
 
 Cancelled Outgoing::cancel(const RequestPtr& request) noexcept {
   std::lock_guard lock(mutex_);
-  const auto found = by_id_.find(request->id);
-  if (found == by_id_.end()) return {Agreement::kEnding, true};
-  const uint32_t slot = found->second;
-  Flight& flight = flights_[slot];
+  const auto slot = flights_.slot_of(*request);
+  if (!slot) return {Agreement::kEnding, true};
+  Flight& flight = flights_[*slot];
   Agreement agreement = Agreement::kStopped;
-  if (!take_back(slot))
+  if (!take_back(*slot))
     // An accepted read has been sent, but its last bytes may not have been stored here.
     agreement = request->op == Op::kRead ? Agreement::kUnknown : Agreement::kAlreadyAccepted;
   flight.cancelled = true;
-  channel_.message(Type::kAbort, {view_of(PartHead{{slot, flight.generation}, 0})});
+  channel_.message(Type::kAbort, {view_of(PartHead{{*slot, flight.generation}, 0})});
   return {agreement, !flight.inside};
 }
 
 bool Outgoing::room_wanted() noexcept {
   if (!room_wanted_.load(std::memory_order_relaxed)) return false;
   std::lock_guard lock(mutex_);
-  return !free_.empty() && room_wanted_.exchange(false, std::memory_order_relaxed);
+  return !flights_.full() && room_wanted_.exchange(false, std::memory_order_relaxed);
 }
 
 void Outgoing::end(Ticket ticket, Completion completion) {
   RequestPtr request;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     if (flight == nullptr) return;
     if (!flight->cancelled) request = flight->request;
-    release(ticket.slot);
+    flights_.release(ticket.slot);
   }
   if (!request) return;
-  if (completion.ok && request->op != Op::kNotify)
-    (request->op == Op::kRead ? connection_.counters.bytes_read
-                              : connection_.counters.bytes_written)
-        .fetch_add(request->nbytes, std::memory_order_relaxed);
+  if (completion.ok) connection_.counters.carried(request->op, request->nbytes);
   host_.ended(connection_, request, std::move(completion));
 }
 
@@ -148,24 +124,14 @@ bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
   Completion completion;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(outcome.ticket);
+    Flight* flight = flights_.find(outcome.ticket);
     if (flight == nullptr) return outcome.ticket.slot < kNumSlots;
     const Request& request = *flight->request;
-    completion.ok = outcome.code == 0;
+    completion = completion_of(outcome, request.nbytes, std::move(text));
     if (completion.ok && request.op == Op::kRead && flight->landed < request.nbytes &&
         !flight->cancelled) {
       flight->accepted = true;  // the rest is in the bulk ring
       return true;
-    }
-    completion.nbytes = completion.ok ? request.nbytes : std::min(outcome.nbytes, request.nbytes);
-    if (!completion.ok) {
-      Failure& failure = completion.failure;
-      failure.code = outcome.code <= kMaxCode ? static_cast<Code>(outcome.code) : Code::kInternal;
-      failure.err = outcome.err;
-      failure.span = outcome.span;
-      failure.expected = outcome.expected;
-      failure.given = outcome.given;
-      failure.text = std::move(text);
     }
   }
   end(outcome.ticket, std::move(completion));
@@ -174,7 +140,7 @@ bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
 
 RequestPtr Outgoing::enter(Ticket ticket) noexcept {
   std::lock_guard lock(mutex_);
-  Flight* flight = find(ticket);
+  Flight* flight = flights_.find(ticket);
   if (flight == nullptr || flight->cancelled) return nullptr;
   flight->inside = true;
   return flight->request;
@@ -184,7 +150,7 @@ void Outgoing::leave(Ticket ticket, Request& request) noexcept {
   bool report;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     flight->inside = false;
     report = flight->cancelled;  // cancel() came meanwhile and said "not quiesced"
   }
@@ -279,7 +245,7 @@ void Outgoing::end_all(const Failure& cause) {
       // the bytes are where they belong: done.
       const bool accepted = !take_back(slot);
       if (!flight.cancelled) left.emplace_back(flight.request, accepted);
-      release(slot);
+      flights_.release(slot);
     }
     pumping_.clear();
     pulling_.clear();

@@ -9,10 +9,10 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "transport/flights.hpp"
 #include "transport/shm/channel.hpp"
 #include "transport/shm/peer_memory.hpp"
 #include "transport/transport.hpp"
@@ -59,9 +59,6 @@ class Outgoing {
     size_t granted = 0;    // spans that may be pulled
     bool pulling = false;  // stands in pulling_
   };
-  // The flight of this ticket, if it is still the same one; mutex_ held.
-  Flight* find(Ticket ticket) noexcept;
-  void release(uint32_t slot) noexcept;  // mutex_ held
   // The owner cannot accept what this slot posted any more; false: it has. mutex_ held.
   bool take_back(uint32_t slot) noexcept;
   RequestPtr enter(Ticket ticket) noexcept;
@@ -81,9 +78,7 @@ class Outgoing {
   void* context_;
 
   std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
-  std::vector<Flight> flights_;
-  std::vector<uint32_t> free_;
-  std::unordered_map<uint64_t, uint32_t> by_id_;
+  Flights<Flight> flights_;
   std::deque<Ticket> pumping_;
   std::deque<Ticket> pulling_;  // progress thread only, like the next
   std::vector<Pull> pulls_;

@@ -70,7 +70,7 @@ bool Outgoing::on_granted(const GrantHead& head, std::shared_ptr<PeerMemory> mem
   RequestPtr request;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(head.ticket);
+    Flight* flight = flights_.find(head.ticket);
     if (flight == nullptr) return head.ticket.slot < kNumSlots;
     if (flight->cancelled) return true;
     request = flight->request;
@@ -141,18 +141,18 @@ void Outgoing::end_pulled(Ticket ticket, std::optional<Failure> failure) {
   Completion completion;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     if (flight == nullptr || flight->cancelled) return;
     request = flight->request;
     completion.nbytes = flight->landed;
     channel_.message(failure ? Type::kAbort : Type::kReadDone, {view_of(PartHead{ticket, 0})});
-    release(ticket.slot);
+    flights_.release(ticket.slot);
   }
   completion.ok = !failure;
   if (failure)
     completion.failure = std::move(*failure);
   else
-    connection_.counters.bytes_read.fetch_add(request->nbytes, std::memory_order_relaxed);
+    connection_.counters.carried(Op::kRead, request->nbytes);
   host_.ended(connection_, request, std::move(completion));
 }
 

@@ -22,10 +22,8 @@ namespace kvxfer::shm {
 namespace {
 
 constexpr size_t kMaxJoining = 64;  // strangers of our own user that have not proved anything yet
-// As long as a session may take to get READY, without which the join is worth nothing. A busy
-// machine has kept a joining process from its next instruction for longer than 2 s.
-constexpr double kJoinTimeoutSeconds = 10.0;
-constexpr int64_t kJoinTimeoutNs = static_cast<int64_t>(kJoinTimeoutSeconds * 1e9);
+// A busy machine has kept a joining process from its next instruction for longer than 2 s.
+constexpr int64_t kJoinTimeoutNs = static_cast<int64_t>(kReadyTimeoutS * 1e9);
 
 struct JoinRequest {  // then the introduction
   uint32_t version = kVersion;
@@ -95,7 +93,7 @@ struct ShmTransport::Joining final : FdHandler {
     on_events(0);  // who was kept from running all the time was us, perhaps
     if (token == 0) return;
     forget();
-    refuse(cat("no join came within ", kJoinTimeoutSeconds, " s"));
+    refuse(cat("no join came within ", kReadyTimeoutS, " s"));
   }
 
   void refuse(const std::string& reason) {
@@ -172,7 +170,7 @@ struct ShmTransport::Listener final : FdHandler {
       auto handler = std::make_shared<Joining>(transport, std::move(peer), joining);
       Reactor& reactor = transport.host_->reactor();
       std::weak_ptr<Joining> weak = handler;
-      handler->timer = reactor.at(deadline_after(kJoinTimeoutSeconds), [weak] {
+      handler->timer = reactor.at(deadline_after(kReadyTimeoutS), [weak] {
         if (auto late = weak.lock()) late->on_late();
       });
       handler->token = reactor.add(handler->socket.get(), EPOLLIN, handler);

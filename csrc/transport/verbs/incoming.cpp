@@ -16,15 +16,8 @@ JobPtr Incoming::find(Ticket ticket) const {
 }
 
 void Incoming::tell(Ticket ticket, Code code, uint64_t nbytes, const Failure* failure) {
-  OutcomeHead head{ticket, static_cast<uint32_t>(code), 0, nbytes, kNoSpan, 0, 0};
   std::string text;
-  if (failure != nullptr) {
-    head.err = failure->err;
-    head.segment = failure->span;
-    head.expected = failure->expected;
-    head.given = failure->given;
-    text = failure->text.substr(0, 256);
-  }
+  const OutcomeHead head = outcome_of(ticket, code, nbytes, failure, text);
   channel_.message(Type::kOutcome, {view_of(head), as_bytes_view(text)});
 }
 
@@ -76,10 +69,7 @@ void Incoming::finish(const JobPtr& job) {
     stop(job, std::move(failure));
     return;
   }
-  Counters& counters = connection_.counters;
-  counters.requests_served.fetch_add(1, std::memory_order_relaxed);
-  (job->op == Op::kRead ? counters.bytes_served : counters.bytes_received)
-      .fetch_add(nbytes, std::memory_order_relaxed);
+  connection_.counters.served(job->op, nbytes);
   if (job->op == Op::kNotify && host_.reactor().lent())
     accepted_late_.push_back(job->ticket);
   else
@@ -140,7 +130,7 @@ bool Incoming::on_request(ByteView body) {
   if (head.op == static_cast<uint32_t>(Op::kNotify) && (head.nbytes != 0 || head.num_segments != 0))
     return false;
   const ByteView notify = reader.take(head.notify_nbytes);
-  if (!reader.ok() || !read_rest(reader, head.num_segments, segments_)) return false;
+  if (!reader.ok() || !read_list(reader, head.num_segments, segments_)) return false;
   auto job = std::make_shared<Job>();
   job->ticket = head.ticket;
   job->op = static_cast<Op>(head.op);
@@ -176,8 +166,7 @@ bool Incoming::on_request(ByteView body) {
 bool Incoming::on_part(ByteView body) {
   Reader reader(body);
   const auto head = reader.get<PartHead>();
-  if (!reader.ok() || !read_rest(reader, head.num_segments, segments_) || segments_.empty())
-    return false;
+  if (!reader.ok() || !read_list(reader, head.count, segments_) || segments_.empty()) return false;
   const JobPtr job = find(head.ticket);
   if (!job) return head.ticket.slot < kNumSlots;  // ended meanwhile
   if (job->op == Op::kNotify || (!job->granted && !job->asked)) return false;

@@ -21,25 +21,7 @@ Outgoing::Outgoing(std::shared_ptr<Device> device, Channel& channel, PullQueue& 
       words_(kNumSlots),
       words_mr_(device->register_memory(words_.data(), words_.size() * sizeof(words_[0]),
                                         IBV_ACCESS_LOCAL_WRITE, "words of reads")),
-      flights_(kNumSlots) {
-  free_.reserve(kNumSlots);
-  for (uint32_t slot = kNumSlots; slot-- > 0;) free_.push_back(slot);
-}
-
-Outgoing::Flight* Outgoing::find(Ticket ticket) noexcept {
-  if (ticket.slot >= kNumSlots) return nullptr;
-  Flight& flight = flights_[ticket.slot];
-  return flight.request && flight.generation == ticket.generation ? &flight : nullptr;
-}
-
-void Outgoing::release(uint32_t slot) noexcept {
-  Flight& flight = flights_[slot];
-  by_id_.erase(flight.request->id);
-  const uint32_t generation = flight.generation;
-  flight = Flight{};
-  flight.generation = generation;
-  free_.push_back(slot);
-}
+      flights_(kNumSlots) {}
 
 // What the owner must know of the next bytes: for a pulled write, where they are as well.
 void Outgoing::next_segments(const Request& request, Flight& flight, std::vector<Segment>& out) {
@@ -96,11 +78,11 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
 
   std::lock_guard lock(mutex_);
   if (dead_) return {Code::kPeerDisconnected};
-  if (free_.empty()) {
+  if (flights_.full()) {
     room_wanted_.store(true, std::memory_order_relaxed);
     return {Code::kAgain};
   }
-  const uint32_t slot = free_.back();
+  const uint32_t slot = flights_.next();
   Flight& flight = flights_[slot];
   head.ticket = {slot, flight.generation + 1};
   flight.memory = memory;
@@ -113,17 +95,13 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
       Type::kRequest,
       {view_of(head), request->notify, view_of(std::span<const Segment>(segments_))});
   if (sent != Sent::kSent) {
-    const uint32_t generation = flight.generation;
-    flight = Flight{};
-    flight.generation = generation;
+    flights_.reset(slot);
     // A channel that is broken ends the connection, and that every request.
     return {Code::kAgain};
   }
   room_wanted_.store(wanted, std::memory_order_relaxed);
-  free_.pop_back();
   ++flight.generation;
-  flight.request = request;
-  by_id_.emplace(request->id, slot);
+  flights_.occupy(request);
   if (needs_pump) queue(pumping_, head.ticket, flight);
   return {};
 }
@@ -136,9 +114,9 @@ void Outgoing::queue(std::deque<Ticket>& where, Ticket ticket, Flight& flight) {
 
 Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept {
   std::lock_guard lock(mutex_);
-  const auto found = by_id_.find(request->id);
-  if (found == by_id_.end()) return {Agreement::kEnding, true};
-  Flight& flight = flights_[found->second];
+  const auto slot = flights_.slot_of(*request);
+  if (!slot) return {Agreement::kEnding, true};
+  Flight& flight = flights_[*slot];
   Cancelled result;
   if (request->op == Op::kRead) {
     // Its destination is ours: what we throw away can never be accepted.
@@ -153,14 +131,14 @@ Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept
   flight.cancelled = true;
   flight.unquiet = !result.quiesced;
   flight.cancelled_ns = now_ns();
-  channel_.message(Type::kAbort, {view_of(PartHead{{found->second, flight.generation}, 0})});
+  channel_.message(Type::kAbort, {view_of(PartHead{{*slot, flight.generation}, 0})});
   return result;
 }
 
 bool Outgoing::room_wanted() noexcept {
   if (!room_wanted_.load(std::memory_order_relaxed)) return false;
   std::lock_guard lock(mutex_);
-  return !free_.empty() && room_wanted_.exchange(false, std::memory_order_relaxed);
+  return !flights_.full() && room_wanted_.exchange(false, std::memory_order_relaxed);
 }
 
 int64_t Outgoing::unanswered_since() noexcept {
@@ -197,12 +175,12 @@ void Outgoing::end(Ticket ticket, Completion completion) {
   bool cancelled, unquiet;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     if (flight == nullptr) return;
     request = flight->request;
     cancelled = flight->cancelled;
     unquiet = flight->unquiet;
-    release(ticket.slot);
+    flights_.release(ticket.slot);
   }
   if (cancelled) {
     if (unquiet) host_.quiesced(*request);
@@ -210,10 +188,7 @@ void Outgoing::end(Ticket ticket, Completion completion) {
     if (!completion.ok && request->op != Op::kRead) host_.unshown(connection_, *request);
     return;
   }
-  if (completion.ok && request->op != Op::kNotify)
-    (request->op == Op::kRead ? connection_.counters.bytes_read
-                              : connection_.counters.bytes_written)
-        .fetch_add(request->nbytes, std::memory_order_relaxed);
+  if (completion.ok) connection_.counters.carried(request->op, request->nbytes);
   host_.ended(connection_, request, std::move(completion));
 }
 
@@ -225,25 +200,19 @@ bool Outgoing::on_outcome(ByteView body) {
   Completion completion;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(head.ticket);
+    Flight* flight = flights_.find(head.ticket);
     if (flight == nullptr) return true;  // of a read that we have ended
     const Request& request = *flight->request;
-    completion.ok = head.code == 0;
+    completion = completion_of(head, request.nbytes,
+                               {reinterpret_cast<const char*>(text.data()), text.size()});
     if (request.op == Op::kRead) {
       flight->answered = true;
       if (completion.ok && flight->landed < request.nbytes && !flight->cancelled)
         return false;  // bytes come before the word that they have
     }
-    completion.nbytes = completion.ok ? request.nbytes : std::min(head.nbytes, request.nbytes);
     if (!completion.ok) {
       Failure& failure = completion.failure;
-      failure.code = head.code <= kMaxCode ? static_cast<Code>(head.code) : Code::kInternal;
-      failure.err = head.err;
-      if (head.segment != kNoSpan)
-        failure.span = span_of(request, flight->memory.get(), head.segment);
-      failure.expected = head.expected;
-      failure.given = head.given;
-      failure.text.assign(reinterpret_cast<const char*>(text.data()), text.size());
+      if (head.span != kNoSpan) failure.span = span_of(request, flight->memory.get(), head.span);
       if (flight->num_inside > 0) {  // a read: it ends when our NIC is through
         flight->over = true;
         if (!flight->failure) flight->failure = std::move(failure);
@@ -261,38 +230,45 @@ void Outgoing::send_part(Ticket ticket, Flight& flight) {
                                  view_of(std::span<const Segment>(segments_))});
 }
 
-bool Outgoing::on_more(ByteView body) {
+// A word of the owner about a request that is still wanted; null: it is not. False: malformed.
+bool Outgoing::on_part(ByteView body, Ticket& ticket, Flight*& flight) noexcept {
   Reader reader(body);
-  const auto head = reader.get<PartHead>();
-  if (!reader.finished() || head.ticket.slot >= kNumSlots) return false;
+  ticket = reader.get<PartHead>().ticket;
+  flight = flights_.find(ticket);
+  if (flight != nullptr && flight->cancelled) flight = nullptr;
+  return reader.finished() && ticket.slot < kNumSlots;
+}
+
+bool Outgoing::on_more(ByteView body) {
   std::lock_guard lock(mutex_);
-  Flight* flight = find(head.ticket);
-  if (flight == nullptr || flight->cancelled) return true;
+  Ticket ticket;
+  Flight* flight;
+  if (!on_part(body, ticket, flight)) return false;
+  if (flight == nullptr) return true;
   if (flight->announced == flight->request->nbytes) return false;
-  send_part(head.ticket, *flight);
-  if (flight->request->op == Op::kWrite && flight->staged) queue(pumping_, head.ticket, *flight);
+  send_part(ticket, *flight);
+  if (flight->request->op == Op::kWrite && flight->staged) queue(pumping_, ticket, *flight);
   return true;
 }
 
 // ---------------------------------------------------------------- bytes in messages
 
 bool Outgoing::on_use_messages(ByteView body) {
-  Reader reader(body);
-  const auto head = reader.get<PartHead>();
-  if (!reader.finished() || head.ticket.slot >= kNumSlots) return false;
   std::lock_guard lock(mutex_);
-  Flight* flight = find(head.ticket);
-  if (flight == nullptr || flight->cancelled) return true;
+  Ticket ticket;
+  Flight* flight;
+  if (!on_part(body, ticket, flight)) return false;
+  if (flight == nullptr) return true;
   if (flight->request->op != Op::kWrite || flight->request->nbytes == 0 ||
       std::exchange(flight->staged, true))
     return false;
-  queue(pumping_, head.ticket, *flight);
+  queue(pumping_, ticket, *flight);
   return true;
 }
 
 RequestPtr Outgoing::enter(Ticket ticket) noexcept {
   std::lock_guard lock(mutex_);
-  Flight* flight = find(ticket);
+  Flight* flight = flights_.find(ticket);
   if (flight == nullptr || flight->cancelled) return nullptr;
   flight->inside = true;
   return flight->request;
@@ -302,7 +278,7 @@ void Outgoing::leave(Ticket ticket, Request& request) noexcept {
   bool report;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     flight->inside = false;
     // cancel() came meanwhile and said "not quiesced".
     report = flight->num_inside == 0 && std::exchange(flight->unquiet, false);
@@ -320,7 +296,7 @@ bool Outgoing::pump() {
     if (pumping_.empty()) return false;
     ticket = pumping_.front();
     pumping_.pop_front();
-    if (Flight* flight = find(ticket)) {
+    if (Flight* flight = flights_.find(ticket)) {
       flight->queued = false;
       announced = flight->announced;
     }
@@ -367,7 +343,7 @@ void Outgoing::end_all(const Failure& cause) {
         left.emplace_back(flight.request, false);
       else if (flight.unquiet)
         left.emplace_back(flight.request, true);
-      release(slot);
+      flights_.release(slot);
     }
     pumping_.clear();
   }

@@ -11,9 +11,9 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
+#include "transport/flights.hpp"
 #include "transport/transport.hpp"
 #include "transport/verbs/channel.hpp"
 #include "transport/verbs/memory.hpp"
@@ -81,8 +81,7 @@ class Outgoing {
     bool answered = false;  // the owner has said its last word
     std::optional<Failure> failure;
   };
-  Flight* find(Ticket ticket) noexcept;  // mutex_ held, like the next
-  void release(uint32_t slot) noexcept;
+  bool on_part(ByteView body, Ticket& ticket, Flight*& flight) noexcept;  // mutex_ held
   void next_segments(const Request& request, Flight& flight, std::vector<Segment>& out);
   void send_part(Ticket ticket, Flight& flight);
   uint64_t span_of(const Request& request, const RegionMemory* memory, uint64_t segment) const;
@@ -107,9 +106,7 @@ class Outgoing {
   MrPtr words_mr_;
 
   std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
-  std::vector<Flight> flights_;
-  std::vector<uint32_t> free_;
-  std::unordered_map<uint64_t, uint32_t> by_id_;
+  Flights<Flight> flights_;
   std::deque<Ticket> pumping_;
   std::vector<Segment> segments_;  // scratch
   std::atomic<bool> any_pumping_{false}, room_wanted_{false};

@@ -19,9 +19,9 @@ bool Outgoing::on_granted(ByteView body) {
   Reader reader(body);
   const auto head = reader.get<GrantHead>();
   std::vector<Source> sources;
-  if (!reader.ok() || !read_rest(reader, head.num_sources, sources)) return false;
+  if (!reader.ok() || !read_list(reader, head.num_sources, sources)) return false;
   std::lock_guard lock(mutex_);
-  Flight* flight = find(head.ticket);
+  Flight* flight = flights_.find(head.ticket);
   if (flight == nullptr || flight->cancelled) return head.ticket.slot < kNumSlots;
   uint64_t sum = 0;  // at most some thousand x 2^32: no overflow
   for (const Source& source : sources) sum += source.nbytes;
@@ -93,7 +93,7 @@ bool Outgoing::pull_one(int& err) {
   ChunkPtr chunk;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     if (flight == nullptr) return true;
     flight->queued = false;
     if (flight->cancelled || flight->over) return true;
@@ -118,7 +118,7 @@ bool Outgoing::pull_one(int& err) {
 
 bool Outgoing::is_wanted(const Chunk& chunk) noexcept {
   std::lock_guard lock(mutex_);
-  const Flight* flight = find(chunk.ticket);
+  const Flight* flight = flights_.find(chunk.ticket);
   return flight != nullptr && !flight->cancelled && !flight->over;
 }
 
@@ -178,11 +178,11 @@ void Outgoing::settle(Ticket ticket) {
   Completion completion;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = find(ticket);
+    Flight* flight = flights_.find(ticket);
     if (flight == nullptr || flight->num_inside > 0) return;
     if (flight->cancelled) {
       if (std::exchange(flight->unquiet, false)) quiet = flight->request;
-      if (flight->answered) release(ticket.slot);
+      if (flight->answered) flights_.release(ticket.slot);
     } else if (flight->over) {
       request = flight->request;
       completion.ok = !flight->failure;
@@ -190,13 +190,12 @@ void Outgoing::settle(Ticket ticket) {
       if (flight->failure) completion.failure = std::move(*flight->failure);
       channel_.message(completion.ok ? Type::kReadDone : Type::kAbort,
                        {view_of(PartHead{ticket, 0})});
-      release(ticket.slot);
+      flights_.release(ticket.slot);
     }
   }
   if (quiet) host_.quiesced(*quiet);
   if (!request) return;
-  if (completion.ok)
-    connection_.counters.bytes_read.fetch_add(request->nbytes, std::memory_order_relaxed);
+  if (completion.ok) connection_.counters.carried(Op::kRead, request->nbytes);
   host_.ended(connection_, request, std::move(completion));
 }
 

@@ -1,16 +1,13 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// What two engines say to each other over the control queue pair: plain little-endian structs,
-// read by value out of a message before they are looked at. docs/wire_format.md lists them.
+// What two engines say to each other over the control queue pair, beside what transport/records.hpp
+// has; docs/wire_format.md lists it. OutcomeHead::span is a segment's number within the request.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-#include <span>
 #include <vector>
 
-#include "common/wire.hpp"
-#include "transport/transport.hpp"
+#include "transport/records.hpp"
 
 namespace kvxfer::verbs {
 
@@ -38,11 +35,6 @@ enum class Type : uint32_t {
   kUseMessages = 15,  // PartHead of the owner: send the bytes of your write, I cannot pull them
 };
 
-// Which request of the sender (or, in an answer, of the receiver) a message belongs to.
-struct Ticket {
-  uint32_t slot = 0, generation = 0;
-};
-
 enum Flag : uint32_t {
   kHasNotify = 1,
   kHasArrival = 2,
@@ -67,20 +59,6 @@ struct Segment {
   uint64_t address = 0, target = 0;
   uint32_t nbytes = 0;
   uint32_t rkey = 0;
-};
-
-struct PartHead {
-  Ticket ticket;
-  uint64_t num_segments = 0;
-};
-
-struct OutcomeHead {
-  Ticket ticket;
-  uint32_t code = 0;
-  int32_t err = 0;
-  uint64_t nbytes = 0;
-  uint64_t segment = kNoSpan;  // its number within the request
-  uint64_t expected = 0, given = 0;
 };
 
 // Where a reader finds the word of a gate, and what stands there while it is open.
@@ -114,27 +92,11 @@ struct QpHead {
   uint32_t status = 0;  // kPullBroken: enum ibv_wc_status, for messages
 };
 
+// The segments or sources that are the rest of a message. Of sources there may be more than of
+// segments: a span that lies across pieces of memory is several.
 template <typename T>
-ByteView view_of(const T& value) {
-  return {reinterpret_cast<const std::byte*>(&value), sizeof(T)};
-}
-template <typename T>
-ByteView view_of(std::span<const T> values) {
-  return std::as_bytes(values);
-}
-
-// `count` elements that are the rest of a message; false when it does not have just those, or one
-// of them is empty: that would cost memory and move nothing.
-template <typename T>
-bool read_rest(Reader& reader, uint64_t count, std::vector<T>& out) {
-  // A span that lies across pieces of memory is several sources, so there may be more of these.
-  if (count > kMaxMessageBytes / sizeof(T) || reader.remaining() != count * sizeof(T)) return false;
-  out.resize(count);
-  const ByteView bytes = reader.take(count * sizeof(T));
-  if (count > 0) std::memcpy(out.data(), bytes.data(), bytes.size());
-  for (const T& each : out)
-    if (each.nbytes == 0) return false;
-  return reader.finished();
+bool read_list(Reader& reader, uint64_t count, std::vector<T>& out) {
+  return read_rest(reader, count, kMaxMessageBytes / sizeof(T), out);
 }
 
 }  // namespace kvxfer::verbs

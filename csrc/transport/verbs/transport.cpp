@@ -14,8 +14,6 @@ namespace kvxfer::verbs {
 namespace {
 
 constexpr uint8_t kRetries = 7;  // the most that the encoding has
-// As long as a session may take to get READY, without which the join is worth nothing.
-constexpr double kJoinTimeoutSeconds = 10.0;
 
 enum class Ask : uint32_t { kJoin = 1, kCommit = 2 };
 
@@ -38,6 +36,17 @@ struct ReplyHead {  // then, when refused, the reason as text
   uint32_t reserved = 0;
   uint64_t address = 0;
 };
+
+// Why the peer refused, or empty. What it has to say otherwise goes into `reply`.
+std::string refusal(ByteView answer, const char* what, ReplyHead& reply) {
+  Reader reader(answer);
+  reply = reader.get<ReplyHead>();
+  if (!reader.ok()) return cat("a malformed answer to the ", what);
+  if (reply.refused == 0) return {};
+  const ByteView text = reader.take(reader.remaining());
+  return cat("the peer refused the ", what, ": ",
+             std::string_view(reinterpret_cast<const char*>(text.data()), text.size()));
+}
 
 }  // namespace
 
@@ -144,18 +153,12 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
   encode(ours, writer);
   // A part of the time each, so that a transport after this one has some left.
   const auto part = [&] {
-    return std::min(now_ns() + (deadline_ns - now_ns()) / 3, deadline_after(kJoinTimeoutSeconds));
+    return std::min(now_ns() + (deadline_ns - now_ns()) / 3, deadline_after(kReadyTimeoutS));
   };
   const auto joined = host_->ask(session, name(), question, part(), reason);
   if (!joined) return reason;
-  Reader answer(*joined);
-  const auto reply = answer.get<ReplyHead>();
-  if (!answer.ok()) return "a malformed answer to the join";
-  if (reply.refused != 0) {
-    const ByteView text = answer.take(answer.remaining());
-    return cat("the peer refused the join: ",
-               std::string_view(reinterpret_cast<const char*>(text.data()), text.size()));
-  }
+  ReplyHead reply;
+  if (auto refused = refusal(*joined, "join", reply); !refused.empty()) return refused;
   connection->connect(route_to(*path, *remote), reply.ends);
   Incarnation seen{};
   if (auto failed = connection->try_read(reply.address, reply.rkey, seen, part())) return failed;
@@ -170,11 +173,8 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
   connection->start();
   const auto committed = host_->ask(session, name(), question, part(), reason);
   if (committed) {
-    Reader last(*committed);
-    if (last.get<ReplyHead>().refused == 0 && last.ok()) return {};
-    const ByteView text = last.take(last.remaining());
-    reason = cat("the peer refused the commit: ",
-                 std::string_view(reinterpret_cast<const char*>(text.data()), text.size()));
+    reason = refusal(*committed, "commit", reply);
+    if (reason.empty()) return {};
   }
   connection->close({.code = Code::kTransport, .text = reason});
   return reason;
@@ -236,7 +236,7 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
                        .address = reinterpret_cast<uint64_t>(word_.get())});
   const Key id = session.id;
   const Reactor::TimerId timer =
-      host_->reactor().at(deadline_after(kJoinTimeoutSeconds), [this, id] { halves_.erase(id); });
+      host_->reactor().at(deadline_after(kReadyTimeoutS), [this, id] { halves_.erase(id); });
   halves_.emplace(id, Half{std::move(connection), timer});
   return {};
 }
