@@ -15,6 +15,8 @@ constexpr int kBroadcast = KVXFER_SIMD_BYTES == 64 ? 8 : 4;
 //
 #include "kernels/cpu/rows_impl.hpp"
 //
+#include "kernels/cpu/decode_rows_impl.hpp"
+//
 #include "kernels/cpu/decode_impl.hpp"
 //
 #include "kernels/cpu/prefill_impl.hpp"

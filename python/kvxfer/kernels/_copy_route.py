@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError, LayoutError
 from kvxfer.kernels._arrays import CACHE_DTYPES, FLOAT_DTYPES
+from kvxfer.kernels._memo import remember
 from kvxfer.kernels._scales import scale_factors
 from kvxfer.kernels._sides import LayoutLike, Side, locate_layers
 
@@ -120,10 +121,7 @@ def route_between(
         src_extent=(a.num_blocks, a.block_size),
         dst_extent=(b.num_blocks, b.block_size),
     )
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
-    _known[key] = route
-    return route
+    return remember(_known, key, route, _MOST_KNOWN)
 
 
 def _common(

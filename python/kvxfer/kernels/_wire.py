@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvxfer.kernels._memo import remember
 from kvxfer.kernels._scales import ScalesLike
 from kvxfer.kernels._sides import ITEMSIZE, LayoutLike
 
@@ -55,9 +56,8 @@ def wire_side(
     key = (id(layout), num_tokens, tuple(layers), tuple(heads))
     known = _wires.get(key)
     if known is None:
-        if len(_wires) >= _MOST_KNOWN:
-            _wires.clear()
-        known = _wires[key] = (layout, _new_wire(layout, num_tokens, layers, heads))
+        wire = _new_wire(layout, num_tokens, layers, heads)
+        known = remember(_wires, key, (layout, wire), _MOST_KNOWN)
     return known[1]
 
 

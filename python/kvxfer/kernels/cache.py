@@ -15,6 +15,7 @@ from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, facts_of, is_torch
 from kvxfer.kernels._copy_job import make_job
 from kvxfer.kernels._dispatch import choose, takes_numpy
+from kvxfer.kernels._memo import remember
 from kvxfer.kernels._sides import LayoutLike, Side, token_range
 from kvxfer.kernels._wire import wire_side
 from kvxfer.kernels.attention import add_caches, add_scale_caches
@@ -116,9 +117,7 @@ def append_kv(
         options["cache_dtype"] = cache_dtype
     module.append_kv(*arrays, **options)
     if facts is not None and hasattr(module, "append_again"):
-        if len(_passed) >= _MOST_PASSED:
-            _passed.clear()
-        _passed[known] = module.append_again(*arrays, **options)
+        remember(_passed, known, module.append_again(*arrays, **options), _MOST_PASSED)
 
 
 def copy_blocks(
