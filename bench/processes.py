@@ -24,7 +24,7 @@ class Sample:
 
     seconds: float
     cpu_seconds: float = 0.0
-    delay: float = 0.0  # of the thread that waited longest, as a share of `seconds`
+    delay: float = 0.0  # the longest wait behind other processes, as a share of `seconds`
 
     @property
     def clean(self) -> bool:
@@ -44,16 +44,33 @@ def threads(pid: int) -> list[int]:
     return [int(each) for each in os.listdir(f"/proc/{pid}/task")]
 
 
-def run_queue_ns(pid: int) -> dict[int, int]:
-    """Per thread, how long it has been runnable without running."""
-    waited = {}
+def schedule_ns(pid: int) -> dict[int, tuple[int, int]]:
+    """Per thread, how long it has run, and how long it has been runnable without running."""
+    times = {}
     for tid in threads(pid):
         try:
             with open(f"/proc/{pid}/task/{tid}/schedstat") as file:
-                waited[tid] = int(file.read().split()[1])
+                ran, waited, _ = file.read().split()
         except (FileNotFoundError, ProcessLookupError):
             continue  # the thread ended between the listing and the look
-    return waited
+        times[tid] = int(ran), int(waited)
+    return times
+
+
+def wait_behind_others_ns(
+    before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]
+) -> int:
+    """The longest wait of one thread of a process for which its own threads cannot be the cause.
+
+    A side has one CPU: its caller and its progress thread wait for each other there, which is part
+    of what is measured. So what its siblings ran is taken off a thread's wait.
+    """
+    spent = {}
+    for tid, (ran, waited) in after.items():
+        ran_before, waited_before = before.get(tid, (0, 0))
+        spent[tid] = ran - ran_before, waited - waited_before
+    total = sum(ran for ran, _ in spent.values())
+    return max((waited - (total - ran) for ran, waited in spent.values()), default=0)
 
 
 class Stopwatch:
@@ -69,7 +86,7 @@ class Stopwatch:
         self.sample = Sample(0.0)
 
     def __enter__(self) -> Stopwatch:
-        self._waited = {pid: run_queue_ns(pid) for pid in self.pids}
+        self._before = {pid: schedule_ns(pid) for pid in self.pids}
         if self.wake is not None:
             self.wake()
         self._cpu = sum(map(cpu_seconds, self.pids))
@@ -86,12 +103,8 @@ class Stopwatch:
         if exc_type is not None:
             return
         cpu = sum(map(cpu_seconds, self.pids)) - self._cpu
-        worst = max(
-            after - self._waited[pid].get(tid, 0)
-            for pid in self.pids
-            for tid, after in run_queue_ns(pid).items()
-        )
-        self.sample = Sample(seconds, cpu, worst / 1e9 / seconds)
+        worst = max(wait_behind_others_ns(self._before[pid], schedule_ns(pid)) for pid in self.pids)
+        self.sample = Sample(seconds, cpu, max(worst, 0) / 1e9 / seconds)
 
 
 def cpu_sides(per_side: int = 1) -> tuple[set[int], set[int]] | None:

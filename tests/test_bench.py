@@ -25,7 +25,7 @@ sys.path.insert(0, str(BENCH))
 import common  # noqa: E402
 import report  # noqa: E402
 from budget import Budget  # noqa: E402
-from processes import MAX_DELAY, Sample  # noqa: E402
+from processes import MAX_DELAY, Sample, wait_behind_others_ns  # noqa: E402
 
 # Those that bench_transfer has paths for, where they work.
 HERE = {name for name, reason in probe_transports() if reason is None} & {"shm", "cma", "tcp"}
@@ -190,6 +190,22 @@ def test_disturbed_samples_are_left_out_and_counted() -> None:
     samples = [Sample(1.0, delay=0.0)] * 8 + [Sample(9.0, delay=2 * MAX_DELAY)] * 7
     found = common.summary(samples, nbytes=10**9)
     assert (found["p50_us"], found["dropped"], found["noisy"]) == (1e6, 7, False)
+
+
+@pytest.mark.parametrize(
+    ("caller", "progress", "foreign"),
+    [
+        ((900, 0), (100, 850), 0),  # the caller kept the CPU from its own progress thread
+        ((900, 150), (100, 0), 50),  # whereas this one waited longer than its sibling ran
+        ((0, 0), (900, 300), 300),
+    ],
+)
+def test_a_wait_behind_the_own_threads_is_no_disturbance(
+    caller: tuple[int, int], progress: tuple[int, int], foreign: int
+) -> None:
+    before = {1: (10, 20)}  # thread 2 is new
+    after = {1: (10 + caller[0], 20 + caller[1]), 2: progress}
+    assert wait_behind_others_ns(before, after) == foreign
 
 
 def test_a_run_that_was_disturbed_throughout_is_marked() -> None:
