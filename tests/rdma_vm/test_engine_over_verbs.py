@@ -57,7 +57,7 @@ def passed(
     environment += ["KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1"] if linked else []
     # Emulated processes start in seconds, and stand still for as long when the host is busy.
     pytest_options = [
-        "-q",
+        "-v",  # a run that is stopped at its limit shows where it stood
         "-p",
         "no:cacheprovider",
         "-o",
