@@ -154,7 +154,14 @@ def test_a_netem_that_tc_refuses_is_said(guest: Guest) -> None:
 def test_interrupted_it_takes_the_machine_along(
     guest: Guest, ending: signal.Signals, code: int
 ) -> None:
-    with subprocess.Popen([RUN, "sleep", "1000"], stderr=subprocess.PIPE) as process:
+    command = [
+        "env",
+        "--default-signal=INT",
+        RUN,
+        "sleep",
+        "1000",
+    ]  # a suite in the background ignores it
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             machine = _child_named(process.pid, "qemu-system-x86")
             process.send_signal(ending)
