@@ -15,7 +15,7 @@ if(KVXFER_WITH_VERBS)
   endif()
 
   add_executable(test_verbs ${CMAKE_CURRENT_LIST_DIR}/test_verbs.cpp
-                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp ${CMAKE_CURRENT_LIST_DIR}/main.cpp)
+                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs COMMAND test_verbs)
