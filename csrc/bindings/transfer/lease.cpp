@@ -59,7 +59,7 @@ void revoke(LeaseHandle& self, const Timeout& timeout_s) {
 // Before a look at what may come: who looks again and again brings it in by looking.
 void poll(const LeaseHandle& self) {
   if (!self.engine->here()) return;
-  py::gil_scoped_release release;
+  const WithoutGil release;
   self.engine->poll();
 }
 
@@ -88,7 +88,7 @@ void register_leases(py::module_& m) {
       .def(
           "extend",
           [](LeaseHandle& l, double ttl_s) {
-            py::gil_scoped_release release;
+            const WithoutGil release;
             l.get().extend(l.lease, ttl_s);
           },
           py::arg("ttl_s"))
@@ -98,7 +98,7 @@ void register_leases(py::module_& m) {
       .def_property_readonly("quiet", [](const LeaseHandle& l) { return l.lease->gate.quiet(); })
       .def("begin_revoke",
            [](LeaseHandle& l) {
-             py::gil_scoped_release release;
+             const WithoutGil release;
              l.get().begin_revoke(l.lease);
            })
       .def("revoke", &revoke, py::arg("timeout_s"));

@@ -34,7 +34,7 @@ void register_peers(py::module_& m) {
                                check_process(p.birth);
                                std::map<std::string, RemoteRegionPtr> copy;
                                {
-                                 py::gil_scoped_release release;
+                                 const WithoutGil release;
                                  std::lock_guard lock(p.mutex);
                                  copy = p.regions;
                                }

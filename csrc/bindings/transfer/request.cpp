@@ -56,7 +56,7 @@ TransferPtr submit(EngineHandle& self, bool is_read, const RegionHandle& region,
     arguments.has_bases = true;
   }
   SubmitOptions options = submit_options(notify, arrival, lease, deadline_s, after);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return engine.submit(is_read ? Op::kRead : Op::kWrite, region.region, remote, arguments,
                        std::move(options));
 }
@@ -72,7 +72,7 @@ TransferPtr submit_blocks(EngineHandle& self, bool is_read, const RegionHandle& 
   const BlockIdArray from("local_blocks", local_blocks), into("remote_blocks", remote_blocks);
   const BlockArguments arguments{local_view, remote_view, from.ids(), into.ids()};
   SubmitOptions options = submit_options(notify, arrival, lease, deadline_s, after);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return engine.submit(is_read ? Op::kRead : Op::kWrite, region.region, remote, arguments,
                        std::move(options));
 }
@@ -83,7 +83,7 @@ TransferPtr notify(EngineHandle& self, const PeerPtr& peer, const py::object& pa
   empty_graveyard();
   SubmitOptions options = submit_options(payload, {}, py::none(), deadline_s, after);
   options.has_notify = true;
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return engine.notify(peer, std::move(options));
 }
 
@@ -142,7 +142,7 @@ void register_requests(py::module_& m) {
                               "What after= may wait for; set once, by any thread, or by a CUDA "
                               "stream through host_callback().")
       .def(py::init<>())
-      .def("set", &Latch::open, py::call_guard<py::gil_scoped_release>())
+      .def("set", &Latch::open, py::call_guard<WithoutGil>())
       .def_property_readonly("is_set", &Latch::settled)
       .def("host_callback",
            [](const LatchPtr& latch) {

@@ -12,7 +12,7 @@ namespace {
 bool ask(const Transfer& t) {
   if (t.terminal()) return true;
   if (t.birth.here()) {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     if (const auto engine = t.engine.lock()) engine->poll();
   }
   return t.terminal();
@@ -78,7 +78,7 @@ void register_transfers(py::module_& m) {
       .def("cancel",
            [](const TransferPtr& t) {
              check_process(t->birth);
-             py::gil_scoped_release release;
+             const WithoutGil release;
              if (auto engine = t->engine.lock()) engine->cancel(t);
            })
       .def(

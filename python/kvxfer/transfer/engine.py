@@ -12,6 +12,7 @@ from typing import Any
 from kvxfer import _transfer
 from kvxfer._transfer import BlockView, Peer, RemoteRegion, Signal, Transfer
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.transfer._calls import checked, peer_of, refusal
 from kvxfer.transfer.config import EngineConfig
 from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Region, own, theirs
 from kvxfer.transfer.secret import user_secret
@@ -68,15 +69,26 @@ class TransferEngine:
             raise InvalidArgumentError("transports is empty; None means all that work here")
         if isinstance(secret, str):
             secret = secret.encode()
+        if not isinstance(secret, bytes | bytearray | memoryview | None):
+            raise InvalidArgumentError(f"secret must be bytes or text, not {type(secret).__name__}")
+        if config is not None and not isinstance(config, EngineConfig):
+            raise InvalidArgumentError(
+                f"config must be an EngineConfig, not {type(config).__name__}"
+            )
         self._config = config or EngineConfig()
-        self._core = _transfer.Engine(
-            name=name,
-            listen=listen,
-            transports=list(transports or ()),
-            secret=user_secret() if secret is None else bytes(secret),
-            secret_is_explicit=secret is not None,
-            config=self._config.native(),
-        )
+        try:
+            self._core = _transfer.Engine(
+                name=name,
+                listen=listen,
+                transports=list(transports or ()),
+                secret=user_secret() if secret is None else bytes(secret),
+                secret_is_explicit=secret is not None,
+                config=self._config.native(),
+            )
+        except TypeError as error:
+            raise refusal(
+                "TransferEngine", error, name=name, listen=listen, transports=transports
+            ) from None
         self._num_regions = 0
 
     @property
@@ -99,6 +111,7 @@ class TransferEngine:
 
     # ------------------------------------------------------------------ memory
 
+    @checked
     def allocate(
         self, nbytes: int, name: str | None = None, *, require_lease: bool = False
     ) -> Region:
@@ -108,6 +121,7 @@ class TransferEngine:
         )
         return Region(core)
 
+    @checked
     def register(
         self,
         buffer: Any,
@@ -131,6 +145,7 @@ class TransferEngine:
         )
         return Region(core)
 
+    @checked
     def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
         """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
         self._core.deregister(own(region), timeout_s)
@@ -143,6 +158,7 @@ class TransferEngine:
 
     # ------------------------------------------------------------------ peers
 
+    @checked
     def connect(self, address: str, timeout_s: float = 5.0) -> Peer:
         """The peer that listens at ``address``; the same object when it is connected already.
 
@@ -156,9 +172,10 @@ class TransferEngine:
         """Peers that came or went since the last call."""
         return [PeerEvent(*event) for event in self._core.peer_events()]
 
+    @checked
     def explain(self, peer: Peer) -> str:
         """Which transports carry requests to this peer, and why the others do not."""
-        return self._core.explain(peer)
+        return self._core.explain(peer_of(peer))
 
     # ------------------------------------------------------------------ transfers
 
@@ -194,20 +211,24 @@ class TransferEngine:
                 destination, closed engine, foreign region: nothing was sent.
             LeaseError: the token is of another incarnation.
         """
-        return self._core.submit(
-            False,
-            own(region),
-            theirs(remote),
-            local_offsets,
-            remote_offsets,
-            nbytes,
-            bases,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit(
+                False,
+                own(region),
+                theirs(remote),
+                local_offsets,
+                remote_offsets,
+                nbytes,
+                bases,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {"notify": notify, "arrival": arrival, "lease": lease}
+            raise refusal("write", error, deadline_s=deadline_s, after=after, **given) from None
 
     def read(
         self,
@@ -228,20 +249,24 @@ class TransferEngine:
 
         ``notify`` and ``arrival`` tell the owner that its bytes have been read.
         """
-        return self._core.submit(
-            True,
-            own(region),
-            theirs(remote),
-            local_offsets,
-            remote_offsets,
-            nbytes,
-            bases,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit(
+                True,
+                own(region),
+                theirs(remote),
+                local_offsets,
+                remote_offsets,
+                nbytes,
+                bases,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {"notify": notify, "arrival": arrival, "lease": lease}
+            raise refusal("read", error, deadline_s=deadline_s, after=after, **given) from None
 
     def write_blocks(
         self,
@@ -269,20 +294,31 @@ class TransferEngine:
                 destinations may not.
         The other arguments and the errors are those of ``write``.
         """
-        return self._core.submit_blocks(
-            False,
-            own(region),
-            theirs(remote),
-            local_view,
-            remote_view,
-            local_blocks,
-            remote_blocks,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit_blocks(
+                False,
+                own(region),
+                theirs(remote),
+                local_view,
+                remote_view,
+                local_blocks,
+                remote_blocks,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {
+                "local_view": local_view,
+                "remote_view": remote_view,
+                "notify": notify,
+            }
+            given |= {"arrival": arrival, "lease": lease}
+            raise refusal(
+                "write_blocks", error, deadline_s=deadline_s, after=after, **given
+            ) from None
 
     def read_blocks(
         self,
@@ -300,21 +336,33 @@ class TransferEngine:
         after: Transfer | Signal | None = None,
     ) -> Transfer:
         """Copies blocks of ``remote`` into ``region``; arguments as for ``write_blocks``."""
-        return self._core.submit_blocks(
-            True,
-            own(region),
-            theirs(remote),
-            local_view,
-            remote_view,
-            local_blocks,
-            remote_blocks,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit_blocks(
+                True,
+                own(region),
+                theirs(remote),
+                local_view,
+                remote_view,
+                local_blocks,
+                remote_blocks,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {
+                "local_view": local_view,
+                "remote_view": remote_view,
+                "notify": notify,
+            }
+            given |= {"arrival": arrival, "lease": lease}
+            raise refusal(
+                "read_blocks", error, deadline_s=deadline_s, after=after, **given
+            ) from None
 
+    @checked
     def notify(
         self,
         peer: Peer,
@@ -324,7 +372,7 @@ class TransferEngine:
         after: Transfer | Signal | None = None,
     ) -> Transfer:
         """Sends a message alone. It is ordered after nothing but ``after``."""
-        return self._core.notify(peer, payload, self._deadline(deadline_s), after)
+        return self._core.notify(peer_of(peer), payload, self._deadline(deadline_s), after)
 
     def _deadline(self, deadline_s: float | None) -> float:
         return self._config.deadline_s if deadline_s is None else deadline_s
@@ -335,6 +383,7 @@ class TransferEngine:
 
     # ------------------------------------------------------------------ leases and arrivals
 
+    @checked
     def grant(
         self,
         region: Region,
@@ -352,10 +401,12 @@ class TransferEngine:
         )
         return Lease(core, region)
 
+    @checked
     def arrivals(self, tag: int, peer: Peer) -> int:
         """How many transfers without a lease have arrived under ``tag`` from this peer."""
-        return self._core.arrivals(tag, peer)
+        return self._core.arrivals(tag, peer_of(peer))
 
+    @checked
     def wait_arrivals(self, tag: int, peer: Peer, n: int, timeout_s: float | None = None) -> None:
         """Returns when ``arrivals(tag, peer) >= n``.
 
@@ -363,7 +414,7 @@ class TransferEngine:
             TransferTimeoutError: not within ``timeout_s``.
             PeerDisconnectedError: the peer is gone, so the rest will never arrive.
         """
-        self._core.wait_arrivals(tag, peer, n, timeout_s)
+        self._core.wait_arrivals(tag, peer_of(peer), n, timeout_s)
 
     # ------------------------------------------------------------------ the application's loop
 
