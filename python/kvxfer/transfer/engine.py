@@ -375,7 +375,9 @@ class TransferEngine:
     # ------------------------------------------------------------------ the application's loop
 
     def fileno(self) -> int:
-        """An eventfd, readable after a notification, peer event, end, arrival or quiet lease."""
+        """An eventfd, readable after a notification, peer event, arrival or quiet lease, and after
+        the end of a transfer, once more when it is ``quiesced`` later than that.
+        """
         return self._core.fileno()
 
     def clear_wakeup(self) -> None:
