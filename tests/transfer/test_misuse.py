@@ -43,7 +43,7 @@ def test_what_is_no_peer_of_this_engine_is_refused(
     pair: Pair, peer: Peer, call: Callable[[TransferEngine, Any], object]
 ) -> None:
     a, b = pair
-    with pytest.raises(InvalidArgumentError, match="must be a Peer.* not NoneType"):
+    with pytest.raises(InvalidArgumentError, match=r"must be a Peer.* not NoneType"):
         call(a, None)
     with pytest.raises(InvalidArgumentError, match="not a peer of this engine"):
         call(b, peer)

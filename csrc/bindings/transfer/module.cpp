@@ -12,14 +12,18 @@ PYBIND11_MODULE(_transfer, m) {
   m.doc() = "The native half of kvxfer.transfer; import that instead.";
   register_errors();
   m.attr("MAX_NOTIFICATION_NBYTES") = kMaxNotificationBytes;
-  m.def("probe_transports", [] {
-    py::list out;
-    for (auto& each : probe_transports())
-      out.append(
-          py::make_tuple(each.name, each.reason ? py::object(py::str(*each.reason)) : py::none()));
-    return out;
-  });
-  m.def("tls_unavailable", &tcp::tls_unavailable);
+  m.def(
+      "probe_transports",
+      [] {
+        py::list out;
+        for (auto& each : probe_transports())
+          out.append(py::make_tuple(each.name,
+                                    each.reason ? py::object(py::str(*each.reason)) : py::none()));
+        return out;
+      },
+      "[(name, None, or why it does not work here)] of all transports, best first.");
+  m.def("tls_unavailable", &tcp::tls_unavailable,
+        "None where tcp can speak TLS, else why it cannot.");
 
   register_requests(m);
   register_regions(m);

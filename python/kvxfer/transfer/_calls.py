@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from kvxfer._transfer import Peer
 from kvxfer.errors import InvalidArgumentError
 
 __all__ = ["checked", "peer_of", "refusal"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _shown(value: object) -> str:
@@ -33,13 +31,11 @@ def refusal(what: str, error: TypeError, **given: object) -> Exception:
     )
 
 
-def checked(
-    method: Callable[Concatenate[S, P], R],
-) -> Callable[Concatenate[S, P], R]:
+def checked(method: Method) -> Method:
     """The method, with :func:`refusal` for what native code does not take. Not for calls that must be fast."""
 
     @functools.wraps(method)
-    def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: object, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except TypeError as error:
@@ -47,7 +43,7 @@ def checked(
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             raise refusal(method.__name__, error, **given) from None
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 def peer_of(value: object) -> Peer:

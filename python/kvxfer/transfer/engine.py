@@ -93,11 +93,17 @@ class TransferEngine:
 
     @property
     def name(self) -> str:
+        """What peers and error messages call it."""
         return self._core.name
 
     @property
     def address(self) -> str:
-        """``host:port``, what a peer connects to."""
+        """``host:port`` where it listens: what a peer connects to.
+
+        With ``listen="0.0.0.0:0"`` it is ``0.0.0.0:PORT``, which tells peers elsewhere only the
+        port: give them the name or address by which they reach this host, and that port. Likewise
+        for ``[::]``.
+        """
         return self._core.address
 
     @property
@@ -107,6 +113,7 @@ class TransferEngine:
 
     @property
     def closed(self) -> bool:
+        """True after ``close()``, and in a child that was forked from the engine's process."""
         return self._core.closed
 
     # ------------------------------------------------------------------ memory
@@ -419,7 +426,9 @@ class TransferEngine:
     # ------------------------------------------------------------------ the application's loop
 
     def fileno(self) -> int:
-        """An eventfd, readable after a notification, peer event, end, arrival or quiet lease."""
+        """An eventfd, readable after a notification, peer event, arrival or quiet lease, and after
+        the end of a transfer, once more when it is ``quiesced`` later than that.
+        """
         return self._core.fileno()
 
     def clear_wakeup(self) -> None:
@@ -427,7 +436,28 @@ class TransferEngine:
         self._core.clear_wakeup()
 
     def stats(self) -> dict[str, Any]:
-        """Counters per peer and transport, and of the engine."""
+        """Counters of this engine; they only grow, unless the text says that they are of now.
+
+        ``transport``: ``{transport: counters}`` over all peers, also those that are gone. Our own
+            transfers: ``requests`` handed to a transport, ``bytes_written`` (accepted by the peer)
+            and ``bytes_read`` (landed here), ``notifications_sent``. Those of peers:
+            ``requests_served`` (accepted), ``refused``, ``bytes_received`` (their writes),
+            ``bytes_served`` (their reads), ``notifications_received``, and ``bytes_sunk``: came for a
+            request that was refused, revoked or had ended, and were thrown away.
+        ``peers``: ``{incarnation: {"name", "address", "alive", "transport"}}``; ``transport`` as above.
+        ``transfers``: ours, by how they ended, ``done``, ``failed``, ``timed_out`` and ``cancelled``;
+            and of now: ``in_flight``, and ``unquiesced``: ended, but not ``quiesced`` yet.
+        ``spans``: ``given`` by the arguments (spans times bases, blocks times layers), and ``posted``
+            after neighbours were joined.
+        ``quarantine``: of now: ``nbytes`` that an ended transfer or lease may still touch, and
+            ``age_s``, the seconds since the oldest of these ended.
+        ``refused``: ``{reason: count}`` of the peers' requests that this engine refused.
+        ``late_events``: ends that came for a transfer which had ended otherwise.
+        ``late_writes_refused``: requests that came with a lease, or landed in a region, that was not
+            open any more.
+        ``leases_open`` (of now), ``leases_expired``; ``wakeups`` of the progress thread.
+        ``handshakes_refused``; ``last_handshake_refusal``: the address, and why. Empty: none yet.
+        """
         return self._core.stats()
 
     def close(self) -> None:
