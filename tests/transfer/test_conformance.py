@@ -45,7 +45,7 @@ def make_world(
     else:
         local = engine.register(np.zeros(NBYTES, np.uint8), "kv")
     local.array[:] = np.random.default_rng(5).integers(0, 256, NBYTES, dtype=np.uint8)
-    peer = engine.connect(process.address)
+    peer = engine.connect(process.address, timeout_s=TIMEOUT_S)
     yield World(engine, process, peer, local, peer.regions[name], name)
     engine.deregister(local)
     process.call("drop_region", name)
