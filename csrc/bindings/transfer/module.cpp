@@ -19,6 +19,13 @@ PYBIND11_MODULE(_transfer, m) {
           py::make_tuple(each.name, each.reason ? py::object(py::str(*each.reason)) : py::none()));
     return out;
   });
+  // With what those work that do, where there is something to say.
+  m.def("transport_details", [] {
+    py::dict out;
+    for (auto& each : probe_transports())
+      if (!each.detail.empty()) out[py::str(each.name)] = each.detail;
+    return out;
+  });
   m.def("tls_unavailable", &tcp::tls_unavailable);
 
   register_requests(m);

@@ -61,6 +61,7 @@ class VerbsConnection final : public Connection, public Pollable {
   // What each rail has carried: chains of READs that came through, and their bytes. Any thread.
   struct Carried {
     uint64_t chains = 0, nbytes = 0;
+    uint32_t puller = 0;  // number of the queue pair that reads now
     bool in_use = false;
   };
   std::vector<Carried> carried() const;

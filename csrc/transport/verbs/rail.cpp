@@ -25,6 +25,7 @@ Rail::Rail(const std::shared_ptr<Device>& of, size_t nth, uint32_t more_entries)
       issued(reads_of(of->limits().max_qp_init_rd_atom)) {
   make_source();
   end.pull = pulls.open();
+  puller.store(end.pull.number, std::memory_order_relaxed);
   end.source = {source->qp_num, source_psn};
   end.served = served;
   end.issued = issued;

@@ -71,6 +71,7 @@ struct Rail {
 
   // For reports; relaxed.
   std::atomic<bool> in_use{false}, source_gone{false};
+  std::atomic<uint32_t> puller{0};                    // number of the queue pair that reads now
   std::atomic<uint32_t> num_replaced{0};              // sources
   std::atomic<uint64_t> num_chains{0}, num_bytes{0};  // that came through
 };

@@ -123,6 +123,7 @@ void VerbsConnection::on_new_source(Rail& rail, const QpHead& head) {
   if (rail.down) return;
   try {
     const QpEnd fresh = rail.pulls.open();
+    rail.puller.store(fresh.number, std::memory_order_relaxed);
     rail.pulls.connect(rail.route, {head.number, head.psn}, rail.issued);
     channel_.message(Type::kNewPuller,
                      {view_of(QpHead{head.rail, head.epoch, fresh.number, fresh.psn})});
@@ -261,21 +262,6 @@ void VerbsConnection::on_port_event(const Device& device, bool up, const std::st
     }
     host_.reactor().attend(self());
   }
-}
-
-std::string VerbsConnection::condition() const {
-  std::string out;
-  const auto say = [&](const Rail& rail, const char* what) {
-    out +=
-        cat(out.empty() ? "" : "; ", "rail ", rail.number, " (", rail.device->name(), "): ", what);
-  };
-  for (const auto& rail : rails_) {
-    if (!rail->in_use.load(std::memory_order_relaxed))
-      say(*rail, "our RDMA READs wait for the peer to connect a fresh queue pair");
-    if (rail->source_gone.load(std::memory_order_relaxed))
-      say(*rail, "the peer's RDMA READs wait until it has answered about a fresh queue pair");
-  }
-  return out;
 }
 
 // ---------------------------------------------------------------- what must not wait for ever

@@ -18,7 +18,7 @@ __all__ = ["EngineConfig", "TlsFiles"]
 DEFAULT_DEADLINE_S = 30.0
 _MAX_LANES = 8
 _MAX_COPY_THREADS = 64
-_VERBS_DEVICE = re.compile(r"[^\s:]+(:\d{1,3})?")
+_VERBS_DEVICE = re.compile(r"[^\s:,]+(:\d{1,3})?(,[^\s:,]+(:\d{1,3})?)*")
 _MAX_SPIN_US = 1e6  # a second: more is a mistake in the unit
 
 
@@ -58,9 +58,11 @@ class EngineConfig:
         allow_ptrace: cma may open this process to every program of the user
             (``PR_SET_PTRACER_ANY``) where the system's policy would forbid it otherwise.
         tls: makes tcp speak TLS; both sides must.
-        verbs_device: the RDMA device, such as ``"mlx5_0"``, or with its port ``"mlx5_0:2"``; None: the
-            first that has an active port.
-        verbs_gid_index: which of the port's GIDs to use; None: by rule (docs/verbs.md).
+        verbs_device: the RDMA devices whose ports are rails: ``"mlx5_0"``, with one port ``"mlx5_0:2"``,
+            or several, ``"mlx5_0,mlx5_1:2"``. Each must have an active port; they are used alike, and
+            the first carries the messages. None: every active port (eight at most), of which chains
+            prefer those at the memory's NUMA node.
+        verbs_gid_index: which of each port's GIDs to use; None: by rule (docs/verbs.md).
     """
 
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -88,8 +90,8 @@ class EngineConfig:
             isinstance(self.verbs_device, str) and _VERBS_DEVICE.fullmatch(self.verbs_device)
         ):
             raise InvalidArgumentError(
-                f"verbs_device must be a device's name, with :PORT or without, "
-                f"not {self.verbs_device!r}"
+                f"verbs_device must be devices' names, each with :PORT or without, separated by "
+                f"commas, not {self.verbs_device!r}"
             )
         if self.verbs_gid_index is not None:
             _check_int("verbs_gid_index", self.verbs_gid_index, 0, 255)
