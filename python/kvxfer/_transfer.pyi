@@ -182,6 +182,7 @@ class TransportConfig:
     deadline_ns: int
     verbs_device: str
     verbs_gid_index: int
+    verbs_queue_pairs: int
     faults: str
     def __init__(self) -> None: ...
 

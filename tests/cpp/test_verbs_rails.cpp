@@ -485,6 +485,27 @@ TEST_CASE("rails: a side with one port has one rail, and says what is left over"
   c->close();
 }
 
+TEST_CASE("rails: two ports may be joined by several queue pairs, which fail together") {
+  TransportConfig config = impatient("fake0");
+  config.verbs_queue_pairs = 3;
+  World w(config);
+  REQUIRE(w.writes().size() == 3);
+  REQUIRE(eventually([&] { return w.in_use(2); }));
+  finish(w.write());
+  finish(w.read());
+  CHECK(w.same());
+  for (const auto& carried : {w.writes(), w.reads()})
+    for (const auto& rail : carried) CHECK(rail.chains >= 1);
+  CHECK(total(w.writes()) == kBytes);
+  // One breaks, the others go on.
+  REQUIRE(fake_verbs_break_qp(w.writes()[2].puller) == 0);
+  finish(w.write());
+  REQUIRE(eventually([&] { return w.in_use(2); }));
+  CHECK(w.alive());
+  REQUIRE(fake_verbs_set_port("fake0", 1, 0) == 0);
+  CHECK(eventually([&] { return !w.alive(); }));
+}
+
 // The port of the second rail goes and comes all the time; what is done is right, what is quiet
 // stays so, and nothing is left behind.
 TEST_CASE("rails: one that flaps harms nobody") {

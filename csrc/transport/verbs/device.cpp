@@ -231,7 +231,8 @@ Registration::Registration(Devices devices, void* base, size_t nbytes, int acces
                            const std::string& what)
     : devices_(std::move(devices)) {
   for (const auto& device : devices_) {
-    if (device->is_lost()) continue;
+    // One that is there twice has several queue pairs.
+    if (device->is_lost() || lkeys_[device->index()] != 0) continue;
     mrs_.push_back(device->register_memory(base, nbytes, access, what));
     lkeys_[device->index()] = mrs_.back()->lkey;
     rkeys_[device->index()] = mrs_.back()->rkey;

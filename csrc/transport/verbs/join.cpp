@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a session is joined: who asks for what, and what both sides make of it.
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "common/clock.hpp"
@@ -41,10 +42,10 @@ struct ReplyHead {  // then the RailEnds; when refused, the reason as text
 
 bool has_sane_buffers(uint32_t n) { return n >= Channel::kMinBuffers && n <= Channel::kMaxBuffers; }
 
-std::string text_of_unpaired(const std::vector<PortPair>& pairs, size_t num_own, size_t num_peer) {
-  if (pairs.size() == num_own && pairs.size() == num_peer) return {};
-  return cat("\n    in no rail: ", num_own - pairs.size(), " port(s) of ours, ",
-             num_peer - pairs.size(), " of the peer's");
+std::string text_of_unpaired(size_t num_pairs, size_t num_own, size_t num_peer) {
+  if (num_pairs == num_own && num_pairs == num_peer) return {};
+  return cat("\n    in no rail: ", num_own - num_pairs, " port(s) of ours, ", num_peer - num_pairs,
+             " of the peer's");
 }
 
 // Why the peer refused, or empty. What it has to say otherwise goes into `reply`.
@@ -77,18 +78,23 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
   if (!reader.finished()) return "a malformed offer";
   std::string reason;
   const std::vector<PortAddress> own = own_addresses();
-  const auto pairs = pair_ports(own, remote, config_.verbs_gid_index, reason);
+  auto pairs = pair_ports(own, remote, config_.verbs_gid_index, reason);
   if (pairs.empty()) return reason;
+  const std::string unpaired = text_of_unpaired(pairs.size(), own.size(), remote.size());
+  // Further queue pairs of two ports are rails like others, behind one for each pair.
+  const size_t num_pairs = pairs.size();
+  while (pairs.size() < std::min(num_pairs * config_.verbs_queue_pairs, kMaxRails))
+    pairs.push_back(pairs[pairs.size() - num_pairs]);
 
   Devices devices;
   std::vector<Route> routes;
   for (const PortPair& pair : pairs) {
     devices.push_back(devices_[pair.local]);
-    routes.push_back(route_to(*devices.back(), pair.path, remote[pair.remote], pairs.size()));
+    routes.push_back(route_to(*devices.back(), pair.path, remote[pair.remote], num_pairs));
   }
   auto connection =
       std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(), memory_);
-  connection->note_unpaired(text_of_unpaired(pairs, own.size(), remote.size()));
+  connection->note_unpaired(unpaired);
   const Ends ends = connection->ends();
   Bytes question;
   Writer writer(question);
@@ -172,7 +178,7 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
   if (auto why = unusable(); !why.empty()) return why;
   const auto head = question.get<JoinHead>();
   if (!question.ok() || !has_sane_buffers(head.num_buffers) || head.num_rails == 0 ||
-      head.num_rails > devices_.size() || halves_.contains(session.id))
+      head.num_rails > kMaxRails || halves_.contains(session.id))
     return "a malformed join";
   const std::vector<PortAddress> own = own_addresses();
   Ends theirs{head.control, head.num_buffers, head.word, {}};
@@ -182,9 +188,7 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
   for (uint32_t i = 0; i < head.num_rails; ++i) {
     const auto rail = question.get<JoinRail>();
     const auto remote = decode_address(question);
-    if (!remote || rail.port >= devices_.size() ||
-        std::ranges::find(pairs, rail.port, &PortPair::local) != pairs.end())
-      return "a malformed join";
+    if (!remote || rail.port >= devices_.size()) return "a malformed join";
     if (!devices_[rail.port]->is_up())
       return cat(devices_[rail.port]->name(), " has gone down since it was offered");
     Path path;
@@ -205,12 +209,12 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
     pairs.push_back({rail.port, i, std::move(path)});
   }
   if (!question.finished()) return "a malformed join";
+  const size_t num_ports = std::set<std::shared_ptr<Device>>(devices.begin(), devices.end()).size();
   std::vector<Route> routes;
   for (size_t i = 0; i < pairs.size(); ++i)
-    routes.push_back(route_to(*devices[i], pairs[i].path, remotes[i], pairs.size()));
+    routes.push_back(route_to(*devices[i], pairs[i].path, remotes[i], num_ports));
   auto connection =
       std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(), memory_);
-  connection->note_unpaired(text_of_unpaired(pairs, own.size(), pairs.size()));
   connection->connect(routes, route_to(*devices[0], pairs[0].path, remotes[0], 1), theirs,
                       session.peer.incarnation);
   const Ends ends = connection->ends();

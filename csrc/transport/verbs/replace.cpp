@@ -236,7 +236,7 @@ bool VerbsConnection::on_queue_pair_event(const Device& device, uint32_t number,
     } else if (rail->source && rail->source->qp_num == number) {
       if (rail->serving) replace_source(*rail);
     } else {
-      return false;
+      continue;
     }
     return true;
   }

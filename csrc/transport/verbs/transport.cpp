@@ -104,7 +104,7 @@ Bytes VerbsTransport::offer() const {
 }
 
 Route VerbsTransport::route_to(const Device& device, const Path& path, const PortAddress& remote,
-                               size_t num_rails) const {
+                               size_t num_ports) const {
   Route route;
   route.path = path;
   route.remote_lid = remote.lid;
@@ -113,7 +113,7 @@ Route VerbsTransport::route_to(const Device& device, const Path& path, const Por
   route.retry_count = kRetries;
   // Where others can go on, a rail that does not answer is given up while there is time for it.
   route.timeout =
-      timeout_for(num_rails > 1 ? config_.deadline_ns / 4 : config_.deadline_ns, kRetries);
+      timeout_for(num_ports > 1 ? config_.deadline_ns / 4 : config_.deadline_ns, kRetries);
   return route;
 }
 

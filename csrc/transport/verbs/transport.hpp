@@ -44,7 +44,7 @@ class VerbsTransport final : public Transport {
     Reactor::TimerId timer;
   };
   Route route_to(const Device& device, const Path& path, const PortAddress& remote,
-                 size_t num_rails) const;
+                 size_t num_ports) const;
   // By Device::index(); without anything where it cannot be used now.
   std::vector<PortAddress> own_addresses() const;
   std::string unusable() const;  // why no new connection can be made; or empty
