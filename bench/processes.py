@@ -70,7 +70,7 @@ def wait_behind_others_ns(
         ran_before, waited_before = before.get(tid, (0, 0))
         spent[tid] = ran - ran_before, waited - waited_before
     total = sum(ran for ran, _ in spent.values())
-    return max((waited - (total - ran) for ran, waited in spent.values()), default=0)
+    return max(0, *(waited - (total - ran) for ran, waited in spent.values()))
 
 
 class Stopwatch:
@@ -104,7 +104,7 @@ class Stopwatch:
             return
         cpu = sum(map(cpu_seconds, self.pids)) - self._cpu
         worst = max(wait_behind_others_ns(self._before[pid], schedule_ns(pid)) for pid in self.pids)
-        self.sample = Sample(seconds, cpu, max(worst, 0) / 1e9 / seconds)
+        self.sample = Sample(seconds, cpu, worst / 1e9 / seconds)
 
 
 def cpu_sides(per_side: int = 1) -> tuple[set[int], set[int]] | None:

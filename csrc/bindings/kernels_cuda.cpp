@@ -267,5 +267,6 @@ PYBIND11_MODULE(_kernels_cuda, m) {
   register_decode(m);
   register_merge(m);
   m.def("device_count", &cuda::device_count);
+  m.def("reach_peer", &cuda::reach_peer, py::arg("device"), py::arg("peer"));
   m.attr("MAX_PARTS") = cuda::kMaxParts;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/overlap.hpp"
+#include "engine/span_pool.hpp"
 #include "transport/transport.hpp"
 
 namespace kvxfer {
@@ -36,6 +37,7 @@ struct Expanded {
 class SpanBuilder {
  public:
   SpanBuilder(Expanded& out, size_t most) : out_(out) {
+    out.spans = SpanPool::shared().take(most);
     out.spans.resize(most);
     begin_ = at_ = out.spans.data();
   }

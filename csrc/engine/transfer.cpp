@@ -7,6 +7,7 @@
 #include <cerrno>
 
 #include "engine/engine.hpp"
+#include "engine/span_pool.hpp"
 
 namespace kvxfer {
 
@@ -27,6 +28,8 @@ std::vector<uint64_t> Watch::take() {
   [[maybe_unused]] const ssize_t n = ::read(event_.get(), &count, sizeof count);
   return std::exchange(ended_, {});
 }
+
+Transfer::~Transfer() { SpanPool::shared().give(std::move(spans)); }
 
 Woken Transfer::wait(int64_t deadline_ns) noexcept {
   // First a short look on this very thread, which spares the wake-ups of two.

@@ -36,6 +36,8 @@ class Watch {
 };
 
 struct Transfer final : Request {
+  ~Transfer() override;
+
   // Written by the thread that ends it, before `state`; read by whoever has seen a terminal state.
   Failure failure;
   std::string message;

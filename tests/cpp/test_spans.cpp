@@ -317,3 +317,32 @@ TEST_CASE("random block requests agree with a byte-by-byte oracle") {
   CHECK(refused > 100);
   CHECK(taken > 100);
 }
+
+TEST_CASE("lists of large requests are used again, and no more is kept than was said") {
+  SpanPool pool;
+  const auto room = [&pool](size_t n) { return pool.take(n).capacity(); };
+
+  std::vector<Span> list(SpanPool::kLeast);
+  const Span* where = list.data();
+  pool.give(std::move(list));
+  CHECK(room(SpanPool::kLeast - 1) == 0);  // the allocator's own affair
+  CHECK(room(SpanPool::kLeast + 1) == 0);  // too short
+  CHECK(pool.take(SpanPool::kLeast).data() == where);
+  CHECK(room(SpanPool::kLeast) == 0);  // it is out
+
+  // When all places are taken, longer lists drive out the shortest.
+  for (size_t i = 0; i < SpanPool::kMostLists; ++i)
+    pool.give(std::vector<Span>(SpanPool::kLeast + i));
+  pool.give(std::vector<Span>(SpanPool::kLeast));
+  pool.give(std::vector<Span>(2 * SpanPool::kLeast));
+  size_t kept = 0;
+  while (room(SpanPool::kLeast + 1) != 0) ++kept;
+  CHECK(kept == SpanPool::kMostLists);
+
+  pool.give(std::vector<Span>(SpanPool::kMostSpans + 1));
+  CHECK(room(SpanPool::kMostSpans) == 0);
+  for (int i = 0; i < 3; ++i) pool.give(std::vector<Span>(SpanPool::kMostSpans / 2));
+  CHECK(room(SpanPool::kLeast) != 0);
+  CHECK(room(SpanPool::kLeast) != 0);
+  CHECK(room(SpanPool::kLeast) == 0);
+}

@@ -7,6 +7,7 @@ What this cannot show is the kernel itself, which needs a GPU; its index walk is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from types import SimpleNamespace
 from typing import Any
@@ -186,3 +187,47 @@ def test_an_unplanned_decode_is_split_by_batch_and_device(
 
 def test_the_reason_for_no_cuda_is_given() -> None:
     assert _cuda.unavailable("append_kv", "cpu")
+
+
+def sides_on(src_device: str, dst_device: str) -> tuple[Side, Side]:
+    layout = KVLayout.from_order(
+        "LKBNHC", num_layers=1, num_blocks=2, block_size=4, num_kv_heads=1, head_dim=8, dtype="float16"
+    )  # fmt: skip
+    sides = [Side(name, layout, np.zeros(layout.nbytes, np.uint8)) for name in ("src", "dst")]
+    sides[0].device, sides[1].device = src_device, dst_device
+    return sides[0], sides[1]
+
+
+def test_a_copy_to_another_gpu_runs_on_the_sources_and_is_given_access_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    reached, launched = [], []
+    native = SimpleNamespace(
+        reach_peer=lambda device, peer: reached.append((device, peer)),
+        copy_rows=lambda *_, **how: launched.append(how),
+        CopyPart=lambda *_: None,
+        INLINE_TABLES=1 << 20,
+        MAX_PARTS=16,
+    )
+    monkeypatch.setattr(_cuda, "native", native)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    _cuda._reach.cache_clear()
+    try:
+        for src, dst in [("cuda:2", "cuda:1"), ("cuda:2", "cuda:1"), ("cuda:1", "cuda:1")]:
+            job = make_job(*sides_on(src, dst), [0, 1], [1, 0], num_tokens=None, first_token=0, layers=None)  # fmt: skip
+            assert job.device == src
+            _cuda.copy_blocks(job)
+        assert reached == [(2, 1)]
+        assert [how["stream"] for how in launched] == [7, 7, 7]
+    finally:
+        _cuda._reach.cache_clear()
+
+
+def test_a_copy_between_a_gpu_and_ordinary_host_memory_is_refused() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(
+        InvalidArgumentError, match="of another GPU, or pinned host memory on one side, given cpu"
+    ):
+        make_job(*sides_on("cuda:0", "cpu"), [0], [1], num_tokens=None, first_token=0, layers=None)

@@ -435,6 +435,26 @@ class Checks:
         kernels.copy_blocks(host, pinned, device, back, ids, list(range(40)), backend="cuda")
         assert torch.equal(back.cpu(), memory)
 
+    def another_gpu(self) -> None:
+        """A copy into memory of a second GPU, where there is one and it can be reached, gives the same bytes."""
+        if self.backend != "cuda" or torch.cuda.device_count() < 2:
+            return
+        other = torch.device("cuda", 1 - (self.device.index or 0))
+        if not torch.cuda.can_device_access_peer(self.device.index or 0, other.index):
+            return
+        layout = KVLayout.from_order(
+            "LKBNHC", num_layers=2, num_blocks=40, block_size=16, num_kv_heads=2, head_dim=64,
+            dtype="bfloat16",
+        )  # fmt: skip
+        memory = torch.randint(0, 256, (layout.nbytes,), generator=self.generator).to(torch.uint8)
+        src, dst = memory.to(self.device), torch.zeros_like(memory, device=other)
+        ids = torch.randperm(40, generator=self.generator).tolist()
+        kernels.copy_blocks(layout, src, layout, dst, list(range(40)), ids, backend="cuda")
+        torch.cuda.synchronize(self.device)
+        want = torch.zeros_like(memory)
+        kernels.copy_blocks(layout, memory, layout, want, list(range(40)), ids, backend="reference")
+        assert torch.equal(dst.cpu(), want)
+
     def compiled(self) -> None:
         """A decode step of operators, compiled whole by torch.compile and captured, gives what plain calls give."""
         if self.device.type != "cuda" or self.backend != "cuda" or self.quick:

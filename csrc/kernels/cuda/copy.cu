@@ -77,13 +77,4 @@ uint64_t capture_id(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-int device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();  // no driver is an answer, not an error to keep
-    return 0;
-  }
-  return count;
-}
-
 }  // namespace kvxfer::kernels::cuda

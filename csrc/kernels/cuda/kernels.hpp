@@ -131,6 +131,9 @@ void copy_rows(const Copy& params, cudaStream_t stream);
 // Where a copy's tables are when they lie in a row from `at` on; its counts are set.
 void place_tables(Copy& params, const void* at);
 int device_count();  // 0 also where there is no driver
+// Lets `device`, which is the current one, read and write memory that cudaMalloc gave on `peer`.
+// Throws kUnavailable where nothing joins the two.
+void reach_peer(int device, int peer);
 uint64_t capture_id(
     cudaStream_t stream);  // of the graph that the stream is being captured into, or 0
 

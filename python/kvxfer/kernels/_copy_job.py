@@ -48,7 +48,7 @@ class CopyJob:
     dst: Side
     blocks: BlockLists
     max_ctas: int
-    device: str  # where it runs; one side may be host memory that this device reaches
+    device: str  # where it runs; one side may be other memory that this device reaches
 
     @cached_property
     def segments(self) -> npt.NDArray[np.int64]:
@@ -112,12 +112,14 @@ def make_job(
 
 
 def _device_of_both(src: Side, dst: Side) -> str:
-    """A GPU reaches host memory that is pinned, and nothing else that is not its own."""
+    """A GPU reaches host memory that is pinned, and memory of GPUs that it is joined to."""
+    if src.device.startswith("cuda") and dst.device.startswith("cuda"):
+        return src.device  # stores go out over the link and are forgotten, loads are waited for
     for gpu, host in ((src, dst), (dst, src)):
         if gpu.device.startswith("cuda") and host.device == "cpu" and _is_pinned(host):
             return gpu.device
     raise InvalidArgumentError(
-        f"dst: expected memory on {src.device} like src, or pinned host memory on one side, given {dst.device}"
+        f"dst: expected memory on {src.device} like src, of another GPU, or pinned host memory on one side, given {dst.device}"
     )
 
 

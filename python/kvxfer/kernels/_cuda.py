@@ -8,10 +8,10 @@ that (it waits for the device): an id out of range is the caller's fault there.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ TAKES_NUMPY = False
 CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3")
 SCALES = True  # fixed ones, in copies
 PLANS = True
-REACHES_HOST = True  # pinned memory, in copies
+REACHES_OTHERS = True  # pinned host memory and memory of other GPUs, in copies
 
 # The tables of copies that CUDA graphs hold: a replay reads them again, and nobody says when the last one was.
 _kept: list[Array] = []
@@ -185,6 +185,8 @@ def copy_blocks(job: CopyJob) -> None:
     device = torch.device(job.device)
     bases, segments = job.bases, job.segments.tobytes()
     with torch.cuda.device(device):
+        if job.dst.device not in (job.device, "cpu"):
+            _reach(device.index, torch.device(job.dst.device).index)
         stream = torch.cuda.current_stream().cuda_stream
         for launch in job.route.once(plan_launches):
             chosen = bases[launch.chosen]
@@ -208,6 +210,11 @@ def copy_blocks(job: CopyJob) -> None:
             )
 
 
+@functools.cache
+def _reach(device: int, peer: int) -> None:
+    native.reach_peer(device, peer)
+
+
 def _upload(table: bytes, device: Any) -> Array:
     torch = sys.modules["torch"]
     host = torch.frombuffer(bytearray(table), dtype=torch.uint8)
@@ -227,7 +234,7 @@ class Launch:
     grain: int  # the largest power of two, up to 16, that divides all strides and widths in bytes
     factors: bytes  # float32 [parts, layers, heads, 2]; none where nothing is scaled
 
-    @cached_property
+    @functools.cached_property
     def parts(self) -> list[Any]:
         return [native.CopyPart(*row) for row in self.rows]
 

@@ -140,7 +140,9 @@ def copy_blocks(
         src_layout, dst_layout: ``KVLayout`` of each side; the heads and layers that both hold are copied.
         src, dst: the memory: one contiguous array, or several that form one linear offset space in the order
             given (as in ``engine.register``). May be one cache under one layout, with disjoint blocks. On a GPU
-            one side may be pinned host memory: the kernel then reads or writes it across the bus.
+            one side may be pinned host memory, which the kernel then reads or writes across the bus; and ``dst``
+            may be memory (of ``cudaMalloc``, as torch's is) of another GPU that the source's reaches. It runs on the
+            source's GPU, in its current stream: what uses ``dst`` on the other one waits for an event of that stream.
         src_blocks, dst_blocks: block ids, indexed from token 0 of the sequence; a destination id of -1 skips
             its tokens.
         num_tokens, first_token: tokens ``[first_token, num_tokens)`` are copied; None: all that both hold.
@@ -151,6 +153,7 @@ def copy_blocks(
     Raises:
         LayoutError: the layouts cannot be mapped; names the field.
         InvalidArgumentError: a block id out of range or repeated, a list too short, an overlap; nothing copied.
+        UnavailableError: no backend runs it here, with the reason; or the two GPUs do not reach each other.
     """
     a, b = Side("src", src_layout, src), Side("dst", dst_layout, dst)
     _run(a, b, src_blocks, dst_blocks, num_tokens, first_token, layers, None, max_ctas, backend)
@@ -247,8 +250,8 @@ def _run(
         cache_dtype=job.route.cache_dtype,
         scaled=job.route.scaled,
     )
-    if src.device != dst.device and not getattr(module, "REACHES_HOST", False):
-        reason = "only the cuda kernel copies between a device and pinned host memory"
+    if src.device != dst.device and not getattr(module, "REACHES_OTHERS", False):
+        reason = "only the cuda kernel copies between two GPUs, or a GPU and pinned host memory"
         raise UnavailableError(f"copy_blocks: {reason}", reason=reason)
     for array in dst.arrays:
         if isinstance(array, np.ndarray) and not array.flags.writeable:

@@ -7,12 +7,29 @@
 #include <cstdint>
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorPeerAccessAlreadyEnabled = 704
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// What the calls about a second device answer; tests set it.
+inline struct {
+  int can = 1;
+  cudaError_t enabled = cudaSuccess;
+  int num_enabled = 0, num_forgotten = 0;
+} shim_peers;
+inline cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  return *can = shim_peers.can, cudaSuccess;
+}
+inline cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) {
+  return ++shim_peers.num_enabled, shim_peers.enabled;
+}
+
+inline cudaError_t cudaGetLastError() { return ++shim_peers.num_forgotten, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
