@@ -135,7 +135,7 @@ std::shared_ptr<Device> Device::open(ibv_device* of, uint8_t port, int& num_port
   return device;
 }
 
-Devices Device::open_all(const std::string& wanted, std::string& reason) {
+Devices Device::open_all(const std::string& wanted, Refusal refusal, std::string& reason) {
   // A look at sysfs first: most machines have no such device, and need not load the library.
   if (std::getenv("KVXFER_LIBIBVERBS") == nullptr) {
     std::error_code none;
@@ -163,7 +163,8 @@ Devices Device::open_all(const std::string& wanted, std::string& reason) {
          port <= (wanted_port > 0 ? wanted_port : num_ports) && out.size() < kMaxRails; ++port) {
       std::string why;
       auto opened = open(device, static_cast<uint8_t>(port), num_ports, why);
-      if (!opened) {
+      if (opened) why = refusal(*opened);
+      if (!why.empty()) {
         note(why);
         continue;
       }

@@ -25,8 +25,10 @@ class Device {
  public:
   // Every active port, kMaxRails at most; or those that `wanted` names: "mlx5_0" (all its ports),
   // "mlx5_0:2", several separated by commas, each of which must have one. Empty, with the reason
-  // naming what was looked at, when there is none.
-  static Devices open_all(const std::string& wanted, std::string& reason);
+  // naming what was looked at, when there is none. `refusal`: what else speaks against one; or
+  // empty.
+  using Refusal = std::string (*)(const Device&);
+  static Devices open_all(const std::string& wanted, Refusal refusal, std::string& reason);
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;

@@ -58,13 +58,14 @@ bool Incoming::pull_again() {
 bool Incoming::pull_one() {
   if (!again_.empty() && pull_again()) return true;
   for (auto it = pulling_.begin(); it != pulling_.end(); ++it) {
-    const JobPtr job = *it;
-    const bool stopped = find(job->ticket) != job;  // since it was queued
+    const Job& next = **it;
+    const bool stopped = find(next.ticket) != *it;  // since it was queued
     // A retry is not overtaken by its dead predecessor: as long as a READ of a request that was
     // stopped may still store, on whatever rail, no other begins. The abort came before the retry.
-    if (!stopped && !job->begun && held_back()) continue;
-    Rail* const rail = stopped ? nullptr : rails_.pick(job->memory->node());
+    if (!stopped && !next.begun && held_back()) continue;
+    Rail* const rail = stopped ? nullptr : rails_.pick(next.memory->node());
     if (!stopped && rail == nullptr) continue;
+    const JobPtr job = *it;
     pulling_.erase(it);
     job->queued = false;
     if (stopped) return true;

@@ -13,6 +13,12 @@
 namespace kvxfer::verbs {
 namespace {
 constexpr uint8_t kRetries = 7;  // the most that the encoding has
+
+std::string refusal_of(const Device& device) {
+  if (Channel::num_buffers(device) > 0 && PullQueue::depth(device) > 0) return {};
+  return cat(device.name(), " has send queues of ", device.limits().max_qp_wr,
+             " work requests, which are too short");
+}
 }  // namespace
 
 struct VerbsTransport::EventHandler final : FdHandler {
@@ -25,12 +31,8 @@ struct VerbsTransport::EventHandler final : FdHandler {
 std::optional<std::string> VerbsTransport::probe() const {
   if (!devices_.empty()) return {};
   std::string reason;
-  Devices devices = Device::open_all(config_.verbs_device, reason);
+  Devices devices = Device::open_all(config_.verbs_device, refusal_of, reason);
   if (devices.empty()) return reason;
-  for (const auto& device : devices)
-    if (Channel::num_buffers(*device) == 0 || PullQueue::depth(*device) == 0)
-      return cat(device->name(), " has send queues of ", device->limits().max_qp_wr,
-                 " work requests, which are too short");
   word_ = std::make_unique<Word>();
   try {
     word_registration_ = std::make_unique<Registration>(
@@ -66,6 +68,15 @@ void VerbsTransport::stop() noexcept {
   halves_.clear();
   memory_.clear();
   word_registration_.reset();
+}
+
+void VerbsTransport::expose(const std::shared_ptr<Region>& region) {
+  memory_.add(*region);
+  if (devices_.size() == 1 || !config_.verbs_device.empty()) return;  // nothing to choose from
+  const int node = memory_.find(region->id)->node();
+  region->backing.text +=
+      cat(region->backing.text.empty() ? "" : "; ", "verbs prefers NICs at its NUMA node, ",
+          node < 0 ? "which is unknown: all are alike" : cat(node));
 }
 
 std::vector<PortAddress> VerbsTransport::own_addresses() const {

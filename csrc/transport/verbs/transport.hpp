@@ -30,7 +30,7 @@ class VerbsTransport final : public Transport {
   std::optional<std::string> attach(const Session& session, ByteView offer,
                                     int64_t deadline_ns) override;
   Bytes answer(const Session& session, ByteView question) override;
-  void expose(const std::shared_ptr<Region>& region) override { memory_.add(*region); }
+  void expose(const std::shared_ptr<Region>& region) override;
   void withdraw(Region& region) noexcept override { memory_.remove(region.id); }
 
  private:
