@@ -255,8 +255,10 @@ void VerbsConnection::deliver(Rail& rail, ChunkPtr chunk, ibv_wc_status status) 
   const bool is_write = chunk->job != nullptr;
   if (status == IBV_WC_SUCCESS) {
     rail.num_breaks = 0;
-    rail.num_chains.fetch_add(1, std::memory_order_relaxed);
-    rail.num_bytes.fetch_add(chunk->nbytes(), std::memory_order_relaxed);
+    if (!chunk->words) {
+      rail.num_chains.fetch_add(1, std::memory_order_relaxed);
+      rail.num_bytes.fetch_add(chunk->nbytes(), std::memory_order_relaxed);
+    }
   }
   if (!is_dead() && (status == IBV_WC_SUCCESS || is_requests_own(status))) {
     std::optional<Failure> failure;
