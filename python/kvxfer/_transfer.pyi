@@ -16,6 +16,7 @@ def scattered_copy(
     destination_offsets: _Offsets,
     source_offsets: _Offsets,
     nbytes: int,
+    non_temporal: bool = False,
 ) -> None: ...
 def memory_round_trips(
     shared: Any, *, first: bool, rounds: int, timeout_s: float

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
 if(KVXFER_TEST_HOOKS)
-  add_executable(test_hooks test_hooks.cpp main.cpp)
+  add_executable(test_hooks test_hooks.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_hooks PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_hooks PRIVATE kvxfer_engine)
   foreach(way "tcp" "shm" "shm never" "shm pool")

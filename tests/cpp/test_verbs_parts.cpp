@@ -129,12 +129,12 @@ TEST_CASE("addresses: decode after encode is the same, and lengths are checked")
 TEST_CASE("retries end within half of the deadline") {
   for (const int64_t deadline_ns :
        {int64_t{100'000'000}, int64_t{1'000'000'000}, int64_t{30'000'000'000}}) {
-    const uint8_t timeout = timeout_for(deadline_ns, 7);
-    CHECK((int64_t{4096} << timeout) * 7 <= deadline_ns / 2);
-    CHECK((int64_t{4096} << (timeout + 1)) * 7 > deadline_ns / 2);
+    const uint8_t timeout = timeout_for(deadline_ns, 6);
+    CHECK((int64_t{4096} << timeout) * 6 <= deadline_ns / 2);
+    CHECK((int64_t{4096} << (timeout + 1)) * 6 > deadline_ns / 2);
   }
-  CHECK(timeout_for(1, 7) == 8);  // sooner, a busy host would be taken for a lost one
-  CHECK(timeout_for(kNever, 7) == 20);
+  CHECK(timeout_for(1, 6) == 8);  // sooner, a busy host would be taken for a lost one
+  CHECK(timeout_for(kNever, 6) == 20);
 }
 
 TEST_CASE("chains: contiguous pieces share a READ, the chain is bounded") {

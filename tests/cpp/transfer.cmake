@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
 add_executable(test_transfer test_common.cpp test_wire.cpp test_spans.cpp test_engine_pair.cpp test_parked.cpp
-               main.cpp)
+               $<TARGET_OBJECTS:doctest_main>)
 target_include_directories(test_transfer PRIVATE ${DOCTEST_INCLUDE_DIR})
 target_link_libraries(test_transfer PRIVATE kvxfer_engine)
 add_test(NAME transfer COMMAND test_transfer)

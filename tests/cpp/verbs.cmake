@@ -20,7 +20,7 @@ if(KVXFER_WITH_VERBS)
   set_tests_properties(transfer_verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
   add_executable(test_verbs ${CMAKE_CURRENT_LIST_DIR}/test_verbs.cpp
-                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp ${CMAKE_CURRENT_LIST_DIR}/main.cpp)
+                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs COMMAND test_verbs)
@@ -29,7 +29,7 @@ if(KVXFER_WITH_VERBS)
   add_test(NAME verbs_two_rails COMMAND test_verbs "-tce=*port that goes down ends*")
   set_tests_properties(verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
-  add_executable(test_verbs_rails ${CMAKE_CURRENT_LIST_DIR}/test_verbs_rails.cpp ${CMAKE_CURRENT_LIST_DIR}/main.cpp)
+  add_executable(test_verbs_rails ${CMAKE_CURRENT_LIST_DIR}/test_verbs_rails.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs_rails SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs_rails PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs_rails COMMAND test_verbs_rails)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Whole engines over software NICs on which everything goes wrong that can.
 if(TARGET fake_verbs AND KVXFER_WITH_VERBS)
-  add_executable(test_verbs_faults ${CMAKE_CURRENT_LIST_DIR}/test_verbs_faults.cpp ${CMAKE_CURRENT_LIST_DIR}/main.cpp)
+  add_executable(test_verbs_faults ${CMAKE_CURRENT_LIST_DIR}/test_verbs_faults.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs_faults SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs_faults PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs_faults COMMAND test_verbs_faults)

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +26,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def guest() -> Guest:
-    """Runs ``run OPTIONS COMMAND``, where its packages are in the cache: a test suite fetches nothing."""
+    """Runs ``run OPTIONS COMMAND``, where its packages are in the cache: a test suite fetches nothing.
+
+    All runs together take no longer than ``KVXFER_VM_BUDGET_S``: the last one then ends at its time limit and
+    prints the guest's console.
+    """
     if not vm_packages.is_prepared(vm_packages.cache_folder()):
         pytest.skip(
             f"no packages for the virtual machine in {vm_packages.cache_folder()}: "
             "`tests/rdma_vm/run --prepare` fetches them (90 MB), or says why it cannot"
         )
-    return in_guest
+    end = time.monotonic() + float(os.environ.get("KVXFER_VM_BUDGET_S", "inf"))
+
+    def within_the_budget(
+        *arguments: str | Path, timeout_s: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        left = end - time.monotonic()
+        if left < 1:
+            pytest.fail(f"KVXFER_VM_BUDGET_S={os.environ['KVXFER_VM_BUDGET_S']} is spent")
+        return in_guest(*arguments, timeout_s=min(timeout_s, left))
+
+    return within_the_budget

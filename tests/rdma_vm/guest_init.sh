@@ -82,6 +82,19 @@ if [ "$netem" ]; then
   done
 fi
 
+# Shortly before the host's time limit: what still runs and what the devices count, which the host then prints.
+last_words() {
+  read -r up _ </proc/uptime
+  sleep $((speak_after - ${up%%.*}))
+  echo "guest: its time is nearly up; still running:"
+  ps -o pid,stat,args | grep -v ' \[.*\]$'
+  inside rdma resource show qp
+  for count in /sys/class/infiniband/*/ports/1/hw_counters/*; do
+    [ "$(cat "$count")" = 0 ] || echo "$count $(cat "$count")"
+  done
+}
+if [ "$speak_after" ]; then last_words & fi
+
 # A virtio port can be opened once, but a command may open /dev/stdout again: it gets pipes. Whatever it leaves behind
 # is ended, or the pipes would stay open; the two relays end by themselves, once all is through.
 for port in /sys/class/virtio-ports/*; do

@@ -56,6 +56,14 @@ def test_err_flushes_and_reset_does_not(facts: dict[str, str]) -> None:
     assert facts["16 outstanding writes, then RESET"] == "0 completions"
 
 
+def test_six_retries_end_and_seven_do_not(facts: dict[str, str]) -> None:
+    """Why the transport asks for six."""
+    assert (
+        facts["the same with 6 retries of 17 ms, within 3 s"] == "transport retry counter exceeded"
+    )
+    assert facts["the same with 7 retries of 17 ms, within 3 s"] == "no completion"
+
+
 def test_the_stored_facts_name_what_is_asked(facts: dict[str, str]) -> None:
     stored = json.loads(STORED.read_text())
     assert list(stored["one_device"]) == list(facts)

@@ -22,6 +22,7 @@ TIMED_OUT = 124
 FAILED = 125
 # tsc=reliable: else the guest turns to a clock that costs an emulated device access a reading.
 _KERNEL_COMMAND_LINE = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable"
+_LAST_LINES = 60  # of the console, where the command did not end
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,16 @@ def _boot(run: Run, ready: Path, files: Path) -> int:
         sys.stderr.write(console)
     if said.strip().isdigit():
         return int(said)
-    if timed_out:
-        print(f"rdma-vm: stopped at its time limit of {run.timeout_s:g} s", file=sys.stderr)
-        return TIMED_OUT
     sys.stderr.write((files / "qemu").read_text(errors="replace"))
-    sys.stderr.write("".join(console.splitlines(keepends=True)[-30:]))
+    if not run.kernel_log:
+        sys.stderr.write("".join(console.splitlines(keepends=True)[-_LAST_LINES:]))
+    if timed_out:
+        print(
+            f"rdma-vm: stopped at its time limit of {run.timeout_s:g} s; "
+            "its last console lines are above",
+            file=sys.stderr,
+        )
+        return TIMED_OUT
     print(
         f"rdma-vm: the guest ended before the command did (QEMU's exit code {qemu.returncode}); "
         "its last console lines are above",
@@ -168,6 +174,8 @@ def _initial_files(run: Run, ready: Path) -> bytes:
         "netem": run.netem,
         "mtu": str(run.mtu),
         "modules": " ".join(modules),
+        # The guest's clock begins when it boots, a second or two late, and its last words take as long.
+        "speak_after": f"{run.timeout_s - 10:.0f}" if run.timeout_s >= 30 else "",
     }
     environment = {
         **os.environ,

@@ -24,7 +24,7 @@ from kvxfer.transfer import TransferEngine
 engine = TransferEngine("parent", secret=b"a secret for tests", transports=(sys.argv[2],))
 size = 8 << 20
 region = engine.allocate(size, "kv")
-peer = engine.connect(sys.argv[1])
+peer = engine.connect(sys.argv[1], timeout_s=60)
 remote = peer.regions["kv"]
 lease = engine.grant(region, 0, 10, ttl_s=60, num_arrivals=1)
 xfers = [engine.write(region, remote, 0, 0, size) for _ in range(20)]
@@ -70,7 +70,7 @@ if pid == 0:
     engine.close()
     with TransferEngine("child", secret=b"a secret for tests", transports=(sys.argv[2],)) as own:
         mine = own.allocate(size, "kv")  # an engine of the child's own works
-        own.write(mine, own.connect(sys.argv[1]).regions["kv"], 0, 0, 100).wait(30)
+        own.write(mine, own.connect(sys.argv[1], timeout_s=60).regions["kv"], 0, 0, 100).wait(30)
         del engine, region, peer, remote, lease, xfers
     sys.exit(0)  # through all destructors
 _, status = os.waitpid(pid, 0)

@@ -4,6 +4,9 @@
 // and the same round trip through an engine, so that no interpreter stands in either.
 #include <poll.h>
 #include <sys/socket.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <atomic>
 #include <cerrno>
@@ -17,10 +20,23 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 namespace {
 
-// The bound of same-host transports: the same scattered copy inside one process.
+// Around the caches, where this processor can and the destination is aligned.
+void stream(std::byte* to, const std::byte* from, uint64_t nbytes) {
+  uint64_t i = 0;
+#if defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0)
+    for (; i + sizeof(__m128i) <= nbytes; i += sizeof(__m128i))
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  std::memcpy(to + i, from + i, nbytes - i);
+}
+
+// The bound of same-host transports and of block copies: the same scattered copy inside one
+// process.
 void scattered_copy(const py::object& destination, const py::object& source,
                     const py::object& destination_offsets, const py::object& source_offsets,
-                    uint64_t nbytes) {
+                    uint64_t nbytes, bool non_temporal) {
   empty_graveyard();
   Buffers to = take_buffers(destination), from = take_buffers(source);
   Offsets into("destination_offsets", destination_offsets), out("source_offsets", source_offsets);
@@ -35,7 +51,14 @@ void scattered_copy(const py::object& destination, const py::object& source,
         fail(Code::kInvalidArgument, "copy ", i, ": offset ", offset, " + ", nbytes,
              " is out of range");
   py::gil_scoped_release release;
-  for (size_t i = 0; i < a.size; ++i) std::memcpy(t.base + a[i], f.base + b[i], nbytes);
+  if (!non_temporal) {
+    for (size_t i = 0; i < a.size; ++i) std::memcpy(t.base + a[i], f.base + b[i], nbytes);
+    return;
+  }
+  for (size_t i = 0; i < a.size; ++i) stream(t.base + a[i], f.base + b[i], nbytes);
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 void check_time(int64_t deadline_ns) {
@@ -148,7 +171,8 @@ std::vector<double> notify_round_trips(EngineHandle& self, const PeerPtr& peer, 
 
 void register_bounds(py::module_& m) {
   m.def("scattered_copy", &scattered_copy, py::arg("destination"), py::arg("source"),
-        py::arg("destination_offsets"), py::arg("source_offsets"), py::arg("nbytes"));
+        py::arg("destination_offsets"), py::arg("source_offsets"), py::arg("nbytes"),
+        py::arg("non_temporal") = false);
   m.def("memory_round_trips", &memory_round_trips, py::arg("shared"), py::kw_only(),
         py::arg("first"), py::arg("rounds"), py::arg("timeout_s"));
   m.def("socket_round_trips", &socket_round_trips, py::arg("fd"), py::arg("nbytes"), py::kw_only(),

@@ -59,9 +59,12 @@ struct Loaded {
     find(api.event_type_str, "ibv_event_type_str", true);
     find(api.fork_init, "ibv_fork_init", false);
     find(api.query_gid_ex, "_ibv_query_gid_ex", false);
-    // Where the kernel copies pinned pages at a fork (5.12 on) this does nothing; elsewhere it
-    // keeps them out of children, whose writes would otherwise part us from what the NIC sees.
-    if (reason.empty() && api.fork_init != nullptr) (void)api.fork_init();
+    find(api.is_fork_initialized, "ibv_is_fork_initialized", false);
+    // Keeps pinned pages out of children, whose writes would otherwise part us from what the NIC
+    // sees. Not where the kernel copies such pages at a fork (5.12 on): a page is kept out with all
+    // that the heap has put beside the pinned bytes, and the child dies when it touches that.
+    const bool copied = api.is_fork_initialized != nullptr && api.is_fork_initialized() == 2;
+    if (reason.empty() && !copied && api.fork_init != nullptr) (void)api.fork_init();
   }
 };
 

@@ -47,6 +47,7 @@ struct Api {
   decltype(&::ibv_event_type_str) event_type_str;
   // May be null: older libraries do not have it.
   decltype(&::ibv_fork_init) fork_init;
+  int (*is_fork_initialized)();  // 2: the kernel copies pinned pages at a fork
   decltype(&::_ibv_query_gid_ex) query_gid_ex;
 };
 

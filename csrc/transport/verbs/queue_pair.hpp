@@ -21,7 +21,7 @@ struct Route {
   uint16_t remote_lid = 0;
   uint8_t mtu = IBV_MTU_1024;
   uint8_t timeout = 14;     // 4.096 us x 2^timeout before a packet is sent again
-  uint8_t retry_count = 7;  // so often
+  uint8_t retry_count = 6;  // so often
 };
 
 struct QpShape {

@@ -12,7 +12,7 @@
 
 namespace kvxfer::verbs {
 namespace {
-constexpr uint8_t kRetries = 7;  // the most that the encoding has
+constexpr uint8_t kRetries = 6;  // 7, the most there is, is "for ever" on Soft-RoCE
 
 std::string refusal_of(const Device& device) {
   if (Channel::num_buffers(device) > 0 && PullQueue::depth(device) > 0) return {};

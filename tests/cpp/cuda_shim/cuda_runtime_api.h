@@ -17,11 +17,12 @@ enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptur
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 // What the calls about a second device answer; tests set it.
-inline struct {
+struct ShimPeers {
   int can = 1;
   cudaError_t enabled = cudaSuccess;
   int num_enabled = 0, num_forgotten = 0;
-} shim_peers;
+};
+inline ShimPeers shim_peers;
 inline cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   return *can = shim_peers.can, cudaSuccess;
 }

@@ -81,6 +81,18 @@ void end_facts(World& world) {
             std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(took).count()) +
             " ms");
   }
+  for (const uint8_t retries : {6, 7}) {
+    Limits limits;
+    limits.timeout = 12;  // 17 ms
+    limits.retries = retries;
+    Pair pair(world, limits);
+    pair.target.to(IBV_QPS_ERR);
+    ibv_sge sge = from.sge(0, 4096);
+    ibv_send_wr request = write_of(&sge, 1, to.address(), to.mr->rkey);
+    pair.initiator.post(request);
+    say("the same with " + std::to_string(retries) + " retries of 17 ms, within 3 s",
+        pair.initiator.status(3000ms));
+  }
   {
     Pair pair(world);
     auto gone = std::make_unique<Memory>(world.there);
