@@ -3,6 +3,7 @@
 #include "bindings/buffer.hpp"
 
 #include <atomic>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -105,6 +106,11 @@ One take_buffer(const py::object& source, const std::string& what) {
   py::object view = py::reinterpret_steal<py::object>(raw);
   const Py_buffer* buffer = PyMemoryView_GET_BUFFER(raw);
   if (!PyBuffer_IsContiguous(buffer, 'C')) not_contiguous(what);
+  // A peer that wrote here would make up pointers for the interpreter.
+  if (buffer->format != nullptr && std::strchr(buffer->format, 'O') != nullptr)
+    raise(Code::kInvalidArgument, what +
+                                      " holds references to Python objects (dtype object), not "
+                                      "data; register an array of numbers");
   return {{static_cast<std::byte*>(buffer->buf), 0, static_cast<uint64_t>(buffer->len)},
           !buffer->readonly,
           std::move(view)};

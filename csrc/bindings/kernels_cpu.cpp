@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "bindings/errors.hpp"
+#include "bindings/gil.hpp"
 #include "common/error.hpp"
 #include "kernels/cpu/kernels.hpp"
 #include "kernels/cpu/thread_pool.hpp"
@@ -19,6 +20,7 @@ namespace py = pybind11;
 namespace cpu = kvxfer::kernels::cpu;
 using kvxfer::Code;
 using kvxfer::fail;
+using kvxfer::bindings::WithoutGil;
 using kvxfer::kernels::DType;
 using kvxfer::kernels::itemsize;
 
@@ -155,7 +157,7 @@ void append_kv(const py::array& key, const py::array& value, py::array& k_cache,
                int bytes_are) {
   const cpu::Append p = append_of(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale,
                                   k_scales, v_scales, bytes_are);
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   cpu::append_kv(p);
 }
 
@@ -172,7 +174,7 @@ struct AppendAgain {
     p.k.data = reinterpret_cast<void*>(k_cache);
     p.v.data = reinterpret_cast<void*>(v_cache);
     p.slots = reinterpret_cast<const int64_t*>(slot_mapping);
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     cpu::append_kv(p);
   }
 };
@@ -187,7 +189,7 @@ void paged_decode(const py::array& q, const py::array& k_cache, const py::array&
       attention_of(q, k_cache, v_cache, block_table, seq_lens, out, lse, sm_scale, v_scale,
                    window_left, logits_soft_cap, sinks, k_scales, v_scales, bytes_are);
   a.split_size = split_size;
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   cpu::paged_decode(a);
 }
 
@@ -203,7 +205,7 @@ void paged_prefill(const py::array& q, const py::array& k_cache, const py::array
                    window_left, logits_soft_cap, sinks, k_scales, v_scales, bytes_are);
   a.cu_seqlens_q = ints_of<int32_t>("cu_seqlens_q", cu_seqlens_q);
   a.causal = causal;
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   cpu::paged_prefill(a);
 }
 
@@ -221,7 +223,7 @@ void merge_states(const py::array& v_a, const py::array& lse_a, const py::array&
   m.num_rows = v_a.shape(0);
   m.num_heads = v_a.shape(1);
   m.head_dim = v_a.shape(2);
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   cpu::merge_states(m);
 }
 
@@ -260,7 +262,7 @@ void checksum_rows(const py::array_t<int64_t, py::array::c_style>& bases,
   p.end_token = tokens[1];
   p.first_head = heads[0];
   p.num_heads = heads[1];
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   cpu::checksum_rows(p);
 }
 
@@ -280,7 +282,7 @@ uint64_t read_blocks(const std::vector<py::array>& arrays,
       blocks.push_back(static_cast<const char*>(array.data()) + offset);
     }
   }
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   return cpu::read_blocks(blocks.data(), static_cast<int64_t>(blocks.size()), nbytes);
 }
 

@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/gil.hpp"
 #include "bindings/kernels_cpu.hpp"
 #include "common/error.hpp"
 #include "kernels/cpu/kernels.hpp"
@@ -89,7 +90,7 @@ class CopyRows {
     p.dst_pieces = dst_pieces.data();
     p.segments = segments.data();
     p.num_segments = static_cast<int64_t>(segments.size());
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     cpu::copy_rows(p);
   }
 

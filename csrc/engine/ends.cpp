@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "engine/engine.hpp"
+#include "transport/process_state.hpp"
 
 namespace kvxfer {
 namespace {
@@ -40,25 +41,36 @@ std::string describe(const Transfer& t, const Failure& failure, bool agreed, boo
   if (t.op != Op::kNotify)
     out += cat(" of ", t.spans.size(), " span(s), ", t.nbytes, " bytes, ",
                t.op == Op::kWrite ? "to" : "from", " region '", t.target->name, "'");
-  out += cat(" of peer '", who.name, "' (", who.address, ", incarnation ",
-             hex(who.incarnation).substr(0, 8), ")");
+  out += cat(t.op == Op::kNotify ? " to" : " of", " peer '", who.name, "' (", who.address,
+             ", incarnation ", hex(who.incarnation).substr(0, 8), ")");
   if (const char* name = t.transport.load()) out += cat(" over ", name);
   out += ": ";
   if (failure.span != kNoSpan) {
     out += cat("span ", failure.span, ": ");
-    if (failure.expected != 0 || failure.given != 0)
-      out += cat("expected at most ", failure.expected, ", given ", failure.given, ": ");
   }
+  if (failure.expected != 0 || failure.given != 0)
+    out += cat("expected at most ", failure.expected, ", given ", failure.given, ": ");
   out += failure.text;
   if (failure.err != 0) out += cat(" [errno ", failure.err, ", ", errno_text(failure.err), "]");
-  if (t.op != Op::kNotify)
-    out += cat("; ", t.nbytes_done.load(), " bytes are known to have landed");
+  if (const uint64_t landed = t.nbytes_done.load(); landed != 0)
+    out += cat("; ", landed, " bytes are known to have landed");
   if (!agreed) out += "; the peer may or may not have taken it";
   if (!quiesced) out += "; its local memory must not be reused before xfer.quiesced";
   return out + hint(failure.code, agreed);
 }
 
 }  // namespace
+
+// Of a transfer that was not sent.
+std::string Engine::why_it_waits(const Transfer& t) const {
+  if (t.state.load(std::memory_order_acquire) == State::kHeld)
+    return "what it waits for has not ended";
+  std::lock_guard lock(t.peer->mutex);
+  if (t.has_notify && !t.holds_credit && t.peer->credits == 0)
+    return cat("it was never sent: ", kNotifyWindow,
+               " notifications of ours are unread at the peer or under way, and no more may be");
+  return describe_stopped(t.peer->identity.host, identity_.host);
+}
 
 void Engine::cancel(const TransferPtr& t) noexcept {
   stop(t, State::kCancelled);
@@ -82,7 +94,11 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
   }
   Failure failure{.code = why == State::kTimedOut ? Code::kTimeout : Code::kCancelled,
                   .text = why == State::kTimedOut ? "the deadline passed" : "cancelled"};
+  const auto add = [&failure](const std::string& cause) {
+    if (!cause.empty()) failure.text += cat(": ", cause);
+  };
   auto stage = Transfer::Stage::kBacklog;
+  if (why == State::kTimedOut && t->stage.load() == stage) add(why_it_waits(*t));
   if (t->stage.compare_exchange_strong(stage, Transfer::Stage::kGone, std::memory_order_seq_cst)) {
     end(t, why, failure, true, true);  // still ours: it was never sent
     kick(t->peer);                     // drops it from the backlog
@@ -97,9 +113,10 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
     end(t, State::kDone, {}, true, result.quiesced);
     return;
   }
-  if (why == State::kTimedOut)
-    if (const std::string condition = t->connection->condition(); !condition.empty())
-      failure.text += cat(": ", condition);
+  if (why == State::kTimedOut) {
+    const std::string condition = t->connection->condition();
+    add(condition.empty() ? describe_stopped(t->peer->identity.host, identity_.host) : condition);
+  }
   end(t, why, std::move(failure), result.agreement == Agreement::kStopped, result.quiesced);
 }
 

@@ -191,6 +191,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   enum class Posted : uint8_t { kGone, kBusy };
   Posted post_one(Peer& peer, const TransferPtr& transfer) noexcept;
   void stop(const TransferPtr& transfer, State why) noexcept;
+  std::string why_it_waits(const Transfer& transfer) const;
   void end(const TransferPtr& transfer, State state, Failure failure, bool agreed,
            bool quiesced) noexcept;
   bool return_credit(Peer& peer, Transfer& transfer) noexcept;

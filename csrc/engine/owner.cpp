@@ -42,6 +42,9 @@ std::optional<Failure> Engine::judge(Connection& from, const Access& access,
                          "the lease is not open here: it was revoked, has "
                          "expired, or never was"};
     }
+    // The timer that ends it may be late: this process may have been stopped.
+    if (now_ns() >= it->second->expires_ns.load(std::memory_order_relaxed))
+      return Failure{.code = Code::kLease, .text = "the lease has expired"};
     if (it->second->peer && *it->second->peer != peer->identity.incarnation)
       return Failure{.code = Code::kLease, .text = "the lease was granted to another peer"};
     out.lease = it->second;
@@ -86,10 +89,10 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
     return std::optional(std::move(failure));
   };
   if (arrival.has_arrival && landing.lease && arrival.arrival >= landing.lease->num_arrivals)
-    return refuse({.code = Code::kLease,
-                   .expected = landing.lease->num_arrivals,
-                   .given = arrival.arrival,
-                   .text = "arrival index out of the lease's range"});
+    return refuse(
+        {.code = Code::kLease,
+         .text = cat("arrival=", arrival.arrival,
+                     " is not below the lease's num_arrivals=", landing.lease->num_arrivals)});
   {
     std::lock_guard lock(peer->mutex);
     const bool tag = arrival.has_arrival && !landing.lease;
@@ -133,6 +136,8 @@ LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Col
     fail(Code::kInvalidArgument, "num_arrivals = ", num_arrivals, " is more than 2^24");
   auto lease = std::make_shared<EngineLease>();
   lease->extents = merge_extents(offsets, nbytes, region->name, region->nbytes);
+  if (peer && *peer == identity_.incarnation)
+    fail(Code::kInvalidArgument, "peer= is this engine itself; a lease is for a peer of it");
   if (lease->extents.empty()) fail(Code::kInvalidArgument, "a lease needs at least one span");
   lease->key = random_bytes<16>();
   lease->region = region;

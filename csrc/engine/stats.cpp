@@ -29,6 +29,7 @@ const char* name_of(Code code) {
 
 // Asks each connection, best first, who would carry such a request.
 std::string path_of(const Link& link, const Request& request) {
+  if (link.data.empty()) return "nothing: no transport that we may use joins us";
   std::string refusals;
   for (auto& connection : link.data) {
     const auto refusal = connection->refuses(request);
@@ -83,6 +84,8 @@ std::string Engine::explain(const Peer& peer) const {
     out += cat("  death is seen by ", link->liveness, "\n");
     for (auto& refusal : link->refusals) out += cat("  not ", refusal, "\n");
   }
+  for (const std::string& name : transport_names())
+    if (name != "tcp" && !allows(name)) out += cat("  not ", name, ": transports= leaves it out\n");
   for (auto& reason : not_here_) out += cat("  not ", reason, "\n");
   return out + memory;
 }

@@ -256,7 +256,9 @@ Engine::Posted Engine::post_one(Peer& peer, const TransferPtr& t) noexcept {
           true);
     } else {
       const bool gone = chosen || !peer.alive;
-      if (reasons.empty()) reasons = "the connection has ended";
+      if (reasons.empty())
+        reasons = gone ? "the connection has ended"
+                       : "no transport joins the two that both may use (transports=)";
       end(t, State::kFailed,
           {.code = gone ? Code::kPeerDisconnected : Code::kUnavailable,
            .err = status.err,

@@ -17,12 +17,10 @@ std::optional<Failure> Landing::check(std::span<const Target> targets, uint64_t 
                      .given = t.offset + t.nbytes < t.offset ? ~uint64_t{0} : t.offset + t.nbytes,
                      .text = "out of the region's bounds"};
     if (lease && !lease->covers(t.offset, t.nbytes))
-      return Failure{
-          .code = Code::kLease,
-          .span = first + i,
-          .expected = t.nbytes,
-          .given = t.offset,
-          .text = cat("offset ", t.offset, ", ", t.nbytes, " bytes: not covered by the lease")};
+      return Failure{.code = Code::kLease,
+                     .span = first + i,
+                     .text = cat("bytes ", t.offset, " to ", t.offset + t.nbytes,
+                                 " of the region are not all covered by the lease")};
   }
   return {};
 }

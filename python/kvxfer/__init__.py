@@ -27,7 +27,7 @@ from kvxfer.errors import (
     UnavailableError,
 )
 from kvxfer.layout import KVLayout, plan_transfer, transfer_pairs
-from kvxfer.transfer import BlockView, EngineConfig, Signal, TransferEngine
+from kvxfer.transfer import BlockView, EngineConfig, Signal, TlsFiles, TransferEngine
 
 __all__ = [
     "BlockView",
@@ -42,6 +42,7 @@ __all__ = [
     "RegistrationError",
     "RemoteAccessError",
     "Signal",
+    "TlsFiles",
     "TransferCancelledError",
     "TransferEngine",
     "TransferTimeoutError",

@@ -5,10 +5,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +34,15 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command"),
 ]
 NBYTES = 3 << 20
+MAKE_ENGINE = """
+import sys
+import kvxfer
+tls = kvxfer.TlsFiles(sys.argv[1], sys.argv[2], sys.argv[1])
+try:
+    kvxfer.TransferEngine("x", secret="x", config=kvxfer.EngineConfig(tls=tls))
+except kvxfer.InvalidArgumentError as error:
+    print(error)
+"""
 
 
 def openssl(*args: str) -> None:
@@ -200,9 +213,9 @@ def test_wrong_authority(folder: Path, honest: TlsFiles) -> None:
     trusting = TlsFiles(stranger.certificate, stranger.key, honest.authority)
     with make_engine("b", honest) as b:
         with make_engine("stranger", stranger) as a:  # it does not trust us
-            refused(a, b, "certificate", "TLS handshake failed")
+            refused(a, b, "tls.authority here", "refused this engine's certificate")
         with make_engine("stranger", trusting) as a:  # we do not trust it
-            refused(a, b, "TLS", "certificate")
+            refused(a, b, "refused this engine's certificate", "tls.authority here")
         with make_engine("a", honest) as a:
             a.notify(a.connect(b.address), b"still here").wait(TIMEOUT_S)
 
@@ -210,8 +223,8 @@ def test_wrong_authority(folder: Path, honest: TlsFiles) -> None:
 def test_expired_certificate(folder: Path, authority: Path, honest: TlsFiles) -> None:
     expired = make_certificate(folder, "expired", authority, "-days", "-1")
     with make_engine("old", expired) as a, make_engine("b", honest) as b:
-        refused(a, b, "expired", "expired")
-        refused(b, a, "expired", "expired")
+        refused(a, b, "expired: the other side refused this engine's", "expired")
+        refused(b, a, "expired", "expired: the other side refused this engine's")
 
 
 def test_older_tls_is_refused(
@@ -307,3 +320,40 @@ def test_files_that_do_not_fit_are_refused(folder: Path, honest: TlsFiles) -> No
         make_engine("x", TlsFiles(honest.key, honest.key, honest.authority))
     with pytest.raises(InvalidArgumentError, match="authority"):
         make_engine("x", TlsFiles(honest.certificate, honest.key, honest.key))
+
+
+FORMATS = {"PKCS #8": ("pkcs8", "-topk8"), "SEC 1": ("ec", "-aes256")}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_encrypted_key_is_refused_and_no_password_asked_for(
+    folder: Path, honest: TlsFiles, form: str
+) -> None:
+    command, flag = FORMATS[form]
+    key = folder / f"{command}.enc"
+    openssl(command, flag, "-in", str(honest.key), "-out", str(key), "-passout", "pass:secret")
+    assert "ENCRYPTED" in key.read_text()
+    master, terminal = os.openpty()  # OpenSSL asks on the controlling terminal, whatever stdin is
+    with os.fdopen(master, "rb", buffering=0), os.fdopen(terminal, "rb") as stdin:
+        done = subprocess.run(
+            [sys.executable, "-c", MAKE_ENGINE, str(honest.certificate), str(key)],
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True,
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert done.stderr == ""
+    assert f"key '{key}' is encrypted" in done.stdout
+    assert "give one that is not" in done.stdout
+
+
+def test_one_certificate_that_signs_itself_does_for_a_test(folder: Path) -> None:
+    """The recipe of README.md."""
+    path = make_authority(folder, "itself")
+    tls = TlsFiles(path, path.with_suffix(".key"), path)
+    with make_engine("a", tls) as a, make_engine("b", tls) as b:
+        a.notify(a.connect(b.address), b"x").wait(TIMEOUT_S)
+        assert take_notifications(b, 1) == [("a", b"x")]

@@ -50,7 +50,7 @@ void scattered_copy(const py::object& destination, const py::object& source,
       if (offset < 0 || nbytes > size || static_cast<uint64_t>(offset) > size - nbytes)
         fail(Code::kInvalidArgument, "copy ", i, ": offset ", offset, " + ", nbytes,
              " is out of range");
-  py::gil_scoped_release release;
+  const WithoutGil release;
   if (!non_temporal) {
     for (size_t i = 0; i < a.size; ++i) std::memcpy(t.base + a[i], f.base + b[i], nbytes);
     return;
@@ -97,7 +97,7 @@ std::vector<double> memory_round_trips(const py::object& shared, bool first, uin
     return std::atomic_ref<uint64_t>(base[of_first ? 0 : 16]);
   };
   const int64_t deadline_ns = deadline_after(timeout_s);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return round_trips(
       first, rounds, [&](uint64_t i) { word(first).store(i, std::memory_order_release); },
       [&](uint64_t i) {
@@ -116,7 +116,7 @@ std::vector<double> socket_round_trips(int fd, size_t nbytes, bool first, uint64
                                        bool polling, double timeout_s) {
   std::vector<std::byte> message(nbytes);
   const int64_t deadline_ns = deadline_after(timeout_s);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   auto send = [&](uint64_t) {
     if (::send(fd, message.data(), nbytes, MSG_NOSIGNAL) != static_cast<ssize_t>(nbytes))
       fail_errno(Code::kPeerDisconnected, errno, "send of ", nbytes, " bytes failed");
@@ -146,7 +146,7 @@ std::vector<double> notify_round_trips(EngineHandle& self, const PeerPtr& peer, 
   empty_graveyard();
   Engine& engine = *self.engine;
   const int64_t deadline_ns = deadline_after(timeout_s);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   auto send = [&](uint64_t) {
     SubmitOptions options;
     options.has_notify = true;

@@ -8,9 +8,17 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 namespace {
 
+// The engine, to be asked about a peer of its own.
+Engine& engine_of(const EngineHandle& self, const PeerPtr& peer) {
+  Engine& engine = self.get();
+  if (peer->owner != &engine)
+    fail(Code::kInvalidArgument, "peer '", peer->identity.name, "' is not a peer of this engine");
+  return engine;
+}
+
 void wait_arrivals(EngineHandle& self, uint64_t tag, const PeerPtr& peer, uint64_t count,
                    const Timeout& timeout_s) {
-  Engine& engine = self.get();
+  Engine& engine = engine_of(self, peer);
   const int64_t deadline_ns = deadline_of(timeout_s);
   uint64_t have = 0;
   bool alive = true;
@@ -81,7 +89,7 @@ void register_engine(py::module_& m) {
              options.secret = from_bytes("secret", secret);
              options.secret_is_explicit = secret_is_explicit;
              options.transport = std::move(config);
-             py::gil_scoped_release release;
+             const WithoutGil release;
              return std::make_unique<EngineHandle>(Engine::create(std::move(options)));
            }),
            py::kw_only(), py::arg("name"), py::arg("listen"), py::arg("transports"),
@@ -95,7 +103,7 @@ void register_engine(py::module_& m) {
           "allocate",
           [](EngineHandle& e, uint64_t nbytes, std::string name, bool require_lease,
              bool shareable) {
-            py::gil_scoped_release release;
+            const WithoutGil release;
             return RegionHandle{
                 e.get().allocate(nbytes, {std::move(name), require_lease, shareable})};
           },
@@ -107,7 +115,7 @@ void register_engine(py::module_& m) {
              bool shareable) {
             empty_graveyard();
             Buffers buffers = take_buffers(buffer);
-            py::gil_scoped_release release;
+            const WithoutGil release;
             return RegionHandle{e.get().register_pieces(
                 std::move(buffers.pieces), buffers.writable, std::move(buffers.keep),
                 {std::move(name), require_lease, shareable})};
@@ -119,7 +127,7 @@ void register_engine(py::module_& m) {
           "connect",
           [](EngineHandle& e, const std::string& address, double timeout_s) {
             deadline_of(timeout_s);
-            py::gil_scoped_release release;
+            const WithoutGil release;
             return e.get().connect(address, timeout_s);
           },
           py::arg("address"), py::arg("timeout_s"))
@@ -128,7 +136,7 @@ void register_engine(py::module_& m) {
              empty_graveyard();
              std::vector<Notification> taken;
              {
-               py::gil_scoped_release release;
+               const WithoutGil release;
                taken = e.get().notifications();
              }
              py::list out;
@@ -139,7 +147,7 @@ void register_engine(py::module_& m) {
            [](EngineHandle& e) {
              std::vector<PeerEvent> taken;
              {
-               py::gil_scoped_release release;
+               const WithoutGil release;
                taken = e.get().peer_events();
              }
              py::list out;
@@ -166,7 +174,7 @@ void register_engine(py::module_& m) {
               for (size_t i = 0; i < incarnation.size(); ++i)
                 incarnation[i] = std::byte(std::stoi(peer->substr(2 * i, 2), nullptr, 16));
             }
-            py::gil_scoped_release release;
+            const WithoutGil release;
             return LeaseHandle{e.get().grant(region.region, from.column(), size.column(), ttl_s,
                                              who, num_arrivals),
                                e.engine};
@@ -176,26 +184,27 @@ void register_engine(py::module_& m) {
       .def(
           "arrivals",
           [](EngineHandle& e, uint64_t tag, const PeerPtr& peer) {
-            py::gil_scoped_release release;
-            e.get().poll();
-            return e.engine->arrivals(tag, *peer);
+            const WithoutGil release;
+            Engine& owner = engine_of(e, peer);
+            owner.poll();
+            return owner.arrivals(tag, *peer);
           },
-          py::arg("tag"), py::arg("peer"))
-      .def("wait_arrivals", &wait_arrivals, py::arg("tag"), py::arg("peer"), py::arg("n"),
-           py::arg("timeout_s"))
+          py::arg("tag"), py::arg("peer").none(false))
+      .def("wait_arrivals", &wait_arrivals, py::arg("tag"), py::arg("peer").none(false),
+           py::arg("n"), py::arg("timeout_s"))
       .def("fileno", [](const EngineHandle& e) { return e.get().fileno(); })
       .def("clear_wakeup", [](EngineHandle& e) { e.get().clear_wakeup(); })
       .def(
           "explain",
           [](const EngineHandle& e, const PeerPtr& peer) {
-            py::gil_scoped_release release;
-            return e.get().explain(*peer);
+            const WithoutGil release;
+            return engine_of(e, peer).explain(*peer);
           },
-          py::arg("peer"))
+          py::arg("peer").none(false))
       .def("stats", &stats)
       .def("close", [](EngineHandle& e) {
         {
-          py::gil_scoped_release release;
+          const WithoutGil release;
           e.engine->close();
         }
         empty_graveyard();

@@ -17,7 +17,7 @@ EngineHandle::~EngineHandle() {
   }
   // Joins threads; the interpreter may be going down, and then it holds no GIL to release.
   if (PyGILState_Check()) {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     engine->close();
   } else {
     engine->close();

@@ -14,6 +14,7 @@
 
 #include "bindings/buffer.hpp"
 #include "bindings/errors.hpp"
+#include "bindings/gil.hpp"
 #include "engine/engine.hpp"
 
 namespace kvxfer::bindings {
@@ -64,7 +65,7 @@ Woken blocking(int64_t deadline_ns, Wait&& wait) {
     Woken why;
     const int64_t until_ns = std::min(deadline_ns, now_ns() + kLookForSignalsNs);
     {
-      pybind11::gil_scoped_release release;
+      const WithoutGil release;
       why = wait(until_ns);
     }
     if (why == Woken::kNotified) return why;

@@ -59,7 +59,7 @@ void revoke(LeaseHandle& self, const Timeout& timeout_s) {
 // Before a look at what may come: who looks again and again brings it in by looking.
 void poll(const LeaseHandle& self) {
   if (!self.engine->here()) return;
-  py::gil_scoped_release release;
+  const WithoutGil release;
   self.engine->poll();
 }
 
@@ -74,34 +74,62 @@ py::list arrived(const LeaseHandle& self) {
 }  // namespace
 
 void register_leases(py::module_& m) {
-  py::class_<LeaseHandle>(m, "Lease")
-      .def_property_readonly("token", [](const LeaseHandle& l) { return to_bytes(l.lease->token); })
-      .def_property_readonly("num_arrivals",
-                             [](const LeaseHandle& l) { return l.lease->num_arrivals; })
-      .def_property_readonly("num_arrived",
-                             [](const LeaseHandle& l) {
-                               poll(l);
-                               return l.lease->num_arrived.load(std::memory_order_acquire);
-                             })
-      .def("arrived_indices", &arrived)
-      .def("wait_arrived", &wait_arrived, py::arg("indices"), py::arg("timeout_s"))
+  py::class_<LeaseHandle>(
+      m, "Lease",
+      "The native half of kvxfer.transfer.Lease: a peer's right to some spans, for a time.\n\n"
+      "To drop the object does not revoke it: it ends by revoke(), begin_revoke(), its time to\n"
+      "live, engine.deregister() of its region, or engine.close().")
+      .def_property_readonly(
+          "token", [](const LeaseHandle& l) { return to_bytes(l.lease->token); },
+          "What its holder passes as lease=: bytes, unguessable.")
+      .def_property_readonly(
+          "num_arrivals", [](const LeaseHandle& l) { return l.lease->num_arrivals; },
+          "Arrival indices are 0 to num_arrivals - 1.")
+      .def_property_readonly(
+          "num_arrived",
+          [](const LeaseHandle& l) {
+            poll(l);
+            return l.lease->num_arrived.load(std::memory_order_acquire);
+          },
+          "How many different indices have arrived.")
+      .def("arrived_indices", &arrived, "The indices that have arrived, sorted: list[int].")
+      .def("wait_arrived", &wait_arrived, py::arg("indices"), py::arg("timeout_s"),
+           "Returns when all `indices` (int64, or one int) have arrived; timeout_s=None: for "
+           "ever.\n\n"
+           "Raises:\n"
+           "    InvalidArgumentError: an index out of range.\n"
+           "    TransferTimeoutError: not within `timeout_s` seconds.\n"
+           "    LeaseError: the lease ended first.")
       .def(
           "extend",
           [](LeaseHandle& l, double ttl_s) {
-            py::gil_scoped_release release;
+            const WithoutGil release;
             l.get().extend(l.lease, ttl_s);
           },
-          py::arg("ttl_s"))
-      .def_property_readonly("expired",
-                             [](const LeaseHandle& l) { return l.lease->expired.load(); })
-      .def_property_readonly("closed", [](const LeaseHandle& l) { return l.lease->gate.closed(); })
-      .def_property_readonly("quiet", [](const LeaseHandle& l) { return l.lease->gate.quiet(); })
-      .def("begin_revoke",
-           [](LeaseHandle& l) {
-             py::gil_scoped_release release;
-             l.get().begin_revoke(l.lease);
-           })
-      .def("revoke", &revoke, py::arg("timeout_s"));
+          py::arg("ttl_s"),
+          "The time to live is `ttl_s` seconds from now. LeaseError: it has ended already.")
+      .def_property_readonly(
+          "expired", [](const LeaseHandle& l) { return l.lease->expired.load(); },
+          "True when its time to live ended it, and no revoke.")
+      .def_property_readonly(
+          "closed", [](const LeaseHandle& l) { return l.lease->gate.closed(); },
+          "True: nothing new is taken; revoked or expired.")
+      .def_property_readonly(
+          "quiet", [](const LeaseHandle& l) { return l.lease->gate.quiet(); },
+          "True: nothing can land under it any more, whatever its holder does.")
+      .def(
+          "begin_revoke",
+          [](LeaseHandle& l) {
+            const WithoutGil release;
+            l.get().begin_revoke(l.lease);
+          },
+          "Closes it and returns at once; `quiet` follows.")
+      .def("revoke", &revoke, py::arg("timeout_s"),
+           "Closes it and returns when it is quiet.\n\n"
+           "Raises:\n"
+           "    TransferTimeoutError: not within `timeout_s` seconds; it is closed all the same, "
+           "and\n"
+           "        its spans stay quarantined until `quiet`.");
 }
 
 }  // namespace kvxfer::bindings

@@ -12,21 +12,29 @@ PYBIND11_MODULE(_transfer, m) {
   m.doc() = "The native half of kvxfer.transfer; import that instead.";
   register_errors();
   m.attr("MAX_NOTIFICATION_NBYTES") = kMaxNotificationBytes;
-  m.def("probe_transports", [] {
-    py::list out;
-    for (auto& each : probe_transports())
-      out.append(
-          py::make_tuple(each.name, each.reason ? py::object(py::str(*each.reason)) : py::none()));
-    return out;
-  });
-  // With what those work that do, where there is something to say.
-  m.def("transport_details", [] {
-    py::dict out;
-    for (auto& each : probe_transports())
-      if (!each.detail.empty()) out[py::str(each.name)] = each.detail;
-    return out;
-  });
-  m.def("tls_unavailable", &tcp::tls_unavailable);
+  m.def(
+      "probe_transports",
+      [] {
+        py::list out;
+        for (auto& each : probe_transports())
+          out.append(py::make_tuple(each.name,
+                                    each.reason ? py::object(py::str(*each.reason)) : py::none()));
+        return out;
+      },
+      "[(name, None, or why it does not work here)] of all transports, best first.");
+  m.def(
+      "transport_details",
+      [] {
+        py::dict out;
+        for (auto& each : probe_transports())
+          if (!each.detail.empty()) out[py::str(each.name)] = each.detail;
+        return out;
+      },
+      "{name: with what it works here}, of transports that have something to say, such as verbs "
+      "its "
+      "devices and their NUMA nodes.");
+  m.def("tls_unavailable", &tcp::tls_unavailable,
+        "None where tcp can speak TLS, else why it cannot.");
 
   register_requests(m);
   register_regions(m);

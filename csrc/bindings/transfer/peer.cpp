@@ -8,38 +8,66 @@ namespace py = pybind11;
 namespace kvxfer::bindings {
 
 void register_peers(py::module_& m) {
-  py::class_<RemoteRegion, RemoteRegionPtr>(m, "RemoteRegion")
-      .def_readonly("name", &RemoteRegion::name)
-      .def_readonly("nbytes", &RemoteRegion::nbytes)
-      .def_readonly("writable", &RemoteRegion::writable)
-      .def_property_readonly("peer", [](const RemoteRegion& r) { return r.peer.lock(); })
+  py::class_<RemoteRegion, RemoteRegionPtr>(
+      m, "RemoteRegion",
+      "A region of a peer, as peer.regions gives it: the far end of a write or a read.\n\n"
+      "A snapshot: transfers on a region that its owner has deregistered meanwhile, or whose "
+      "owner\n"
+      "was lost, fail.")
+      .def_readonly("name", &RemoteRegion::name, "What its owner calls it.")
+      .def_readonly("nbytes", &RemoteRegion::nbytes, "Its size; offsets in it are 0 to nbytes.")
+      .def_readonly("writable", &RemoteRegion::writable, "False: it can be read and not written.")
+      .def_property_readonly(
+          "peer", [](const RemoteRegion& r) { return r.peer.lock(); },
+          "The Peer that owns it; None when this side's engine is gone.")
       .def("__repr__", [](const RemoteRegion& r) {
         return cat("<RemoteRegion '", r.name, "', ", r.nbytes, " bytes>");
       });
 
-  py::class_<Peer, PeerPtr>(m, "Peer")
-      .def_property_readonly("name", [](const Peer& p) { return p.identity.name; })
-      .def_property_readonly("address", [](const Peer& p) { return p.identity.address; })
-      .def_property_readonly("incarnation",
-                             [](const Peer& p) { return hex(p.identity.incarnation); })
-      .def_property_readonly("alive", [](const Peer& p) { return p.alive.load(); })
-      .def_property_readonly("lost_because",
-                             [](const Peer& p) {
-                               check_process(p.birth);
-                               std::lock_guard lock(p.mutex);
-                               return p.lost_because;
-                             })
-      .def_property_readonly("regions",
-                             [](const Peer& p) {
-                               check_process(p.birth);
-                               std::map<std::string, RemoteRegionPtr> copy;
-                               {
-                                 py::gil_scoped_release release;
-                                 std::lock_guard lock(p.mutex);
-                                 copy = p.regions;
-                               }
-                               return copy;
-                             })
+  py::class_<Peer, PeerPtr>(
+      m, "Peer",
+      "Another engine: engine.connect() returns it, or it connected to us "
+      "(engine.peer_events()).\n\n"
+      "An engine that restarts is another Peer, with another incarnation and other\n"
+      "regions: connect() again.")
+      .def_property_readonly(
+          "name", [](const Peer& p) { return p.identity.name; },
+          "What it calls itself. Not unique.")
+      .def_property_readonly(
+          "address", [](const Peer& p) { return p.identity.address; },
+          "\"host:port\" where it listens, as it says itself: \"0.0.0.0:port\" if it listens on "
+          "all\n"
+          "interfaces, which leads nowhere from another host.")
+      .def_property_readonly(
+          "incarnation", [](const Peer& p) { return hex(p.identity.incarnation); },
+          "32 hex digits, new for each engine object.")
+      .def_property_readonly(
+          "alive", [](const Peer& p) { return p.alive.load(); },
+          "False when its process or the connection has ended; `lost_because` has the cause.")
+      .def_property_readonly(
+          "lost_because",
+          [](const Peer& p) {
+            check_process(p.birth);
+            std::lock_guard lock(p.mutex);
+            return p.lost_because;
+          },
+          "The cause of its loss, in words; empty while it is alive.")
+      .def_property_readonly(
+          "regions",
+          [](const Peer& p) {
+            check_process(p.birth);
+            std::map<std::string, RemoteRegionPtr> copy;
+            {
+              const WithoutGil release;
+              std::lock_guard lock(p.mutex);
+              copy = p.regions;
+            }
+            return copy;
+          },
+          "{name: RemoteRegion}, as of now: a new dict at each call, so hold on to what you "
+          "need.\n\n"
+          "It follows what the owner registers and deregisters, and is empty once the peer is "
+          "lost.")
       .def("__repr__", [](const Peer& p) {
         return cat("<Peer '", p.identity.name, "' at ", p.identity.address, ", incarnation ",
                    hex(p.identity.incarnation).substr(0, 8), p.alive ? "" : ", lost", ">");

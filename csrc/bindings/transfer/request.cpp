@@ -56,7 +56,7 @@ TransferPtr submit(EngineHandle& self, bool is_read, const RegionHandle& region,
     arguments.has_bases = true;
   }
   SubmitOptions options = submit_options(notify, arrival, lease, deadline_s, after);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return engine.submit(is_read ? Op::kRead : Op::kWrite, region.region, remote, arguments,
                        std::move(options));
 }
@@ -72,7 +72,7 @@ TransferPtr submit_blocks(EngineHandle& self, bool is_read, const RegionHandle& 
   const BlockIdArray from("local_blocks", local_blocks), into("remote_blocks", remote_blocks);
   const BlockArguments arguments{local_view, remote_view, from.ids(), into.ids()};
   SubmitOptions options = submit_options(notify, arrival, lease, deadline_s, after);
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return engine.submit(is_read ? Op::kRead : Op::kWrite, region.region, remote, arguments,
                        std::move(options));
 }
@@ -83,7 +83,7 @@ TransferPtr notify(EngineHandle& self, const PeerPtr& peer, const py::object& pa
   empty_graveyard();
   SubmitOptions options = submit_options(payload, {}, py::none(), deadline_s, after);
   options.has_notify = true;
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return engine.notify(peer, std::move(options));
 }
 
@@ -115,16 +115,20 @@ void open_latch(void* context) {
 }  // namespace
 
 void register_requests(py::module_& m) {
-  py::class_<BlockView>(m, "BlockView",
-                        "A pool of blocks in a region, in bytes: block b of layer l begins at\n"
-                        "base + b * block_stride + l * layer_stride and has nbytes bytes.")
+  py::class_<BlockView>(
+      m, "BlockView",
+      "A pool of blocks in a region, in bytes: block b of layer l begins at\n"
+      "base + b * block_stride + l * layer_stride and has nbytes bytes. Immutable, hashable, and\n"
+      "checked against its region when it is used.")
       .def(py::init(&make_view), py::arg("base"), py::arg("block_stride"), py::arg("nbytes"),
-           py::arg("num_layers") = 1, py::arg("layer_stride") = 0)
-      .def_readonly("base", &BlockView::base)
-      .def_readonly("block_stride", &BlockView::block_stride)
-      .def_readonly("nbytes", &BlockView::nbytes)
-      .def_readonly("num_layers", &BlockView::num_layers)
-      .def_readonly("layer_stride", &BlockView::layer_stride)
+           py::arg("num_layers") = 1, py::arg("layer_stride") = 0,
+           "Ints, 0 to 2^61; nbytes and num_layers from 1. InvalidArgumentError otherwise.")
+      .def_readonly("base", &BlockView::base,
+                    "Where block 0 of layer 0 begins, in bytes from the region's start.")
+      .def_readonly("block_stride", &BlockView::block_stride, "Bytes from one block to the next.")
+      .def_readonly("nbytes", &BlockView::nbytes, "Bytes of one block in one layer.")
+      .def_readonly("num_layers", &BlockView::num_layers, "How many layers there are.")
+      .def_readonly("layer_stride", &BlockView::layer_stride, "Bytes from one layer to the next.")
       .def("__eq__",
            [](const BlockView& a, const py::object& b) -> py::object {
              if (!py::isinstance<BlockView>(b))
@@ -138,18 +142,25 @@ void register_requests(py::module_& m) {
                    ", layer_stride=", v.layer_stride, ")");
       });
 
-  py::class_<Latch, LatchPtr>(m, "Signal",
-                              "What after= may wait for; set once, by any thread, or by a CUDA "
-                              "stream through host_callback().")
+  py::class_<Latch, LatchPtr>(
+      m, "Signal",
+      "What after= may wait for: transfers that are given it are \"held\" until it is set.\n\n"
+      "Set once and for good, by any thread, or by a CUDA stream through host_callback().")
       .def(py::init<>())
-      .def("set", &Latch::open, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("is_set", &Latch::settled)
-      .def("host_callback",
-           [](const LatchPtr& latch) {
-             auto context = std::make_unique<LatchPtr>(latch);
-             return py::make_tuple(reinterpret_cast<uintptr_t>(&open_latch),
-                                   reinterpret_cast<uintptr_t>(context.release()));
-           })
+      .def("set", &Latch::open, py::call_guard<WithoutGil>(),
+           "Lets go what waits. A short lock and a wake-up of the engine; again: nothing happens.")
+      .def_property_readonly("is_set", &Latch::settled, "True once it was set.")
+      .def(
+          "host_callback",
+          [](const LatchPtr& latch) {
+            auto context = std::make_unique<LatchPtr>(latch);
+            return py::make_tuple(reinterpret_cast<uintptr_t>(&open_latch),
+                                  reinterpret_cast<uintptr_t>(context.release()));
+          },
+          "(function, argument): the addresses of a C function void (*)(void *) and its "
+          "argument.\n\n"
+          "For cudaLaunchHostFunc: the stream sets the signal, without the GIL. Each pair must be\n"
+          "called exactly once; it keeps the signal alive until then.")
       .def("__repr__",
            [](const Latch& latch) { return cat("<Signal", latch.settled() ? ", set>" : ">"); });
 }

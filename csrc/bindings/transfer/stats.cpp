@@ -31,7 +31,7 @@ py::dict stats(EngineHandle& self) {
   empty_graveyard();
   EngineStats s;
   {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     s = self.get().stats();
   }
   py::dict peers;

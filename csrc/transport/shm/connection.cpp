@@ -349,7 +349,8 @@ void ShmConnection::join() noexcept {}
 std::string ShmConnection::describe() const {
   std::lock_guard lock(mutex_);
   return cat(transport(), ": Unix socket and shared rings; ", reach_->describe(), "; ",
-             shown_.size(), " of our regions shown to the peer, ", num_taken_, " of its to us");
+             "opened to direct reads at first use: ", shown_.size(),
+             " of our regions to the peer, ", num_taken_, " of its to us");
 }
 
 }  // namespace kvxfer::shm

@@ -50,6 +50,12 @@ void Incoming::end(const std::string& reason, bool tell) {
   transport_.forget(this);
 }
 
+void Incoming::give_way(const std::string& reason) {
+  if (!ended_ && want_ != Want::kGreeting && want_ != Want::kTls)
+    send(encode_failure(Type::kError, 0, {.code = Code::kTransport, .text = reason}));
+  end(reason, false);
+}
+
 // To close a socket with unread bytes resets it, and the client may lose what it was told. So it is
 // read until the client hangs up, or for kLingerS.
 void Incoming::linger() {
@@ -206,8 +212,10 @@ void Incoming::on_auth() {
 void Incoming::on_join() {
   const auto join = decode_join(ByteView(buffer_).subspan(kHeadBytes));
   if (!join) return end("malformed JOIN", true);
+  bool known = false;
   for (auto& [key, other] : transport_.incoming_) {
     if (other->want_ != Want::kLanes || other->keys_.session_id != join->session) continue;
+    known = true;
     const Digest expected =
         lane_proof(other->keys_.session, join->session, join->lane, stream_->binding());
     if (!equal_constant_time(join->proof, expected) || join->lane == 0 ||
@@ -221,7 +229,9 @@ void Incoming::on_join() {
     session->take_lane(join->lane, std::move(lane));
     return;
   }
-  end(std::string(kAuthenticationFailed), true);
+  end(known ? std::string(kAuthenticationFailed)
+            : "a lane for a session that is not being made here; it has ended, or never was",
+      true);
 }
 
 void Incoming::take_lane(uint32_t index, StreamPtr stream) {

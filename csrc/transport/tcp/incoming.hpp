@@ -21,6 +21,9 @@ class Incoming final : public FdHandler, public std::enable_shared_from_this<Inc
   void start();
   void on_events(uint32_t events) override;
   void end(const std::string& reason, bool tell);
+  // At once, with a last word that may be lost.
+  void give_way(const std::string& reason);
+  bool has_proved() const noexcept { return want_ == Want::kLanes; }
 
  private:
   enum class Want : uint8_t { kGreeting, kTls, kFirst, kAuth, kLanes, kNothing };

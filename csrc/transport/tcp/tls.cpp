@@ -34,6 +34,8 @@ struct OpenSsl {
   int (*SSL_CTX_set_num_tickets)(void*, size_t);
   void (*SSL_CTX_set_verify)(void*, int, void*);
   int (*SSL_CTX_use_certificate_chain_file)(void*, const char*);
+  void (*SSL_CTX_set_default_passwd_cb)(void*, int (*)(char*, int, int, void*));
+  void (*SSL_CTX_set_default_passwd_cb_userdata)(void*, void*);
   int (*SSL_CTX_use_PrivateKey_file)(void*, const char*, int);
   int (*SSL_CTX_check_private_key)(void*);
   int (*SSL_CTX_load_verify_locations)(void*, const char*, const char*);
@@ -79,6 +81,8 @@ struct OpenSsl {
     KVXFER_FIND(SSL_CTX_ctrl), KVXFER_FIND(SSL_CTX_set_num_tickets);
     KVXFER_FIND(SSL_CTX_set_verify), KVXFER_FIND(SSL_CTX_use_certificate_chain_file);
     KVXFER_FIND(SSL_CTX_use_PrivateKey_file), KVXFER_FIND(SSL_CTX_check_private_key);
+    KVXFER_FIND(SSL_CTX_set_default_passwd_cb);
+    KVXFER_FIND(SSL_CTX_set_default_passwd_cb_userdata);
     KVXFER_FIND(SSL_CTX_load_verify_locations), KVXFER_FIND(SSL_new), KVXFER_FIND(SSL_free);
     KVXFER_FIND(SSL_set_bio), KVXFER_FIND(SSL_set_accept_state);
     KVXFER_FIND(SSL_set_connect_state), KVXFER_FIND(SSL_do_handshake), KVXFER_FIND(SSL_read_ex);
@@ -97,10 +101,30 @@ const OpenSsl& openssl() {
   return library;
 }
 
+// OpenSSL asks for the password of an encrypted key, and by itself would do so on the terminal.
+int no_password(char*, int, int, void* was_asked) {
+  *static_cast<bool*>(was_asked) = true;
+  return -1;
+}
+
+// Alerts by which a peer refuses a certificate (RFC 8446, 6.2).
+bool is_about_certificate(unsigned long alert) {
+  constexpr unsigned long kBad = 42, kUnknown = 46, kUnknownCa = 48, kAccessDenied = 49;
+  constexpr unsigned long kRequired = 116;
+  return (alert >= kBad && alert <= kUnknown) || alert == kUnknownCa || alert == kAccessDenied ||
+         alert == kRequired;
+}
+
 // What OpenSSL has to say about the last call of this thread.
-std::string last_error() {
+std::string last_error(bool* certificate_refused = nullptr) {
+  constexpr unsigned long kReasonMask = 0x7FFFFF, kLibraryShift = 23, kLibraryMask = 0xFF;
+  constexpr unsigned long kLibrarySsl = 20, kAlerts = 1000;  // an alert's reason: 1000 + its number
   std::string out;
   while (const unsigned long code = openssl().ERR_get_error()) {
+    const unsigned long reason_number = code & kReasonMask;
+    if (certificate_refused != nullptr && (code >> kLibraryShift & kLibraryMask) == kLibrarySsl &&
+        reason_number >= kAlerts && is_about_certificate(reason_number - kAlerts))
+      *certificate_refused = true;
     const char* reason = openssl().ERR_reason_error_string(code);
     if (reason != nullptr && out.find(reason) == std::string::npos)
       out += cat(out.empty() ? "" : "; ", reason);
@@ -147,9 +171,19 @@ TlsContext::TlsContext(const TransportConfig& config) {
   o.SSL_CTX_set_verify(context_, kVerifyPeer | kVerifyFailIfNone, nullptr);
   const auto &certificate = config.tls_certificate, &key = config.tls_key,
              &authority = config.tls_authority;
+  bool is_encrypted = false;
+  o.SSL_CTX_set_default_passwd_cb(context_, &no_password);
+  o.SSL_CTX_set_default_passwd_cb_userdata(context_, &is_encrypted);
   need(o.SSL_CTX_use_certificate_chain_file(context_, certificate.c_str()) == 1, "certificate",
        certificate);
-  need(o.SSL_CTX_use_PrivateKey_file(context_, key.c_str(), kFilePem) == 1, "key", key);
+  const bool has_key = o.SSL_CTX_use_PrivateKey_file(context_, key.c_str(), kFilePem) == 1;
+  if (is_encrypted) {
+    o.SSL_CTX_free(context_);
+    fail(Code::kInvalidArgument, "the TLS key '", key,
+         "' is encrypted, and nobody is asked for its password; give one that is not "
+         "(openssl pkey -in KEY -out PLAIN, readable by its user alone)");
+  }
+  need(has_key, "key", key);
   need(o.SSL_CTX_check_private_key(context_) == 1, "key (it is not the certificate's)", key);
   need(o.SSL_CTX_load_verify_locations(context_, authority.c_str(), nullptr) == 1, "authority",
        authority);
@@ -184,10 +218,16 @@ void TlsStream::failed() noexcept {
     return;
   }
   const long verdict = openssl().SSL_get_verify_result(ssl_);
-  error_ = cat("TLS: ", last_error());
+  bool ours_refused = false;
+  error_ = cat("TLS: ", last_error(&ours_refused));
   if (verdict != 0)
     error_ += cat(": the other side's certificate was refused: ",
-                  openssl().X509_verify_cert_error_string(verdict));
+                  openssl().X509_verify_cert_error_string(verdict),
+                  "; look at its tls.certificate, and at tls.authority here");
+  if (ours_refused)
+    error_ +=
+        ": the other side refused this engine's certificate; look at tls.certificate here (who "
+        "signed it, its dates), and at tls.authority there";
 }
 
 TlsStream::Progress TlsStream::handshake() noexcept {

@@ -72,12 +72,15 @@ void TcpTransport::accept_all() noexcept {
 
 std::shared_ptr<FdHandler> TcpTransport::take(Fd fd) {
   if (incoming_.size() >= kMaxHalfOpen) {
-    // The oldest gives way: a flood of silent clients must not keep an honest one out.
+    // The oldest of those that have proved nothing gives way: a flood of silent clients must not
+    // keep an honest one out.
     auto oldest = std::min_element(incoming_.begin(), incoming_.end(), [](auto& a, auto& b) {
-      return a.second->serial() < b.second->serial();
+      return std::pair{a.second->has_proved(), a.second->serial()} <
+             std::pair{b.second->has_proved(), b.second->serial()};
     });
     auto victim = oldest->second;
-    victim->end("too many half-open connections", false);
+    victim->give_way(
+        cat("too many connections are being made at once (", kMaxHalfOpen, "); connect again"));
   }
   set_options(fd.get(), false);
   auto incoming = std::make_shared<Incoming>(*this, std::move(fd), next_serial_++);

@@ -17,7 +17,8 @@
 namespace kvxfer::tcp {
 
 inline constexpr double kHandshakeTimeoutS = 2.0;
-inline constexpr size_t kMaxHalfOpen = 64;
+// Many engines may come at once, each with its lanes; and a flood must leave descriptors to others.
+inline constexpr size_t kMaxHalfOpen = 256;
 
 class Incoming;
 class TlsContext;

@@ -12,6 +12,7 @@ from typing import Any
 from kvxfer import _transfer
 from kvxfer._transfer import BlockView, Peer, RemoteRegion, Signal, Transfer
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.transfer._calls import checked, peer_of, refusal
 from kvxfer.transfer.config import EngineConfig
 from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Region, own, theirs
 from kvxfer.transfer.secret import user_secret
@@ -68,24 +69,41 @@ class TransferEngine:
             raise InvalidArgumentError("transports is empty; None means all that work here")
         if isinstance(secret, str):
             secret = secret.encode()
+        if not isinstance(secret, bytes | bytearray | memoryview | None):
+            raise InvalidArgumentError(f"secret must be bytes or text, not {type(secret).__name__}")
+        if config is not None and not isinstance(config, EngineConfig):
+            raise InvalidArgumentError(
+                f"config must be an EngineConfig, not {type(config).__name__}"
+            )
         self._config = config or EngineConfig()
-        self._core = _transfer.Engine(
-            name=name,
-            listen=listen,
-            transports=list(transports or ()),
-            secret=user_secret() if secret is None else bytes(secret),
-            secret_is_explicit=secret is not None,
-            config=self._config.native(),
-        )
+        try:
+            self._core = _transfer.Engine(
+                name=name,
+                listen=listen,
+                transports=list(transports or ()),
+                secret=user_secret() if secret is None else bytes(secret),
+                secret_is_explicit=secret is not None,
+                config=self._config.native(),
+            )
+        except TypeError as error:
+            raise refusal(
+                "TransferEngine", error, name=name, listen=listen, transports=transports
+            ) from None
         self._num_regions = 0
 
     @property
     def name(self) -> str:
+        """What peers and error messages call it."""
         return self._core.name
 
     @property
     def address(self) -> str:
-        """``host:port``, what a peer connects to."""
+        """``host:port`` where it listens: what a peer connects to.
+
+        With ``listen="0.0.0.0:0"`` it is ``0.0.0.0:PORT``, which tells peers elsewhere only the
+        port: give them the name or address by which they reach this host, and that port. Likewise
+        for ``[::]``.
+        """
         return self._core.address
 
     @property
@@ -95,10 +113,12 @@ class TransferEngine:
 
     @property
     def closed(self) -> bool:
+        """True after ``close()``, and in a child that was forked from the engine's process."""
         return self._core.closed
 
     # ------------------------------------------------------------------ memory
 
+    @checked
     def allocate(
         self, nbytes: int, name: str | None = None, *, require_lease: bool = False
     ) -> Region:
@@ -108,6 +128,7 @@ class TransferEngine:
         )
         return Region(core)
 
+    @checked
     def register(
         self,
         buffer: Any,
@@ -131,6 +152,7 @@ class TransferEngine:
         )
         return Region(core)
 
+    @checked
     def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
         """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
         self._core.deregister(own(region), timeout_s)
@@ -143,6 +165,7 @@ class TransferEngine:
 
     # ------------------------------------------------------------------ peers
 
+    @checked
     def connect(self, address: str, timeout_s: float = 5.0) -> Peer:
         """The peer that listens at ``address``; the same object when it is connected already.
 
@@ -156,9 +179,10 @@ class TransferEngine:
         """Peers that came or went since the last call."""
         return [PeerEvent(*event) for event in self._core.peer_events()]
 
+    @checked
     def explain(self, peer: Peer) -> str:
         """Which transports carry requests to this peer, and why the others do not."""
-        return self._core.explain(peer)
+        return self._core.explain(peer_of(peer))
 
     # ------------------------------------------------------------------ transfers
 
@@ -194,20 +218,24 @@ class TransferEngine:
                 destination, closed engine, foreign region: nothing was sent.
             LeaseError: the token is of another incarnation.
         """
-        return self._core.submit(
-            False,
-            own(region),
-            theirs(remote),
-            local_offsets,
-            remote_offsets,
-            nbytes,
-            bases,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit(
+                False,
+                own(region),
+                theirs(remote),
+                local_offsets,
+                remote_offsets,
+                nbytes,
+                bases,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {"notify": notify, "arrival": arrival, "lease": lease}
+            raise refusal("write", error, deadline_s=deadline_s, after=after, **given) from None
 
     def read(
         self,
@@ -228,20 +256,24 @@ class TransferEngine:
 
         ``notify`` and ``arrival`` tell the owner that its bytes have been read.
         """
-        return self._core.submit(
-            True,
-            own(region),
-            theirs(remote),
-            local_offsets,
-            remote_offsets,
-            nbytes,
-            bases,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit(
+                True,
+                own(region),
+                theirs(remote),
+                local_offsets,
+                remote_offsets,
+                nbytes,
+                bases,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {"notify": notify, "arrival": arrival, "lease": lease}
+            raise refusal("read", error, deadline_s=deadline_s, after=after, **given) from None
 
     def write_blocks(
         self,
@@ -269,20 +301,31 @@ class TransferEngine:
                 destinations may not.
         The other arguments and the errors are those of ``write``.
         """
-        return self._core.submit_blocks(
-            False,
-            own(region),
-            theirs(remote),
-            local_view,
-            remote_view,
-            local_blocks,
-            remote_blocks,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit_blocks(
+                False,
+                own(region),
+                theirs(remote),
+                local_view,
+                remote_view,
+                local_blocks,
+                remote_blocks,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {
+                "local_view": local_view,
+                "remote_view": remote_view,
+                "notify": notify,
+            }
+            given |= {"arrival": arrival, "lease": lease}
+            raise refusal(
+                "write_blocks", error, deadline_s=deadline_s, after=after, **given
+            ) from None
 
     def read_blocks(
         self,
@@ -300,21 +343,33 @@ class TransferEngine:
         after: Transfer | Signal | None = None,
     ) -> Transfer:
         """Copies blocks of ``remote`` into ``region``; arguments as for ``write_blocks``."""
-        return self._core.submit_blocks(
-            True,
-            own(region),
-            theirs(remote),
-            local_view,
-            remote_view,
-            local_blocks,
-            remote_blocks,
-            notify,
-            arrival,
-            lease,
-            self._deadline(deadline_s),
-            after,
-        )
+        try:
+            return self._core.submit_blocks(
+                True,
+                own(region),
+                theirs(remote),
+                local_view,
+                remote_view,
+                local_blocks,
+                remote_blocks,
+                notify,
+                arrival,
+                lease,
+                self._deadline(deadline_s),
+                after,
+            )
+        except TypeError as error:
+            given: dict[str, Any] = {
+                "local_view": local_view,
+                "remote_view": remote_view,
+                "notify": notify,
+            }
+            given |= {"arrival": arrival, "lease": lease}
+            raise refusal(
+                "read_blocks", error, deadline_s=deadline_s, after=after, **given
+            ) from None
 
+    @checked
     def notify(
         self,
         peer: Peer,
@@ -324,7 +379,7 @@ class TransferEngine:
         after: Transfer | Signal | None = None,
     ) -> Transfer:
         """Sends a message alone. It is ordered after nothing but ``after``."""
-        return self._core.notify(peer, payload, self._deadline(deadline_s), after)
+        return self._core.notify(peer_of(peer), payload, self._deadline(deadline_s), after)
 
     def _deadline(self, deadline_s: float | None) -> float:
         return self._config.deadline_s if deadline_s is None else deadline_s
@@ -335,6 +390,7 @@ class TransferEngine:
 
     # ------------------------------------------------------------------ leases and arrivals
 
+    @checked
     def grant(
         self,
         region: Region,
@@ -352,10 +408,12 @@ class TransferEngine:
         )
         return Lease(core, region)
 
+    @checked
     def arrivals(self, tag: int, peer: Peer) -> int:
         """How many transfers without a lease have arrived under ``tag`` from this peer."""
-        return self._core.arrivals(tag, peer)
+        return self._core.arrivals(tag, peer_of(peer))
 
+    @checked
     def wait_arrivals(self, tag: int, peer: Peer, n: int, timeout_s: float | None = None) -> None:
         """Returns when ``arrivals(tag, peer) >= n``.
 
@@ -363,12 +421,14 @@ class TransferEngine:
             TransferTimeoutError: not within ``timeout_s``.
             PeerDisconnectedError: the peer is gone, so the rest will never arrive.
         """
-        self._core.wait_arrivals(tag, peer, n, timeout_s)
+        self._core.wait_arrivals(tag, peer_of(peer), n, timeout_s)
 
     # ------------------------------------------------------------------ the application's loop
 
     def fileno(self) -> int:
-        """An eventfd, readable after a notification, peer event, end, arrival or quiet lease."""
+        """An eventfd, readable after a notification, peer event, arrival or quiet lease, and after
+        the end of a transfer, once more when it is ``quiesced`` later than that.
+        """
         return self._core.fileno()
 
     def clear_wakeup(self) -> None:
@@ -376,7 +436,28 @@ class TransferEngine:
         self._core.clear_wakeup()
 
     def stats(self) -> dict[str, Any]:
-        """Counters per peer and transport, and of the engine."""
+        """Counters of this engine; they only grow, unless the text says that they are of now.
+
+        ``transport``: ``{transport: counters}`` over all peers, also those that are gone. Our own
+            transfers: ``requests`` handed to a transport, ``bytes_written`` (accepted by the peer)
+            and ``bytes_read`` (landed here), ``notifications_sent``. Those of peers:
+            ``requests_served`` (accepted), ``refused``, ``bytes_received`` (their writes),
+            ``bytes_served`` (their reads), ``notifications_received``, and ``bytes_sunk``: came for a
+            request that was refused, revoked or had ended, and were thrown away.
+        ``peers``: ``{incarnation: {"name", "address", "alive", "transport"}}``; ``transport`` as above.
+        ``transfers``: ours, by how they ended, ``done``, ``failed``, ``timed_out`` and ``cancelled``;
+            and of now: ``in_flight``, and ``unquiesced``: ended, but not ``quiesced`` yet.
+        ``spans``: ``given`` by the arguments (spans times bases, blocks times layers), and ``posted``
+            after neighbours were joined.
+        ``quarantine``: of now: ``nbytes`` that an ended transfer or lease may still touch, and
+            ``age_s``, the seconds since the oldest of these ended.
+        ``refused``: ``{reason: count}`` of the peers' requests that this engine refused.
+        ``late_events``: ends that came for a transfer which had ended otherwise.
+        ``late_writes_refused``: requests that came with a lease, or landed in a region, that was not
+            open any more.
+        ``leases_open`` (of now), ``leases_expired``; ``wakeups`` of the progress thread.
+        ``handshakes_refused``; ``last_handshake_refusal``: the address, and why. Empty: none yet.
+        """
         return self._core.stats()
 
     def close(self) -> None:

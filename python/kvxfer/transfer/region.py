@@ -20,17 +20,23 @@ BlockIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 class Region:
-    """Registered or allocated memory of this process, one linear offset space."""
+    """Registered or allocated memory of this process, one linear offset space.
+
+    To drop the object does not deregister it: the engine keeps the region, and its memory, and
+    peers reach it, until ``engine.deregister(region)`` or ``engine.close()``.
+    """
 
     def __init__(self, core: _transfer.Region) -> None:
         self._core = core
 
     @property
     def name(self) -> str:
+        """What peers find it by: ``peer.regions[name]``."""
         return self._core.name
 
     @property
     def nbytes(self) -> int:
+        """Its size, of all buffers together."""
         return self._core.nbytes
 
     @property
@@ -73,7 +79,12 @@ class Region:
 
 
 class Lease:
-    """The right that the owner of a region gave to a peer, and the owner's means to end it."""
+    """The right that the owner of a region gave to a peer, and the owner's means to end it.
+
+    To drop the object does not revoke it: the token stays good until ``revoke()``,
+    ``begin_revoke()``, the end of its time to live, ``engine.deregister()`` of its region, or
+    ``engine.close()``.
+    """
 
     def __init__(self, core: _transfer.Lease, region: Region) -> None:
         self._core = core
@@ -86,10 +97,12 @@ class Lease:
 
     @property
     def num_arrivals(self) -> int:
+        """How many arrival indices it has: 0 to ``num_arrivals - 1``."""
         return self._core.num_arrivals
 
     @property
     def num_arrived(self) -> int:
+        """How many different indices have arrived."""
         return self._core.num_arrived
 
     @property
@@ -103,7 +116,8 @@ class Lease:
         """Returns when all ``indices`` (an int64 array, a list, or one) have arrived.
 
         Raises:
-            TransferTimeoutError: not within ``timeout_s``.
+            InvalidArgumentError: an index is out of range.
+            TransferTimeoutError: not within ``timeout_s`` (seconds; None: for ever).
             LeaseError: the lease ended, so the rest will never arrive.
         """
         if isinstance(indices, (list, tuple, range)):
@@ -111,11 +125,16 @@ class Lease:
         self._core.wait_arrived(indices, timeout_s)  # type: ignore[arg-type]
 
     def extend(self, ttl_s: float) -> None:
-        """The time to live starts again, from now."""
+        """The lease lives for ``ttl_s`` seconds from now.
+
+        Raises:
+            LeaseError: it has ended already; grant a new one.
+        """
         self._core.extend(ttl_s)
 
     @property
     def expired(self) -> bool:
+        """True when the end of its time to live closed it, and not a revoke."""
         return self._core.expired
 
     @property

@@ -13,18 +13,19 @@ __all__ = ["wait_async"]
 
 
 class _LoopWatch:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    # It holds no loop: the loop is the weak key that it is kept under.
+    def __init__(self) -> None:
         self._watch = _transfer.Watch()
         self._pending: dict[int, set[asyncio.Future[None]]] = {}
 
     def add(self, transfer: _transfer.Transfer) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = self._loop.create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
         if transfer.watch(self._watch):
             future.set_result(None)
             return future
         if not self._pending:
-            self._loop.add_reader(self._watch.fileno(), self._on_ready)
+            loop.add_reader(self._watch.fileno(), self._on_ready)
         # Ids are unique in one engine only, so several transfers may share an entry; each future
         # looks at its own transfer when it wakes.
         self._pending.setdefault(transfer.id, set()).add(future)
@@ -38,8 +39,9 @@ class _LoopWatch:
         futures.discard(future)
         if not futures:
             del self._pending[transfer_id]
-        if not self._pending and not self._loop.is_closed():
-            self._loop.remove_reader(self._watch.fileno())
+        loop = future.get_loop()
+        if not self._pending and not loop.is_closed():
+            loop.remove_reader(self._watch.fileno())
 
     def _on_ready(self) -> None:
         for transfer_id in self._watch.take():
@@ -58,7 +60,7 @@ async def wait_async(transfer: _transfer.Transfer) -> None:
     loop = asyncio.get_running_loop()
     watch = _watches.get(loop)
     if watch is None:
-        watch = _watches[loop] = _LoopWatch(loop)
+        watch = _watches[loop] = _LoopWatch()
     while not transfer.done:
         await watch.add(transfer)
     error = transfer.error

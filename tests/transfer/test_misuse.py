@@ -1,0 +1,192 @@
+# SPDX-FileCopyrightText: The kvxfer authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller may get wrong is refused by name and value, and never prints a secret."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from transfer_peers import SECRET, TIMEOUT_S
+
+from kvxfer.errors import InvalidArgumentError, LeaseError, TransferTimeoutError
+from kvxfer.transfer import Peer, TransferEngine
+
+Pair = tuple[TransferEngine, TransferEngine]
+
+
+@pytest.fixture
+def peer(pair: Pair) -> Peer:
+    a, b = pair
+    b.allocate(4096, "there")
+    return a.connect(b.address)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, p: a.explain(p),
+        lambda a, p: a.notify(p, b"x"),
+        lambda a, p: a.arrivals(1, p),
+        lambda a, p: a.wait_arrivals(1, p, 1, 0),
+    ],
+    ids=["explain", "notify", "arrivals", "wait_arrivals"],
+)
+def test_what_is_no_peer_of_this_engine_is_refused(
+    pair: Pair, peer: Peer, call: Callable[[TransferEngine, Any], object]
+) -> None:
+    a, b = pair
+    with pytest.raises(InvalidArgumentError, match=r"must be a Peer.* not NoneType"):
+        call(a, None)
+    with pytest.raises(InvalidArgumentError, match="not a peer of this engine"):
+        call(b, peer)
+
+
+def test_a_lease_for_oneself_is_refused(pair: Pair, peer: Peer) -> None:
+    b = pair[1]
+    with pytest.raises(InvalidArgumentError, match="this engine itself"):
+        b.grant(b.allocate(64), 0, 64, ttl_s=5, peer=peer)
+
+
+@pytest.mark.parametrize(
+    ("call", "shown"),
+    [
+        (lambda a, s, r: a.allocate(-1), "nbytes=-1"),
+        (lambda a, s, r: a.allocate(64, name=5), "name=5"),
+        (lambda a, s, r: a.connect(123), "address=123"),
+        (lambda a, s, r: a.write(s, r, 0, 0, 8, arrival=-1), "arrival=-1"),
+        (lambda a, s, r: a.read(s, r, 0, 0, 8, arrival=2**64), f"arrival={2**64}"),
+        (lambda a, s, r: a.write_blocks(s, r, None, None, [0], [0]), "local_view=None"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_with_its_value(
+    pair: Pair, peer: Peer, call: Callable[..., object], shown: str
+) -> None:
+    a = pair[0]
+    region = a.allocate(64)
+    with pytest.raises(InvalidArgumentError) as refused:
+        call(a, region, peer.regions["there"])
+    assert shown in str(refused.value)
+    assert "incompatible function" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"listen": 8000}, {"transports": ("tcp", 1)}, {"name": 5}, {"config": {}}]
+)
+def test_no_refusal_prints_the_secret(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        TransferEngine(**{"name": "a", "secret": b"sesame-sesame"} | wrong)
+    assert "sesame" not in str(refused.value)
+
+
+def test_no_refusal_prints_a_token(pair: Pair, peer: Peer) -> None:
+    a = pair[0]
+    with pytest.raises(InvalidArgumentError) as refused:
+        a.write(a.allocate(64), peer.regions["there"], 0, 0, 8, lease=b"token", arrival=-1)
+    assert "lease=bytes" in str(refused.value)
+    assert "token" not in str(refused.value)
+
+
+@pytest.mark.parametrize("secret", [16, True, [1, 2, 3], 1.5])
+def test_a_secret_is_bytes_or_text(secret: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="secret must be bytes or text, not"):
+        TransferEngine("a", secret=secret)
+
+
+def test_references_to_objects_are_not_memory_for_peers(pair: Pair) -> None:
+    with pytest.raises(InvalidArgumentError, match="references to Python objects"):
+        pair[1].register(np.array([object()]))
+
+
+def test_what_a_lease_does_not_allow_is_said_with_values(pair: Pair, peer: Peer) -> None:
+    a, b = pair
+    region, there = a.allocate(4096), peer.regions["there"]
+    target = b.allocate(4096, "leased")
+    while "leased" not in peer.regions:
+        a.notify(peer, b"").wait(TIMEOUT_S)
+    there = peer.regions["leased"]
+    lease = b.grant(target, 0, 100, ttl_s=TIMEOUT_S, num_arrivals=2)
+    with pytest.raises(LeaseError, match="bytes 50 to 150 of the region are not all covered"):
+        a.write(region, there, 0, 50, 100, lease=lease.token).wait(TIMEOUT_S)
+    with pytest.raises(LeaseError, match="arrival=2 is not below the lease's num_arrivals=2"):
+        a.write(region, there, 0, 0, 100, lease=lease.token, arrival=2).wait(TIMEOUT_S)
+
+
+def test_the_window_of_notifications_is_named_when_it_was_the_cause(pair: Pair, peer: Peer) -> None:
+    a = pair[0]
+    for _ in range(256):
+        a.notify(peer, b"unread").wait(TIMEOUT_S)
+    with pytest.raises(TransferTimeoutError, match="256 notifications of ours are unread"):
+        a.notify(peer, b"one too many", deadline_s=0.05).wait(TIMEOUT_S)
+
+
+def test_event_loops_that_have_ended_keep_no_descriptor(pair: Pair, peer: Peer) -> None:
+    a = pair[0]
+    region = a.allocate(64)
+
+    async def move() -> None:
+        await a.write(region, peer.regions["there"], 0, 0, 8)
+
+    asyncio.run(move())
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        asyncio.run(move())
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the collector may be late with one
+
+
+def test_many_engines_may_connect_at_once() -> None:
+    with TransferEngine("hub", transports=("tcp",), secret=SECRET) as hub:
+        engines = [TransferEngine(f"e{i}", transports=("tcp",), secret=SECRET) for i in range(48)]
+        problems: list[Exception] = []
+
+        def connect(engine: TransferEngine) -> None:
+            try:
+                engine.connect(hub.address, timeout_s=TIMEOUT_S)
+            except Exception as error:  # noqa: BLE001 - told by the assertion
+                problems.append(error)
+
+        threads = [threading.Thread(target=connect, args=(each,)) for each in engines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for engine in engines:
+            engine.close()
+        assert not problems
+
+
+DAEMON = """
+import threading, time
+from kvxfer.transfer import TransferEngine
+a, b = (TransferEngine(n, transports=("tcp",), secret=b"s" * 16) for n in "ab")
+source, target = a.allocate(65536), b.allocate(65536, "t")
+there = a.connect(b.address).regions["t"]
+def work():
+    while True:
+        {work}
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize(
+    "work", ["a.write(source, there, 0, 0, 65536).wait(1)", "a.stats()", "a.notifications()"]
+)
+def test_daemon_threads_inside_the_engine_do_not_abort_the_exit(work: str) -> None:
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", DAEMON.format(work=work)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
