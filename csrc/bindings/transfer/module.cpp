@@ -30,9 +30,8 @@ PYBIND11_MODULE(_transfer, m) {
           if (!each.detail.empty()) out[py::str(each.name)] = each.detail;
         return out;
       },
-      "{name: with what it works here}, of transports that have something to say, such as verbs "
-      "its "
-      "devices and their NUMA nodes.");
+      "{name: what it works with}, where there is something to say: of verbs, its ports and the "
+      "NUMA nodes of their devices.");
   m.def("tls_unavailable", &tcp::tls_unavailable,
         "None where tcp can speak TLS, else why it cannot.");
 
