@@ -6,7 +6,7 @@ namespace kvxfer {
 namespace {
 constexpr uint8_t kRegionAdded = 1, kRegionRemoved = 2, kCredit = 3, kAttach = 4;
 constexpr uint32_t kTokenMagic = 0x314c'564b;  // "KVL1"
-constexpr size_t kMaxOffers = 16, kMaxOfferBytes = 512;
+constexpr size_t kMaxOffers = 16, kMaxOfferBytes = 2048;
 constexpr size_t kMaxTransportBytes = 32, kMaxAttachBytes = 4096;
 }  // namespace
 

@@ -52,8 +52,8 @@ std::string describe(const Transfer& t, const Failure& failure, bool agreed, boo
     out += cat("expected at most ", failure.expected, ", given ", failure.given, ": ");
   out += failure.text;
   if (failure.err != 0) out += cat(" [errno ", failure.err, ", ", errno_text(failure.err), "]");
-  if (const uint64_t landed = t.nbytes_done.load(); landed != 0)
-    out += cat("; ", landed, " bytes are known to have landed");
+  if (t.op != Op::kNotify)
+    out += cat("; ", t.nbytes_done.load(), " bytes are known to have landed");
   if (!agreed) out += "; the peer may or may not have taken it";
   if (!quiesced) out += "; its local memory must not be reused before xfer.quiesced";
   return out + hint(failure.code, agreed);

@@ -16,8 +16,9 @@ struct TransportConfig {
   std::string tls_certificate;  // PEM files; all three or none
   std::string tls_key, tls_authority;
   int64_t deadline_ns = 30'000'000'000;  // of transfers that name none: what retries may take
-  std::string verbs_device;              // "mlx5_0" or "mlx5_0:2"; empty: by rule
-  int32_t verbs_gid_index = -1;          // of its port; -1: by rule
+  std::string verbs_device;              // "mlx5_0", "mlx5_0:2,mlx5_1"; empty: every active port
+  int32_t verbs_gid_index = -1;          // of each port; -1: by rule
+  uint32_t verbs_queue_pairs = 1;        // for READs, between two ports that are joined
   std::string faults;                    // what the faulty transport injects; see faulty/plan.hpp
 };
 

@@ -86,8 +86,12 @@ std::unique_ptr<Transport> make_transport(const std::string& name, const Transpo
 
 std::vector<Availability> probe_transports() {
   std::vector<Availability> out;
-  for (const auto& [name, maker] : makers()) out.push_back({name, maker({})->probe()});
-  out.push_back({"tcp", {}});
+  for (const auto& [name, maker] : makers()) {
+    const auto transport = maker({});
+    auto reason = transport->probe();
+    out.push_back({name, reason, reason ? std::string() : transport->detail()});
+  }
+  out.push_back({"tcp", {}, {}});
   return out;
 }
 

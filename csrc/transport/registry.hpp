@@ -16,6 +16,7 @@ namespace kvxfer {
 struct Availability {
   std::string name;
   std::optional<std::string> reason;  // empty: works here
+  std::string detail;                 // and with what; may be empty
 };
 
 // Best first: the order in which a peer is offered requests. "tcp" comes last and is always there,

@@ -16,7 +16,12 @@ import numpy as np
 
 from kvxfer import __version__, kernels
 from kvxfer.errors import KvxferError
-from kvxfer.transfer import TransferEngine, probe_transports, tls_unavailable
+from kvxfer.transfer import (
+    TransferEngine,
+    probe_transports,
+    tls_unavailable,
+    transport_details,
+)
 
 __all__ = ["Check", "add_arguments", "examine", "run"]
 
@@ -59,8 +64,10 @@ def _platform() -> list[Check]:
 
 
 def _transports() -> list[Check]:
+    details = transport_details()
+    works = {name: f"works here: {detail}" for name, detail in details.items()}
     checks = [
-        Check("transports", name, reason is None, reason or "works here")
+        Check("transports", name, reason is None, reason or works.get(name, "works here"))
         for name, reason in probe_transports()
     ]
     reason = tls_unavailable()

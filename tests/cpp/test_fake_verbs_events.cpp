@@ -147,6 +147,23 @@ TEST_CASE("a port tells when its link goes and comes, and loses packets meanwhil
   CHECK(fake_verbs_set_port("fake0", 2, 1) == ENODEV);
 }
 
+TEST_CASE("a path that is cut loses packets and tells nobody") {
+  Pair p;
+  const int64_t events = fake_verbs_count("events");
+  REQUIRE(fake_verbs_cut_port("fake0", 1, 1) == 0);
+  ibv_port_attr attr{};
+  REQUIRE(ibv_query_port(p.a.context, 1, &attr) == 0);
+  CHECK(attr.state == IBV_PORT_ACTIVE);
+  write(p);
+  pause_ms(30);
+  ibv_wc wc{};
+  CHECK_FALSE(p.a.poll(wc));
+  CHECK(fake_verbs_count("events") == events);
+  REQUIRE(fake_verbs_cut_port("fake0", 1, 0) == 0);
+  CHECK(p.a.await().status == IBV_WC_SUCCESS);  // by a retry
+  CHECK(fake_verbs_cut_port("fake0", 2, 1) == ENODEV);
+}
+
 TEST_CASE("a link that stays away ends the queue pair when its retries are used up") {
   Setup impatient;
   impatient.timeout = 8;  // 1 ms

@@ -11,8 +11,8 @@ using namespace fake_verbs_test;
 TEST_CASE("a plan that is not understood is refused") {
   for (const char* wrong :
        {"devices", "devices=17", "seed=x", "drop=2", "delay=0.5", "delay=0.5:3h", "gids=v5r2",
-        "error=0.5:nonsense", "fail=reg_mr", "fail=reg_mr@1:EWHAT", "seed=1 seed=2", "typo=1",
-        "mtu=1500", "windows=4"})
+        "error=0.5:nonsense", "read_error=1:nonsense", "fail=reg_mr", "fail=reg_mr@1:EWHAT",
+        "seed=1 seed=2", "typo=1", "mtu=1500", "windows=4"})
     CHECK_MESSAGE(fake_verbs_plan(wrong) == EINVAL, wrong);
   CHECK(fake_verbs_plan("") == 0);
 }
@@ -167,6 +167,31 @@ TEST_CASE("a planned share of requests fails") {
   }
   CHECK(failed > 0);
   CHECK(done > 0);
+}
+
+TEST_CASE("reads alone can be made to fail") {
+  Setup setup;
+  setup.plan = "read_error=1:retry_exc";
+  Pair p(setup);
+  ibv_send_wr wr = p.a.write(p.b, 10);
+  REQUIRE(p.a.post(wr) == 0);
+  CHECK(p.a.await().status == IBV_WC_SUCCESS);
+  wr.opcode = IBV_WR_RDMA_READ;
+  REQUIRE(p.a.post(wr) == 0);
+  CHECK(p.a.await().status == IBV_WC_RETRY_EXC_ERR);
+}
+
+TEST_CASE("as many devices are listed as the plan says") {
+  const auto listed = [](const char* plan) {
+    REQUIRE(fake_verbs_plan(plan) == 0);
+    int n = 0;
+    ibv_free_device_list(ibv_get_device_list(&n));
+    return n;
+  };
+  CHECK(listed("") == 1);
+  CHECK(listed("devices=3") == 3);
+  CHECK(listed("devices=2") == 2);
+  CHECK(listed("seed=1") == 1);
 }
 
 TEST_CASE("the queue pair of the planned request breaks") {

@@ -56,9 +56,9 @@ struct World : Pair {
   std::string explained() const { return a->explain(*to_b); }
   bool alive() const { return to_b->alive.load(); }
   // What answers b's READs of a's memory: its packets are the bytes of a's writes.
-  uint32_t puller_of_b() const { return peer_ends().pull.number; }
-  uint32_t puller_of_a() const { return ends(to_b).pull.number; }
-  uint32_t source_of_a() const { return ends(to_b).source.number; }
+  uint32_t puller_of_b() const { return peer_ends().rails[0].pull.number; }
+  uint32_t puller_of_a() const { return ends(to_b).rails[0].pull.number; }
+  uint32_t source_of_a() const { return ends(to_b).rails[0].source.number; }
   uint32_t control_of_b() const { return peer_ends().control.number; }
 
  private:

@@ -53,7 +53,8 @@ struct World : Pair {
   // What posts: messages of both, READs of both.
   std::vector<uint32_t> requesters() const {
     const verbs::Ends at_a = ends(to_b), at_b = ends(to_a);
-    return {at_a.control.number, at_b.control.number, at_a.pull.number, at_b.pull.number};
+    return {at_a.control.number, at_b.control.number, at_a.rails[0].pull.number,
+            at_b.rails[0].pull.number};
   }
   TransferPtr write() { return move(Op::kWrite, 0, 0, kBytes); }
   TransferPtr read() { return move(Op::kRead, kBytes, kBytes, kBytes); }

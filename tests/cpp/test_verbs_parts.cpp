@@ -3,7 +3,14 @@
 // The parts of the verbs transport that need no device: addresses, timeouts, chains.
 #include <doctest/doctest.h>
 
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <utility>
+
 #include "common/clock.hpp"
+#include "transport/verbs/nearness.hpp"
+#include "transport/verbs/pairing.hpp"
 #include "transport/verbs/pull_queue.hpp"
 
 using namespace kvxfer;
@@ -133,23 +140,66 @@ TEST_CASE("retries end within half of the deadline") {
 TEST_CASE("chains: contiguous pieces share a READ, the chain is bounded") {
   Chunk chunk;
   auto* const base = reinterpret_cast<std::byte*>(uint64_t{0x10000});
-  CHECK(chunk.add(1000, 1, base, 7, 100, 4) == 100);
-  CHECK(chunk.add(1100, 1, base + 100, 7, 100, 4) == 100);   // here as well: one piece
-  CHECK(chunk.add(1200, 1, base + 5000, 7, 100, 4) == 100);  // there only: two pieces
+  const Keys one{1, 11}, two{2, 11}, local{7, 17};
+  CHECK(chunk.add(1000, one, base, local, 100, 4) == 100);
+  CHECK(chunk.add(1100, one, base + 100, local, 100, 4) == 100);   // here as well: one piece
+  CHECK(chunk.add(1200, one, base + 5000, local, 100, 4) == 100);  // there only: two pieces
   CHECK(chunk.num_reads() == 1);
-  CHECK(chunk.add(1300, 2, base + 6000, 7, 100, 4) == 100);  // another key
-  CHECK(chunk.add(9000, 2, base + 6100, 7, 100, 4) == 100);  // a gap over there
+  // Another key, if only on one of the rails.
+  CHECK(chunk.add(1300, two, base + 6000, local, 100, 4) == 100);
+  CHECK(chunk.add(9000, two, base + 6100, local, 100, 4) == 100);  // a gap over there
   CHECK(chunk.num_reads() == 3);
   CHECK(chunk.nbytes() == 500);
   chunk.clear();
   for (uint32_t i = 0; i < 6; ++i)  // pieces beyond the device's limit begin another READ
-    CHECK(chunk.add(1000 + 10 * i, 1, base + 1000 * i, 7, 10, 4) == 10);
+    CHECK(chunk.add(1000 + 10 * i, one, base + 1000 * i, local, 10, 4) == 10);
   CHECK(chunk.num_reads() == 2);
   chunk.clear();
   for (uint32_t i = 0; i < Chunk::kMaxReads; ++i)
-    CHECK(chunk.add(1000 * i, 1, base + 1000 * i, 7, 10, 4) == 10);
-  CHECK(chunk.add(900'000, 1, base, 7, 10, 4) == 0);
+    CHECK(chunk.add(1000 * i, one, base + 1000 * i, local, 10, 4) == 10);
+  CHECK(chunk.add(900'000, one, base, local, 10, 4) == 0);
   chunk.clear();
-  CHECK(chunk.add(0, 1, base, 7, (1u << 20) + 5, 4) == 1u << 20);
-  CHECK(chunk.add(1u << 20, 1, base + (1u << 20), 7, 5, 4) == 0);
+  CHECK(chunk.add(0, one, base, local, (1u << 20) + 5, 4) == 1u << 20);
+  CHECK(chunk.add(1u << 20, one, base + (1u << 20), local, 5, 4) == 0);
+}
+
+TEST_CASE("rails: ports of one subnet first, in our order, each port once") {
+  const auto port = [](int subnet, int host) { return ethernet({ipv4(3, 10, 0, subnet, host)}); };
+  const auto pairs_of = [](const std::vector<PortAddress>& a, const std::vector<PortAddress>& b) {
+    std::string reason;
+    std::vector<std::pair<size_t, size_t>> out;
+    for (const PortPair& pair : pair_ports(a, b, -1, reason))
+      out.emplace_back(pair.local, pair.remote);
+    CHECK(out.empty() == !reason.empty());
+    return out;
+  };
+  using Pairs = std::vector<std::pair<size_t, size_t>>;
+  CHECK(pairs_of({port(0, 1), port(1, 1)}, {port(0, 2), port(1, 2)}) == Pairs{{0, 0}, {1, 1}});
+  CHECK(pairs_of({port(0, 1), port(1, 1)}, {port(1, 2), port(0, 2)}) == Pairs{{0, 1}, {1, 0}});
+  // Two ports in one subnet: each takes the first that is left.
+  CHECK(pairs_of({port(0, 1), port(0, 3)}, {port(0, 2), port(0, 4)}) == Pairs{{0, 0}, {1, 1}});
+  // Whoever shares no subnet gets what is left, behind all who do: the first carries the messages.
+  CHECK(pairs_of({port(5, 1), port(1, 1)}, {port(1, 2), port(6, 2)}) == Pairs{{1, 0}, {0, 1}});
+  CHECK(pairs_of({port(0, 1), port(1, 1)}, {port(1, 2)}) == Pairs{{1, 0}});
+  CHECK(pairs_of({port(0, 1)}, {}) == Pairs{});
+  // A port that cannot be used now has no addresses, and keeps its number.
+  CHECK(pairs_of({ethernet({}), port(1, 1)}, {port(0, 2), port(1, 2)}) == Pairs{{1, 1}});
+  // Link-local addresses are alike everywhere, so they say nothing about subnets.
+  CHECK(pairs_of({ethernet({link_local(0, 1)}), port(1, 1)},
+                 {ethernet({link_local(0, 2)}), port(1, 2)}) == Pairs{{1, 1}, {0, 0}});
+}
+
+TEST_CASE("nearness: what sysfs says of a device, and the node of memory that is there") {
+  char folder[] = "/tmp/kvxfer-sysfs-XXXXXX";
+  REQUIRE(::mkdtemp(folder) != nullptr);
+  const std::filesystem::path device = std::filesystem::path(folder) / "device";
+  std::filesystem::create_directory(device);
+  CHECK(node_of_device(folder) == kNoNode);  // no file
+  for (const auto& [text, node] : {std::pair{"3\n", 3}, {"0\n", 0}, {"-1\n", kNoNode}}) {
+    std::ofstream(device / "numa_node") << text;
+    CHECK(node_of_device(folder) == node);
+  }
+  std::filesystem::remove_all(folder);
+  NodeOfMemory none;
+  CHECK(none.node() == kNoNode);
 }

@@ -14,10 +14,24 @@ if(KVXFER_WITH_VERBS)
     set_tests_properties(hooks_verbs PROPERTIES TIMEOUT 120 ENVIRONMENT "${on_fake}")
   endif()
 
+  # The same over two rails.
+  set(on_two "${on_fake};KVXFER_FAKE_VERBS=devices=2")
+  add_test(NAME transfer_verbs_two_rails COMMAND test_transfer)
+  set_tests_properties(transfer_verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
+
   add_executable(test_verbs ${CMAKE_CURRENT_LIST_DIR}/test_verbs.cpp
                  ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs COMMAND test_verbs)
   set_tests_properties(verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+  # But for what is said of the only port.
+  add_test(NAME verbs_two_rails COMMAND test_verbs "-tce=*port that goes down ends*")
+  set_tests_properties(verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
+
+  add_executable(test_verbs_rails ${CMAKE_CURRENT_LIST_DIR}/test_verbs_rails.cpp $<TARGET_OBJECTS:doctest_main>)
+  target_include_directories(test_verbs_rails SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(test_verbs_rails PRIVATE kvxfer_engine fake_verbs)
+  add_test(NAME verbs_rails COMMAND test_verbs_rails)
+  set_tests_properties(verbs_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 endif()

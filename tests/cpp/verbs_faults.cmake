@@ -6,6 +6,9 @@ if(TARGET fake_verbs AND KVXFER_WITH_VERBS)
   target_include_directories(test_verbs_faults SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs_faults PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs_faults COMMAND test_verbs_faults)
-  set_tests_properties(verbs_faults PROPERTIES TIMEOUT 300 ENVIRONMENT
-                       "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
+  set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
+  set_tests_properties(verbs_faults PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+  # Over two rails, but for what is said of the only device.
+  add_test(NAME verbs_faults_two_rails COMMAND test_verbs_faults "-tce=*every kind of address*")
+  set_tests_properties(verbs_faults_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake};KVXFER_FAKE_VERBS=devices=2")
 endif()

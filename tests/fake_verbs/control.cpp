@@ -24,7 +24,7 @@ Device* find_device(Nic& nic, const char* name) {
 FAKE_VERBS_EXPORT int fake_verbs_plan(const char* text) {
   Nic& nic = Nic::get();
   try {
-    const Plan plan = parse_plan(text);
+    const Plan plan = parse_plan(text, nic.devices_at_start);
     const auto lock = nic.lock();
     nic.set_plan(plan);
   } catch (const std::invalid_argument& error) {
@@ -76,6 +76,16 @@ FAKE_VERBS_EXPORT int fake_verbs_set_port(const char* name, int number, int up) 
   Port* const port = device ? device->port(number) : nullptr;
   if (!port) return ENODEV;
   nic.set_port(*port, up != 0);
+  return 0;
+}
+
+FAKE_VERBS_EXPORT int fake_verbs_cut_port(const char* name, int number, int cut) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  Device* const device = find_device(nic, name);
+  Port* const port = device ? device->port(number) : nullptr;
+  if (!port) return ENODEV;
+  port->cut = cut != 0;
   return 0;
 }
 

@@ -33,6 +33,7 @@ struct Port {
   int number = 1;  // as verbs count
   int rail = 0;    // of all ports of the machine
   bool up = true;
+  bool cut = false;  // far away: nothing gets through, and nobody is told
   int64_t up_again_ns = kvxfer::kNever;
   uint16_t lid = 0;
   std::vector<Gid> gids;

@@ -19,7 +19,8 @@ extern "C" {
 #endif
 
 /* Replaces the plan from now on; devices that were listed before keep their ports and addresses.
- * 0, or EINVAL with the reason on stderr. */
+ * There are as many as KVXFER_FAKE_VERBS says, unless the plan says how many: more are made, fewer
+ * are listed. 0, or EINVAL with the reason on stderr. */
 int fake_verbs_plan(const char* plan);
 
 /* Packets to this QP number, of this process, wait until released, in order. Judged on delivery:
@@ -38,6 +39,10 @@ int fake_verbs_break_qp(uint32_t qp_num);
 
 /* The link of a port goes or comes, with the event; packets are lost while it is away. ENODEV. */
 int fake_verbs_set_port(const char* device, int port, int up);
+
+/* What goes over a port is lost from here on, or gets through again; no port, event or counter says
+ * so: a switch somewhere has failed. ENODEV. */
+int fake_verbs_cut_port(const char* device, int port, int cut);
 
 /* The device is gone: IBV_EVENT_DEVICE_FATAL, then every verb on it fails with EIO. ENODEV. */
 int fake_verbs_remove_device(const char* device);

@@ -38,6 +38,7 @@ Nic::Nic() {
   const char* text = std::getenv("KVXFER_FAKE_VERBS");
   try {
     set_plan(parse_plan(text ? text : ""));
+    devices_at_start = plan.devices;
   } catch (const std::exception& error) {
     // No verb can say it, and a test that goes on without its faults proves nothing.
     std::fprintf(stderr, "%s\n", error.what());
@@ -58,7 +59,7 @@ void Nic::forked() {
     ::close(doorbell_);
   }
   network = Network();
-  started_ = asleep_ = devices_made_ = false;
+  started_ = asleep_ = false;
   waiting_.store(0, std::memory_order_relaxed);
   for (const auto& device : devices_) {
     device->removed = true;
@@ -80,10 +81,8 @@ void Nic::set_plan(const Plan& next) {
 }
 
 const std::vector<std::unique_ptr<Device>>& Nic::devices() {
-  if (!devices_made_) {
-    for (int i = 0; i < plan.devices; ++i) devices_.push_back(std::make_unique<Device>(plan, i));
-    devices_made_ = true;
-  }
+  for (int i = static_cast<int>(devices_.size()); i < plan.devices; ++i)
+    devices_.push_back(std::make_unique<Device>(plan, i));
   return devices_;
 }
 
@@ -159,14 +158,16 @@ void Nic::count_request(QueuePair& qp) {
   if (++wr_count_ == plan.qp_fatal) break_qp(qp, IBV_EVENT_QP_FATAL);
 }
 
-std::optional<ibv_wc_status> Nic::doom(const QueuePair& qp) {
+std::optional<ibv_wc_status> Nic::doom(const QueuePair& qp, bool is_read) {
   if (const auto it = doomed.find(qp.qp_num); it != doomed.end()) {
     const ibv_wc_status status = it->second;
     doomed.erase(it);
     return status;
   }
-  if (!hit(plan.error.probability)) return {};
-  if (plan.error.status) return plan.error.status;
+  const bool read_fails = is_read && hit(plan.read_error.probability);
+  if (!read_fails && !hit(plan.error.probability)) return {};
+  const Plan::Error& error = read_fails ? plan.read_error : plan.error;
+  if (error.status) return error.status;
   // Each in turn, but those that only tag matching has.
   error_turn_ = error_turn_ % IBV_WC_GENERAL_ERR + 1;
   return static_cast<ibv_wc_status>(error_turn_);
@@ -191,14 +192,14 @@ void Nic::send(QueuePair& qp, Packet packet) {
     port.up_again_ns = plan.port_up_ns > 0 ? kvxfer::now_ns() + plan.port_up_ns : kvxfer::kNever;
     arm(port.up_again_ns);
   }
-  if (!port.up || port.device->removed) return;
+  if (!port.up || port.cut || port.device->removed) return;
   network.send(std::move(packet), plan, random, kvxfer::now_ns());
 }
 
 void Nic::deliver(Packet packet) {
   const Head& head = packet.head;
   QueuePair* const qp = find(head.dest_qpn);
-  if (!qp || !qp->port || !qp->port->up || qp->port->device->removed) return;
+  if (!qp || !qp->port || !qp->port->up || qp->port->cut || qp->port->device->removed) return;
   if (head.src_qpn != qp->attr.dest_qp_num) return;
   const ibv_ah_attr& address = qp->attr.ah_attr;
   if (qp->port->device->infiniband && head.dlid != qp->port->lid) return;

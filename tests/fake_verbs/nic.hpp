@@ -56,7 +56,7 @@ class Nic {
 
   // -- All of the following under the lock.
   void set_plan(const Plan& next);
-  const std::vector<std::unique_ptr<Device>>& devices();
+  const std::vector<std::unique_ptr<Device>>& devices();  // the plan's first; never fewer again
   // An errno for this call of a verb: the device is gone, or the plan says so. 0: go on.
   int refuse(const char* verb, const Device& device);
   bool hit(double probability);
@@ -68,9 +68,10 @@ class Nic {
   QueuePair* find(uint32_t qpn);
   // Something to send, answer or flush.
   void wake(QueuePair& qp);
-  void arm(int64_t at_ns);                                 // look at timers then at the latest
-  void count_request(QueuePair& qp);                       // one was posted
-  std::optional<ibv_wc_status> doom(const QueuePair& qp);  // what the plan ends it with
+  void arm(int64_t at_ns);            // look at timers then at the latest
+  void count_request(QueuePair& qp);  // one was posted
+  // What the plan ends it with.
+  std::optional<ibv_wc_status> doom(const QueuePair& qp, bool is_read);
 
   void send(QueuePair& qp, Packet packet);
   void complete(CompletionQueue& cq, Cqe cqe);
@@ -86,6 +87,7 @@ class Nic {
   void forget(CompletionQueue& cq);
 
   Plan plan;
+  int devices_at_start = 1;  // as KVXFER_FAKE_VERBS has it; written before there is a second thread
   std::mt19937_64 random;
   Network network;
   Statistics statistics;
@@ -111,7 +113,6 @@ class Nic {
   std::mutex mutex_;
   std::atomic<int> waiting_{0};  // users at the lock; relaxed: a hint
   bool started_ = false, asleep_ = false;
-  bool devices_made_ = false;
   int doorbell_ = -1;
   int64_t next_timer_ns_ = kvxfer::kNever;
   std::vector<std::unique_ptr<Device>> devices_;

@@ -130,10 +130,12 @@ void read_fail(Plan& p, const Word& w) {
   });
 }
 
-void read_error(Plan& p, const Word& w) {
+Plan::Error error_of(const Word& w) {
   const auto [often, status] = w.halves(w.value, ':', "expected PROBABILITY:STATUS or :any");
-  p.error.probability = w.probability(often);
-  if (status != "any") p.error.status = w.named(kStatuses, status);
+  Plan::Error error;
+  error.probability = w.probability(often);
+  if (status != "any") error.status = w.named(kStatuses, status);
+  return error;
 }
 
 using Reader = void (*)(Plan&, const Word&);
@@ -181,7 +183,8 @@ const std::map<Text, Reader> kReaders = {
     {"invalidate", [](Plan& p, const Word& w) { p.invalidate = w.probability(w.value); }},
     {"short_poll", [](Plan& p, const Word& w) { p.short_poll = w.probability(w.value); }},
     {"hold_cqe", [](Plan& p, const Word& w) { p.hold_cqe = w.chance(); }},
-    {"error", read_error},
+    {"error", [](Plan& p, const Word& w) { p.error = error_of(w); }},
+    {"read_error", [](Plan& p, const Word& w) { p.read_error = error_of(w); }},
     {"fail", read_fail},
     {"remove", [](Plan& p, const Word& w) { p.remove = w.count(w.value); }},
     {"qp_fatal", [](Plan& p, const Word& w) { p.qp_fatal = w.count(w.value); }},
@@ -195,8 +198,9 @@ const std::map<Text, Reader> kReaders = {
 
 }  // namespace
 
-Plan parse_plan(Text text) {
+Plan parse_plan(Text text, int devices) {
   Plan plan;
+  plan.devices = devices;
   plan.text = text;
   std::set<Text> seen;
   while (!text.empty()) {

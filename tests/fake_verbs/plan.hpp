@@ -25,7 +25,8 @@ struct Chance {
 struct Plan {
   std::string text;
 
-  // -- What is there. A change of these counts for devices that are opened later.
+  // -- What is there. A change of these counts for devices that are made later; which are listed,
+  // at once.
   int devices = 1;          // named fake0, fake1, ...
   int ports = 1;            // of each; each port is a rail of its own, with a subnet of its own
   int host = 1;             // 1 to 254: the last part of its addresses
@@ -63,10 +64,12 @@ struct Plan {
   double invalidate = 0;  // LOCAL_INV ends with IBV_WC_LOC_QP_OP_ERR
   double short_poll = 0;  // ibv_poll_cq gives fewer than it could, never none
   Chance hold_cqe;        // a completion is seen late, and those behind it with it
-  struct {
+  struct Error {
     double probability = 0;
     std::optional<ibv_wc_status> status;  // any: each of them in turn
-  } error;                                // error=P:STATUS, before or after it has landed
+  };
+  Error error;       // error=P:STATUS, before or after it has landed
+  Error read_error;  // read_error=P:STATUS, of what reads alone
 
   // -- Once, at the Nth time, counted from 1.
   struct Fail {
@@ -80,7 +83,7 @@ struct Plan {
   int64_t port_up_ns = 0;  // link, and gets it back after T
 };
 
-// Throws std::invalid_argument naming the word that is wrong.
-Plan parse_plan(std::string_view text);
+// Throws std::invalid_argument naming the word that is wrong. `devices`: where it is not said.
+Plan parse_plan(std::string_view text, int devices = 1);
 
 }  // namespace fake_verbs

@@ -163,7 +163,7 @@ bool start(Nic& nic, QueuePair& qp, SendRequest& r) {
   const int ahead = reads_ahead(qp, r.number);
   if (r.flags & IBV_SEND_FENCE && ahead > 0) return false;
   if (r.is_read() && ahead > 0 && ahead >= qp.attr.max_rd_atomic) return false;
-  if (const std::optional<ibv_wc_status> status = nic.doom(qp)) {
+  if (const std::optional<ibv_wc_status> status = nic.doom(qp, r.is_read())) {
     // Half of them fail before anything left, half after all of it has landed.
     if (nic.hit(0.5)) return fail(nic, qp, r, *status), false;
     r.doomed = status;

@@ -88,7 +88,7 @@ FAKE_VERBS_EXPORT ibv_device** ibv_get_device_list(int* num_devices) {
   const auto lock = nic.lock();
   std::vector<ibv_device*> found;
   for (const auto& device : nic.devices())
-    if (!device->removed) found.push_back(device.get());
+    if (!device->removed && device->index < nic.plan.devices) found.push_back(device.get());
   if (num_devices) *num_devices = static_cast<int>(found.size());
   auto** const out = new ibv_device*[found.size() + 1]();
   std::copy(found.begin(), found.end(), out);

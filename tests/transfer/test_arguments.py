@@ -285,7 +285,10 @@ def test_bad_engines_are_refused() -> None:
         ("tls", ("a", "b", "c"), "TlsFiles"),
         ("verbs_device", "", "verbs_device"),
         ("verbs_device", "mlx5_0:x", "not 'mlx5_0:x'"),
+        ("verbs_device", "mlx5_0,", "not 'mlx5_0,'"),
+        ("verbs_device", "mlx5_0, mlx5_1", "separated by commas"),
         ("verbs_gid_index", -1, "0 to 255, not -1"),
+        ("verbs_queue_pairs", 0, "1 to 8, not 0"),
     ],
 )
 def test_bad_configs_are_refused_where_they_are_made(field: str, value: Any, message: str) -> None:
@@ -312,13 +315,15 @@ def test_config_reaches_the_transports(tmp_path: Path) -> None:
         allow_ptrace=True,
         tls=TlsFiles(pem, str(pem), pem),
         deadline_s=2.5,
-        verbs_device="mlx5_0:2",
+        verbs_device="mlx5_0:2,mlx5_1",
         verbs_gid_index=3,
+        verbs_queue_pairs=4,
     ).native()
     assert (native.num_lanes, native.copy_threads, native.spin_ns) == (3, 2, 1500)
     assert native.allow_ptrace
     assert native.tls_certificate == native.tls_key == native.tls_authority == str(pem)
-    assert (native.verbs_device, native.verbs_gid_index) == ("mlx5_0:2", 3)
+    assert (native.verbs_device, native.verbs_gid_index) == ("mlx5_0:2,mlx5_1", 3)
+    assert native.verbs_queue_pairs == 4
     assert native.deadline_ns == 2_500_000_000
     default = EngineConfig(deadline_s=math.inf).native()
     assert (default.deadline_ns, default.verbs_device) == (2**63 - 1, "")

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +130,65 @@ def test_explain_names_device_address_and_limits(
     assert "fake0:1" in text
     assert "RoCE v2" in text
     assert "::ffff:10.77.0.1" in text
+
+
+@pytest.mark.parametrize("way", ["devices=2"], indirect=True)
+def test_two_processes_stripe_over_two_rails(pair: tuple[TransferEngine, PeerProcess]) -> None:
+    engine, target = pair
+    size = 8 * NBYTES
+    target.call("add_region", "kv", size, "registered")
+    local = engine.allocate(size, "kv")
+    peer = engine.connect(target.address)
+    data = np.random.default_rng(6).integers(0, 256, size, np.uint8)
+    local.array[:] = data
+    engine.write(local, peer.regions["kv"], 0, 0, size).wait(TIMEOUT_S)
+    local.array[:] = 0
+    deadline = time.monotonic() + TIMEOUT_S
+    while engine.explain(peer).count("; in use") < 2:  # the second one is tried first
+        assert time.monotonic() < deadline, engine.explain(peer)
+        time.sleep(0.01)
+    engine.read(local, peer.regions["kv"], 0, 0, size).wait(TIMEOUT_S)
+    assert local.array.tobytes() == data.tobytes()
+    pulled = [int(each) for each in re.findall(r"(\d+) bytes pulled", engine.explain(peer))]
+    assert len(pulled) == 2
+    assert sum(pulled) == size
+    assert min(pulled) >= NBYTES
+
+
+@pytest.mark.parametrize("way", ["devices=2"], indirect=True)
+def test_a_region_of_many_pieces_has_keys_for_each_on_both_rails(
+    pair: tuple[TransferEngine, PeerProcess],
+) -> None:
+    engine, target = pair
+    pieces, nbytes = 300, 8192  # more than a message has rows of keys for
+    size = pieces * nbytes
+    target.call("add_region", "kv", size, "registered")
+    rng = np.random.default_rng(8)
+    arrays = [rng.integers(0, 256, nbytes, np.uint8) for _ in range(pieces)]
+    local = engine.register(arrays, "kv")
+    peer = engine.connect(target.address)
+    order = rng.permutation(2 * pieces) * (nbytes // 2)
+    engine.write(local, peer.regions["kv"], order, order, nbytes // 2).wait(TIMEOUT_S)
+    data = np.concatenate(arrays)
+    assert target.call("bytes_of", "kv") == data.tobytes()
+    for array in arrays:
+        array[:] = 0
+    engine.read(local, peer.regions["kv"], order, order, nbytes // 2).wait(TIMEOUT_S)
+    assert np.concatenate(arrays).tobytes() == data.tobytes()
+
+
+DOCTOR = """
+from kvxfer.doctor import examine
+print(next(check.detail for check in examine() if check.name == "verbs"))
+"""
+
+
+def test_doctor_names_every_rail_and_its_node(tmp_path: Path) -> None:
+    for device, node in (("fake0", "1"), ("fake1", "-1")):
+        (tmp_path / device / "device").mkdir(parents=True)
+        (tmp_path / device / "device" / "numa_node").write_text(f"{node}\n")
+    text = run_python(DOCTOR, KVXFER_FAKE_VERBS=f"devices=2 sysfs={tmp_path}")
+    assert text.strip() == ("works here: fake0:1 (NUMA node 1), fake1:1 (NUMA node unknown)")
 
 
 def test_reason_says_what_is_missing() -> None:

@@ -22,6 +22,16 @@ PYBIND11_MODULE(_transfer, m) {
         return out;
       },
       "[(name, None, or why it does not work here)] of all transports, best first.");
+  m.def(
+      "transport_details",
+      [] {
+        py::dict out;
+        for (auto& each : probe_transports())
+          if (!each.detail.empty()) out[py::str(each.name)] = each.detail;
+        return out;
+      },
+      "{name: what it works with}, where there is something to say: of verbs, its ports and the "
+      "NUMA nodes of their devices.");
   m.def("tls_unavailable", &tcp::tls_unavailable,
         "None where tcp can speak TLS, else why it cannot.");
 

@@ -53,6 +53,18 @@ int score(const Gid& local, const Gid& remote) {
   return out;
 }
 
+bool in_one_subnet(const Gid& local, const Gid& remote) {
+  switch (family(local)) {
+    case Family::kIpv4:
+      return common_prefix(local, remote) >= 96 + 24;
+    case Family::kIpv6:
+      return common_prefix(local, remote) >= 64;
+    case Family::kLinkLocal:
+      return false;
+  }
+  return false;
+}
+
 std::string list_of(const PortAddress& address) {
   std::string out;
   for (const Gid& gid : address.gids) out += (out.empty() ? "" : ", ") + text_of(gid);
@@ -128,6 +140,7 @@ std::optional<Path> choose_path(const PortAddress& local, const PortAddress& rem
         std::equal(best.local.raw.begin(), best.local.raw.begin() + 8, best.remote.raw.begin());
     if (local.lid != 0 && remote.lid != 0 && same_subnet && local_index < 0) {
       best.global = false;
+      best.one_subnet = true;
       best.reason = cat("LID ", local.lid, " to LID ", remote.lid, ", one subnet");
       return best;
     }
@@ -138,6 +151,7 @@ std::optional<Path> choose_path(const PortAddress& local, const PortAddress& rem
                  ": ours are ", list_of(local), "; the peer's ", list_of(remote));
     return {};
   }
+  best.one_subnet = in_one_subnet(best.local, best.remote);
   best.reason = cat(
       "GID ", text_of(best.local), " to ", text_of(best.remote), ", ",
       common_prefix(best.local, best.remote), " common bits, ",

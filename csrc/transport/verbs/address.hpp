@@ -29,20 +29,22 @@ struct PortAddress {
   uint8_t mtu = 0;  // enum ibv_mtu
   std::vector<Gid> gids;
 };
-inline constexpr size_t kMaxGids = 16;  // of one port that are offered
+inline constexpr size_t kMaxGids = 12;  // of one port that are offered: those of eight fit an offer
 void encode(const PortAddress& address, Writer& writer);
 std::optional<PortAddress> decode_address(Reader& reader);
 
 std::string text_of(const Gid& gid);
 
 struct Path {
-  bool global = true;  // false: by LID alone, within one InfiniBand subnet
+  bool global = true;       // false: by LID alone, within one InfiniBand subnet
+  bool one_subnet = false;  // as far as addresses tell: see choose_path()
   Gid local, remote;
   std::string reason;  // for explain()
 };
 // The pair by rule: RoCE v2, one family, the longest common prefix, link-local only where there is
-// nothing else. `local_index`: the user's choice of ours, or -1. Empty, with the reason, when the
-// two ports cannot speak to each other.
+// nothing else. One subnet: the first 24 bits of IPv4, the first 64 of other GIDs are the same;
+// link-local addresses are so everywhere, and tell nothing. `local_index`: the user's choice of
+// ours, or -1. Empty, with the reason, when the two ports cannot speak to each other.
 std::optional<Path> choose_path(const PortAddress& local, const PortAddress& remote,
                                 int local_index, std::string& reason);
 

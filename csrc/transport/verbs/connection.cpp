@@ -17,9 +17,8 @@ namespace {
 // Rounds of work before other connections get their turn, and completions taken in each.
 constexpr int kMaxRounds = 16;
 constexpr size_t kMaxCompletions = 32;
-constexpr uint8_t kMaxReads = 16;  // in flight; more than any link's round trip asks for
 
-uint8_t reads_of(int limit) { return static_cast<uint8_t>(std::clamp(limit, 1, int{kMaxReads})); }
+bool is_dead_chunk(const ChunkPtr& chunk) { return Incoming::is_dead(*chunk); }
 
 // Failures that one request's addresses or keys have caused; any other is the path's.
 bool is_requests_own(ibv_wc_status status) {
@@ -39,63 +38,49 @@ bool is_requests_own(ibv_wc_status status) {
 }  // namespace
 
 struct VerbsConnection::ChannelHandler final : FdHandler {
-  explicit ChannelHandler(std::shared_ptr<VerbsConnection> c) : connection(std::move(c)) {}
+  ChannelHandler(std::shared_ptr<VerbsConnection> c, CompletionQueue& q)
+      : connection(std::move(c)), queue(q) {}
   void on_events(uint32_t) override {
-    connection->completions_.hear();
+    queue.hear();
     connection->host_.reactor().attend(connection);
   }
   std::shared_ptr<VerbsConnection> connection;
+  CompletionQueue& queue;
 };
 
-VerbsConnection::VerbsConnection(Host& host, std::shared_ptr<Device> device, MemoryTable& memory)
+VerbsConnection::VerbsConnection(Host& host, const Devices& devices, bool by_nearness,
+                                 MemoryTable& memory)
     : Connection("verbs"),
       host_(host),
-      device_(device),
-      completions_(device, Channel::num_entries(Channel::num_buffers(*device)) +
-                               PullQueue::num_entries(PullQueue::depth(*device))),
-      channel_(device, completions_.get(), Channel::num_buffers(*device)),
-      pulls_(device, completions_.get(), PullQueue::depth(*device)),
-      incoming_(channel_, pulls_, memory, *this, host),
-      outgoing_(device, channel_, pulls_, memory, *this, host),
-      served_(reads_of(device->limits().max_qp_rd_atom)),
-      issued_(reads_of(device->limits().max_qp_init_rd_atom)) {
-  QpShape shape;
-  source_ = make_qp(*device_, completions_.get(), shape, IBV_ACCESS_REMOTE_READ);
-  source_psn_ = random_psn();
-  ends_ = {channel_.end(),
-           pulls_.open(),
-           {source_->qp_num, source_psn_},
-           Channel::num_buffers(*device_),
-           served_,
-           issued_,
-           0};
+      rails_(devices, by_nearness, Channel::num_entries(Channel::num_buffers(*devices[0]))),
+      channel_(devices[0], rails_[0].completions.get(), Channel::num_buffers(*devices[0])),
+      incoming_(channel_, rails_, memory, *this, host),
+      outgoing_(devices, channel_, rails_, memory, *this, host) {}
+
+VerbsConnection::~VerbsConnection() = default;
+
+Ends VerbsConnection::ends() const {
+  Ends ends{channel_.end(), Channel::num_buffers(*rails_[0].device), 0, {}};
+  for (const auto& rail : rails_) ends.rails.push_back(rail->end);
+  return ends;
 }
 
-VerbsConnection::~VerbsConnection() {
-  if (source_) (void)stop_qp(source_.get());
+void VerbsConnection::connect(const std::vector<Route>& routes, const Route& control,
+                              const Ends& remote, const Incarnation& peer) {
+  peer_word_ = remote.word;
+  peer_ = peer;
+  channel_.connect(control, remote.control, remote.num_buffers);
+  for (const auto& rail : rails_) rail->connect(routes[rail->number], remote.rails[rail->number]);
 }
 
-void VerbsConnection::connect(const Route& route, const Ends& remote) {
-  route_ = route;
-  issued_ = std::min(issued_, remote.served);
-  served_ = std::max<uint8_t>(std::min(served_, remote.issued), 1);
-  channel_.connect(route_, remote.control, remote.num_buffers);
-  connect_qp(*device_, source_.get(), route_, remote.pull, source_psn_, served_, 0);
-  pulls_.connect(route_, remote.source, issued_);
-  pulls_.start();
-}
-
-std::optional<std::string> VerbsConnection::try_read(uint64_t address, uint32_t rkey,
-                                                     Incarnation& out, int64_t deadline_ns) {
-  ChunkPtr chunk = pulls_.new_chunk();
-  static_assert(sizeof(outgoing_.scratch()) == sizeof(Incarnation));
-  chunk->add(address, rkey, reinterpret_cast<std::byte*>(outgoing_.scratch().data()),
-             outgoing_.scratch_lkey(), sizeof(Incarnation), 1);
-  if (const int err = pulls_.post(std::move(chunk), false))
+std::optional<std::string> VerbsConnection::try_first(int64_t deadline_ns) {
+  Rail& rail = rails_[0];
+  probe(rail);
+  if (const int err = rail.pulls.post_error())
     return cat("ibv_post_send(RDMA_READ) failed: ", errno_text(err));
   while (now_ns() < deadline_ns) {
     ibv_wc completion;
-    const int n = completions_.poll({&completion, 1});
+    const int n = rail.completions.poll({&completion, 1});
     if (n < 0) return "ibv_poll_cq failed";
     if (n == 0) {
       std::this_thread::yield();
@@ -104,24 +89,31 @@ std::optional<std::string> VerbsConnection::try_read(uint64_t address, uint32_t 
     if (completion.status != IBV_WC_SUCCESS)
       return cat(
           "an RDMA READ of the peer's memory failed: ", api().wc_status_str(completion.status),
-          " (vendor error ", completion.vendor_err, "); the path is ", route_.path.reason);
-    pulls_.recycle(pulls_.on_completion(completion).done);
-    out = std::bit_cast<Incarnation>(outgoing_.scratch());
-    return {};
+          " (vendor error ", completion.vendor_err, "); the path is ", rail.route.path.reason);
+    rails_.recycle(rail.pulls.on_completion(completion).done);
+    if (std::bit_cast<Incarnation>(outgoing_.scratch(rail)) == peer_) return {};
+    return "what answers at the peer's RDMA address is another engine";
   }
   return cat("an RDMA READ of the peer's memory was not answered in time; the path is ",
-             route_.path.reason);
+             rail.route.path.reason);
 }
 
 void VerbsConnection::start() {
-  // On the progress thread, so that no event can find the token unset.
+  // On the progress thread, so that no event can find a token unset.
   host_.reactor().post([self = self()] {
     {
       std::lock_guard lock(self->mutex_);
       if (self->is_dead()) return;
     }
-    self->token_ = self->host_.reactor().add(self->completions_.fd(), EPOLLIN,
-                                             std::make_shared<ChannelHandler>(self));
+    for (const auto& rail : self->rails_)
+      rail->token =
+          self->host_.reactor().add(rail->completions.fd(), EPOLLIN,
+                                    std::make_shared<ChannelHandler>(self, rail->completions));
+    // The first one has been tried, by us or by the peer; the others are now.
+    self->rails_[0].pulls.start();
+    self->rails_[0].in_use.store(true, std::memory_order_relaxed);
+    for (const auto& rail : self->rails_)
+      if (rail->number > 0) self->probe(*rail);
     self->host_.reactor().attend(self);
   });
 }
@@ -150,27 +142,27 @@ Cancelled VerbsConnection::cancel(const RequestPtr& request) noexcept {
 
 // ---------------------------------------------------------------- the progress thread
 
-bool VerbsConnection::take_completions() {
+bool VerbsConnection::take_completions(Rail& rail) {
   ibv_wc completions[kMaxCompletions];
   size_t n = 0;
-  while (n < kMaxCompletions && !held_.empty()) {
-    completions[n++] = held_.front();
-    held_.pop_front();
+  while (n < kMaxCompletions && !rail.held.empty()) {
+    completions[n++] = rail.held.front();
+    rail.held.pop_front();
   }
   if (n == 0) {
-    const int got = completions_.poll(completions);
+    const int got = rail.completions.poll(completions);
     if (got < 0) {
-      die({.code = Code::kTransport, .text = cat("ibv_poll_cq on ", device_->name(), " failed")});
+      on_port_event(*rail.device, false, "ibv_poll_cq failed");
       return false;
     }
     n = static_cast<size_t>(got);
   }
-  for (size_t i = 0; i < n && !is_dead(); ++i) handle(completions[i]);
-  if (std::exchange(pull_failed_, false) && !is_dead()) break_pulls(true);
+  for (size_t i = 0; i < n && !is_dead(); ++i) handle(rail, completions[i]);
+  if (std::exchange(rail.failed, false) && !is_dead()) break_pulls(rail, Why::kFailed);
   return n > 0;
 }
 
-void VerbsConnection::handle(const ibv_wc& completion) {
+void VerbsConnection::handle(Rail& rail, const ibv_wc& completion) {
   switch (work_of(completion.wr_id)) {
     case Work::kSend:
       if (completion.status != IBV_WC_SUCCESS) return control_failed(completion);
@@ -190,7 +182,7 @@ void VerbsConnection::handle(const ibv_wc& completion) {
       return;
     }
     case Work::kRead:
-      return on_read(completion);
+      return on_read(rail, completion);
     case Work::kSendMarker:
     case Work::kReadMarker:
       return;  // of a queue pair that is gone
@@ -217,7 +209,9 @@ void VerbsConnection::on_message(Type type, ByteView body) {
       break;
     case Type::kWriteData:
       // These bytes land at once: nothing of a dead predecessor may land behind them.
-      if (incoming_.held_back()) break_pulls(false);
+      for (const auto& rail : rails_)
+        if (incoming_.held_back() && std::ranges::any_of(rail->pulls.in_flight(), is_dead_chunk))
+          break_pulls(*rail, Why::kWanted);
       sane = is_dead() || incoming_.on_write_data(body);
       break;
     case Type::kOutcome:
@@ -244,28 +238,36 @@ void VerbsConnection::on_message(Type type, ByteView body) {
   if (!sane) broken("a message that makes no sense");
 }
 
-void VerbsConnection::on_read(const ibv_wc& completion) {
-  PullQueue::Outcome outcome = pulls_.on_completion(completion);
-  if (completion.status != IBV_WC_SUCCESS && outcome.is_mine) pull_failed_ = true;
+void VerbsConnection::on_read(Rail& rail, const ibv_wc& completion) {
+  PullQueue::Outcome outcome = rail.pulls.on_completion(completion);
+  if (completion.status != IBV_WC_SUCCESS && outcome.is_mine) rail.failed = true;
   if (!outcome.done) return;
   // While the queue pair is being stopped, a flush may come before the NIC has put away what it was
   // just receiving (Soft-RoCE copies on another CPU): such chains wait until it is destroyed.
-  if (outcome.status != IBV_WC_SUCCESS && stopping_pulls_)
-    parked_.emplace_back(std::move(outcome.done), outcome.status);
+  if (outcome.status != IBV_WC_SUCCESS && rail.stopping)
+    rail.parked.emplace_back(std::move(outcome.done), outcome.status);
   else
-    deliver(std::move(outcome.done), outcome.status);
+    deliver(rail, std::move(outcome.done), outcome.status);
 }
 
-void VerbsConnection::deliver(ChunkPtr chunk, ibv_wc_status status) {
+void VerbsConnection::deliver(Rail& rail, ChunkPtr chunk, ibv_wc_status status) {
+  if (chunk->probe) return on_probed(rail, std::move(chunk), status);
   const bool is_write = chunk->job != nullptr;
-  if (status == IBV_WC_SUCCESS) num_breaks_ = 0;
+  if (status == IBV_WC_SUCCESS) {
+    rail.num_breaks = 0;
+    if (!chunk->words) {
+      rail.num_chains.fetch_add(1, std::memory_order_relaxed);
+      rail.num_bytes.fetch_add(chunk->nbytes(), std::memory_order_relaxed);
+    }
+  }
   if (!is_dead() && (status == IBV_WC_SUCCESS || is_requests_own(status))) {
     std::optional<Failure> failure;
     if (status != IBV_WC_SUCCESS)
-      failure = Failure{
-          .code = status == IBV_WC_REM_ACCESS_ERR ? Code::kRemoteAccess : Code::kTransport,
-          .text = cat("an RDMA READ on ", device_->name(), " failed: ", api().wc_status_str(status),
-                      " (vendor error ", pulls_.vendor_error(), ")")};
+      failure =
+          Failure{.code = status == IBV_WC_REM_ACCESS_ERR ? Code::kRemoteAccess : Code::kTransport,
+                  .text = cat("an RDMA READ on ", rail.device->name(),
+                              " failed: ", api().wc_status_str(status), " (vendor error ",
+                              rail.pulls.vendor_error(), ")")};
     is_write ? incoming_.on_landed(std::move(chunk), std::move(failure))
              : outgoing_.on_landed(std::move(chunk), std::move(failure));
   } else {
@@ -274,25 +276,33 @@ void VerbsConnection::deliver(ChunkPtr chunk, ibv_wc_status status) {
 }
 
 bool VerbsConnection::step() {
-  bool some = take_completions();
-  if (is_dead()) return some;
-  some |= channel_.flush();
-  for (const bool incoming : {true, false}) {
-    int err = 0;
-    some |= incoming ? incoming_.pull_one(err) : outgoing_.pull_one(err);
-    if (err == 0) continue;
-    last_error_ = cat("ibv_post_send(RDMA_READ) failed: ", errno_text(err));
-    break_pulls(true);
+  bool some = false;
+  for (const auto& rail : rails_) {
+    some |= take_completions(*rail);
     if (is_dead()) return some;
   }
-  if (!pulls_.is_empty()) watch_gates();
+  some |= channel_.flush();
+  if (rails_.any_room()) {
+    some |= incoming_.pull_one();
+    some |= outgoing_.pull_one();
+  }
+  bool any_in_flight = false;
+  for (const auto& rail : rails_) {
+    if (const int err = rail->pulls.post_error(); err != 0 && rail->pulls.is_open()) {
+      rail->last_error = cat("ibv_post_send(RDMA_READ) failed: ", errno_text(err));
+      break_pulls(*rail, Why::kFailed);
+      if (is_dead()) return true;
+    }
+    any_in_flight |= !rail->pulls.is_empty();
+  }
+  if (any_in_flight) watch_gates();
   some |= incoming_.serve_one();
   some |= outgoing_.pump();
   if (const int err = channel_.error())
     die({.code = Code::kTransport,
          .err = err,
-         .text =
-             cat("ibv_post_send or ibv_post_recv of a message on ", device_->name(), " failed")});
+         .text = cat("ibv_post_send or ibv_post_recv of a message on ", rails_[0].device->name(),
+                     " failed")});
   else if (outgoing_.room_wanted())
     host_.writable(*this);
   return some;
@@ -308,23 +318,23 @@ bool VerbsConnection::poll() {
 bool VerbsConnection::doze() {
   if (is_dead()) return true;
   incoming_.tell_late();
-  if (const int err = completions_.arm()) {
-    die({.code = Code::kTransport,
-         .err = err,
-         .text = cat("ibv_req_notify_cq on ", device_->name(), " failed")});
-    return true;
+  for (const auto& rail : rails_) {
+    const int err = rail->completions.arm();
+    if (err == 0 || rail->down) continue;
+    on_port_event(*rail->device, false, cat("ibv_req_notify_cq failed: ", errno_text(err)));
+    if (is_dead()) return true;
   }
   // What came before it was armed rings no bell.
   return !step();
 }
 
-// Takes completions until these have come; what is not of our READs is kept for later.
-void VerbsConnection::drain(std::initializer_list<uint64_t> markers, int64_t bound_ns) {
+// Takes a rail's completions until these have come; what is not of its READs is kept for later.
+void VerbsConnection::drain(Rail& rail, std::initializer_list<uint64_t> markers) {
   size_t missing = markers.size();
-  const int64_t until_ns = now_ns() + bound_ns;
+  const int64_t until_ns = now_ns() + kFlushNs;
   while (missing > 0 && now_ns() < until_ns) {
     ibv_wc completions[kMaxCompletions];
-    const int n = completions_.poll(completions);
+    const int n = rail.completions.poll(completions);
     if (n < 0) return;
     if (n == 0) std::this_thread::yield();
     for (int i = 0; i < n; ++i) {
@@ -332,9 +342,9 @@ void VerbsConnection::drain(std::initializer_list<uint64_t> markers, int64_t bou
       if (std::find(markers.begin(), markers.end(), each.wr_id) != markers.end())
         --missing;
       else if (work_of(each.wr_id) == Work::kRead)
-        on_read(each);
+        on_read(rail, each);
       else
-        held_.push_back(each);
+        rail.held.push_back(each);
     }
   }
 }
@@ -342,7 +352,7 @@ void VerbsConnection::drain(std::initializer_list<uint64_t> markers, int64_t bou
 void VerbsConnection::control_failed(const ibv_wc& completion) {
   const bool lost = completion.status == IBV_WC_RETRY_EXC_ERR;
   die({.code = lost ? Code::kPeerDisconnected : Code::kTransport,
-       .text = cat("the control queue pair on ", device_->name(), " failed: ",
+       .text = cat("the control queue pair on ", rails_[0].device->name(), " failed: ",
                    api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
                    ")", lost ? ": the peer's host or the network does not answer" : "")});
 }
@@ -358,21 +368,27 @@ void VerbsConnection::die(const Failure& cause) {
     std::lock_guard lock(mutex_);
     if (dead_.exchange(true, std::memory_order_relaxed)) return;
   }
-  if (token_ != 0) host_.reactor().remove(token_, completions_.fd());
   host_.reactor().cancel(gates_timer_);
-  if (source_) (void)stop_qp(source_.get());
-  stopping_pulls_ = true;
-  const bool control_marked = channel_.stop(), pulls_marked = pulls_.stop();
-  if (control_marked && pulls_marked)
-    drain({work_id(Work::kSendMarker, 0), pulls_.marker()}, kFlushNs);
-  else if (pulls_marked)
-    drain({pulls_.marker()}, kFlushNs);
-  else if (control_marked)
-    drain({work_id(Work::kSendMarker, 0)}, kFlushNs);
+  const bool control_marked = channel_.stop();
+  for (const auto& rail : rails_) {
+    if (rail->token != 0) host_.reactor().remove(rail->token, rail->completions.fd());
+    host_.reactor().cancel(rail->retry);
+    if (rail->source) (void)stop_qp(rail->source.get());
+    rail->stopping = true;
+    const bool marked = rail->pulls.stop();
+    const uint64_t last_message = work_id(Work::kSendMarker, 0), last_read = rail->pulls.marker();
+    if (rail->number == 0 && control_marked)
+      marked ? drain(*rail, {last_message, last_read}) : drain(*rail, {last_message});
+    else if (marked)
+      drain(*rail, {last_read});
+  }
   channel_.destroy();
-  close_pulls();
-  source_.reset();
-  held_.clear();
+  for (const auto& rail : rails_) {
+    close_pulls(*rail);
+    rail->drop_source();
+    rail->held.clear();
+    rail->in_use.store(false, std::memory_order_relaxed);
+  }
   incoming_.clear();
   outgoing_.end_all(cause);
   host_.lost(*this, cause);
@@ -381,14 +397,6 @@ void VerbsConnection::die(const Failure& cause) {
 void VerbsConnection::close(const Failure& cause) noexcept {
   if (host_.reactor().on_thread()) return die(cause);
   host_.reactor().post([self = self(), cause] { self->die(cause); });
-}
-
-std::string VerbsConnection::describe() const {
-  return cat("verbs: ", device_->name(), ", ", route_.path.reason, ", MTU ", 128 << route_.mtu,
-             ", ", int{issued_}, " READs in flight, gives up after ", int{route_.retry_count},
-             " retries of ", (int64_t{4096} << route_.timeout) / 1'000'000,
-             " ms; the owner pulls: no region is remotely writable; ",
-             num_replaced_.load(std::memory_order_relaxed), " queue pair(s) replaced");
 }
 
 }  // namespace kvxfer::verbs

@@ -10,8 +10,11 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
+#include <utility>
 
 #include "common/error.hpp"
+#include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
 namespace {
@@ -96,71 +99,110 @@ std::string Device::use_port(uint8_t port) {
     return "has no GID: give its interface an address";
   port_ = port;
   name_ = cat(device, ":", int{port});
-  max_message_nbytes_ = std::max<uint32_t>(attr.max_msg_sz, 1);
   return {};
 }
 
-std::shared_ptr<Device> Device::open(const std::string& wanted, std::string& reason) {
+std::shared_ptr<Device> Device::open(ibv_device* of, uint8_t port, int& num_ports,
+                                     std::string& reason) {
+  const std::string name = api().get_device_name(of);
+  ibv_context* const context = api().open_device(of);
+  if (context == nullptr) {
+    reason = cat("ibv_open_device(", name, ") failed: ", errno_text(errno));
+    return nullptr;
+  }
+  std::shared_ptr<Device> device(new Device(context));
+  if (const int err = api().query_device(context, &device->limits_)) {
+    reason = cat("ibv_query_device(", name, ") failed: ", errno_text(err));
+    return nullptr;
+  }
+  num_ports = device->limits_.phys_port_cnt;
+  if (port > num_ports) {
+    reason = cat(name, " has no port ", int{port});
+    return nullptr;
+  }
+  if (const std::string why = device->use_port(port); !why.empty()) {
+    reason = cat(name, " port ", int{port}, " ", why);
+    return nullptr;
+  }
+  device->pd_.reset(api().alloc_pd(context));
+  if (!device->pd_) {
+    reason = cat("ibv_alloc_pd on ", name, " failed: ", errno_text(errno));
+    return nullptr;
+  }
+  device->node_ = node_of_device(of->ibdev_path);
+  // Its events are read by the reactor, which must never block in the call.
+  ::fcntl(context->async_fd, F_SETFL, ::fcntl(context->async_fd, F_GETFL) | O_NONBLOCK);
+  return device;
+}
+
+Devices Device::open_all(const std::string& wanted, Refusal refusal, std::string& reason) {
   // A look at sysfs first: most machines have no such device, and need not load the library.
   if (std::getenv("KVXFER_LIBIBVERBS") == nullptr) {
     std::error_code none;
     const bool empty = std::filesystem::is_empty("/sys/class/infiniband", none);
     if (empty || none) {
       reason = "no RDMA device: /sys/class/infiniband is empty or not there";
-      return nullptr;
+      return {};
     }
   }
-  if (load_api(reason) == nullptr) return nullptr;
+  if (load_api(reason) == nullptr) return {};
   int num_devices = 0;
   const std::unique_ptr<ibv_device*, ListCloser> list(api().get_device_list(&num_devices));
   if (!list) {
     reason = cat("ibv_get_device_list failed: ", errno_text(errno));
-    return nullptr;
+    return {};
   }
-  const size_t colon = wanted.find(':');
-  const std::string wanted_name = wanted.substr(0, colon);
-  const int wanted_port = colon == std::string::npos ? 0 : std::atoi(wanted.c_str() + colon + 1);
+  Devices out;
   std::string seen;
-  for (int i = 0; i < num_devices; ++i) {
-    ibv_device* const candidate = list.get()[i];
-    const std::string name = api().get_device_name(candidate);
-    if (!wanted_name.empty() && name != wanted_name) {
-      seen += cat(seen.empty() ? "" : "; ", name, " is not the one wanted");
-      continue;
-    }
-    ibv_context* const context = api().open_device(candidate);
-    if (context == nullptr) {
-      seen +=
-          cat(seen.empty() ? "" : "; ", "ibv_open_device(", name, ") failed: ", errno_text(errno));
-      continue;
-    }
-    const std::shared_ptr<Device> device(new Device(context));
-    if (const int err = api().query_device(context, &device->limits_)) {
-      seen +=
-          cat(seen.empty() ? "" : "; ", "ibv_query_device(", name, ") failed: ", errno_text(err));
-      continue;
-    }
-    for (uint8_t port = 1; port <= device->limits_.phys_port_cnt; ++port) {
-      if (wanted_port != 0 && port != wanted_port) continue;
-      const std::string why = device->use_port(port);
+  const auto note = [&](const std::string& why) { seen += cat(seen.empty() ? "" : "; ", why); };
+  // All ports of one device, or the one that is wanted. False: none can be used.
+  const auto add = [&](ibv_device* device, int wanted_port) {
+    bool any = false;
+    int num_ports = 1;
+    for (int port = std::max(wanted_port, 1);
+         port <= (wanted_port > 0 ? wanted_port : num_ports) && out.size() < kMaxRails; ++port) {
+      std::string why;
+      auto opened = open(device, static_cast<uint8_t>(port), num_ports, why);
+      if (opened) why = refusal(*opened);
       if (!why.empty()) {
-        seen += cat(seen.empty() ? "" : "; ", name, " port ", int{port}, " ", why);
+        note(why);
         continue;
       }
-      device->pd_.reset(api().alloc_pd(context));
-      if (!device->pd_) {
-        reason = cat("ibv_alloc_pd on ", name, " failed: ", errno_text(errno));
-        return nullptr;
+      any = true;
+      const bool twice = std::ranges::any_of(
+          out, [&](const auto& other) { return other->name() == opened->name(); });
+      if (twice) continue;
+      opened->index_ = out.size();
+      out.push_back(std::move(opened));
+    }
+    return any;
+  };
+  if (wanted.empty()) {
+    for (int i = 0; i < num_devices; ++i) add(list.get()[i], 0);
+  } else {
+    std::istringstream names(wanted);
+    for (std::string each; std::getline(names, each, ',');) {
+      const size_t colon = each.find(':');
+      const std::string name = each.substr(0, colon);
+      const int port = colon == std::string::npos ? 0 : std::atoi(each.c_str() + colon + 1);
+      bool found = false, any = false;
+      for (int i = 0; i < num_devices; ++i) {
+        if (name != api().get_device_name(list.get()[i])) continue;
+        found = true;
+        any = add(list.get()[i], port);
       }
-      // Its events are read by the reactor, which must never block in the call.
-      ::fcntl(context->async_fd, F_SETFL, ::fcntl(context->async_fd, F_GETFL) | O_NONBLOCK);
-      return device;
+      if (!found) note(cat("there is no ", name));
+      if (!any) {  // what was asked for by name is not left out in silence
+        out.clear();
+        break;
+      }
     }
   }
-  reason = num_devices == 0 ? "no RDMA device here"
-                            : cat("no RDMA device ", wanted.empty() ? "" : cat("'", wanted, "' "),
-                                  "with an active port: ", seen);
-  return nullptr;
+  if (out.empty())
+    reason = num_devices == 0 ? "no RDMA device here"
+                              : cat("no RDMA device ", wanted.empty() ? "" : cat("'", wanted, "' "),
+                                    "with an active port: ", seen);
+  return out;
 }
 
 MrPtr Device::register_memory(void* base, size_t nbytes, int access,
@@ -184,6 +226,18 @@ MrPtr Device::register_memory(void* base, size_t nbytes, int access,
               cat("ibv_reg_mr(", what, ", ", nbytes, " bytes, access ", access, ") on ", name_,
                   " failed: ", errno_text(err), hint),
               err, "verbs");
+}
+
+Registration::Registration(Devices devices, void* base, size_t nbytes, int access,
+                           const std::string& what)
+    : devices_(std::move(devices)) {
+  for (const auto& device : devices_) {
+    // One that is there twice has several queue pairs.
+    if (device->is_lost() || lkeys_[device->index()] != 0) continue;
+    mrs_.push_back(device->register_memory(base, nbytes, access, what));
+    lkeys_[device->index()] = mrs_.back()->lkey;
+    rkeys_[device->index()] = mrs_.back()->rkey;
+  }
 }
 
 }  // namespace kvxfer::verbs

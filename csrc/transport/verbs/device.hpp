@@ -1,23 +1,34 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// One opened RDMA device with its protection domain and the port that we use. Each engine opens its
-// own: a protection domain is what its remote keys are valid in.
+// One opened RDMA device with its protection domain and the port of it that we use: one rail's end.
+// A device with several ports is opened for each of them. Each engine opens its own: a protection
+// domain is what its remote keys are valid in.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "common/fork.hpp"
 #include "transport/verbs/address.hpp"
 #include "transport/verbs/api.hpp"
+#include "transport/verbs/pairing.hpp"
 
 namespace kvxfer::verbs {
 
+class Device;
+using Devices = std::vector<std::shared_ptr<Device>>;
+
 class Device {
  public:
-  // `wanted`: "mlx5_0", "mlx5_0:2" (a port), or empty for the first device with an active port.
-  // Null, with the reason naming what was looked at, when there is none.
-  static std::shared_ptr<Device> open(const std::string& wanted, std::string& reason);
+  // Every active port, kMaxRails at most; or those that `wanted` names: "mlx5_0" (all its ports),
+  // "mlx5_0:2", several separated by commas, each of which must have one. Empty, with the reason
+  // naming what was looked at, when there is none. `refusal`: what else speaks against one; or
+  // empty.
+  using Refusal = std::string (*)(const Device&);
+  static Devices open_all(const std::string& wanted, Refusal refusal, std::string& reason);
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
@@ -28,23 +39,52 @@ class Device {
   const ibv_device_attr& limits() const noexcept { return limits_; }
   uint8_t port() const noexcept { return port_; }
   const PortAddress& address() const noexcept { return address_; }
-  uint32_t max_message_nbytes() const noexcept { return max_message_nbytes_; }
+  size_t index() const noexcept { return index_; }  // in what open_all() gave
+  int node() const noexcept { return node_; }       // NUMA node, or kNoNode
+  // Whether new connections may use it. Written by the thread that hears of events; relaxed: who
+  // comes too late finds a port that does not answer.
+  bool is_up() const noexcept { return up_.load(std::memory_order_relaxed) && !is_lost(); }
+  void set_up(bool up) noexcept { up_.store(up, std::memory_order_relaxed); }
+  bool is_lost() const noexcept { return lost_.load(std::memory_order_relaxed); }
+  void lose() noexcept { lost_.store(true, std::memory_order_relaxed); }
 
   // Pins and registers; throws RegistrationError saying what to do, `what` names the memory.
   MrPtr register_memory(void* base, size_t nbytes, int access, const std::string& what) const;
 
  private:
   explicit Device(ibv_context* context);
-  std::string use_port(uint8_t port);  // empty, or why it cannot be used
+  // Null, with the reason, when the port cannot be used. `num_ports`: of the device, once known.
+  static std::shared_ptr<Device> open(ibv_device* device, uint8_t port, int& num_ports,
+                                      std::string& reason);
+  std::string use_port(uint8_t port);
 
   Birth birth_;
   ibv_context* const context_;
   std::string name_;
   ibv_device_attr limits_{};
   uint8_t port_ = 0;
-  uint32_t max_message_nbytes_ = 0;
+  size_t index_ = 0;
+  int node_ = -1;
+  std::atomic<bool> up_{true}, lost_{false};
   PortAddress address_;
   PdPtr pd_;
+};
+
+// Keys of one piece of memory: local ones by Device::index(), remote ones by a connection's rail.
+using Keys = std::array<uint32_t, kMaxRails>;
+
+// Memory that is registered with every device, and stays so until this goes.
+class Registration {
+ public:
+  // Throws RegistrationError. What a device that was lost would have is 0.
+  Registration(Devices devices, void* base, size_t nbytes, int access, const std::string& what);
+  const Keys& lkeys() const noexcept { return lkeys_; }
+  const Keys& rkeys() const noexcept { return rkeys_; }  // by Device::index() as well
+
+ private:
+  const Devices devices_;
+  Keys lkeys_{}, rkeys_{};
+  std::vector<MrPtr> mrs_;
 };
 
 }  // namespace kvxfer::verbs

@@ -78,10 +78,13 @@ void Incoming::finish(const JobPtr& job) {
 }
 
 // The next segments of a request: all of them judged before anything is done with one.
-bool Incoming::take(const JobPtr& job, std::vector<Segment>& segments) {
+bool Incoming::take(const JobPtr& job, const std::vector<Segment>& segments,
+                    const KeyRowsPtr& rows) {
   uint64_t sum = 0;  // at most some thousand x 2^32: no overflow
+  const bool pulled = job->op == Op::kWrite && !job->staged;
   targets_.clear();
   for (const Segment& segment : segments) {
+    if (pulled && (!rows || segment.row >= rows->size())) return false;
     sum += segment.nbytes;
     targets_.push_back({segment.target, segment.nbytes});
   }
@@ -97,7 +100,7 @@ bool Incoming::take(const JobPtr& job, std::vector<Segment>& segments) {
     grant(*job, segments);
     return true;
   }
-  job->window.insert(job->window.end(), segments.begin(), segments.end());
+  for (const Segment& segment : segments) job->window.push_back({segment, rows});
   ask(*job);
   if (job->nbytes == 0)
     finish(job);
@@ -130,7 +133,10 @@ bool Incoming::on_request(ByteView body) {
   if (head.op == static_cast<uint32_t>(Op::kNotify) && (head.nbytes != 0 || head.num_segments != 0))
     return false;
   const ByteView notify = reader.take(head.notify_nbytes);
-  if (!reader.ok() || !read_list(reader, head.num_segments, segments_)) return false;
+  KeyRowsPtr rows;
+  if (!reader.ok() || !read_rows(reader, head.num_rows, rails_.size(), rows) ||
+      !read_list(reader, head.num_segments, segments_))
+    return false;
   auto job = std::make_shared<Job>();
   job->ticket = head.ticket;
   job->op = static_cast<Op>(head.op);
@@ -160,17 +166,20 @@ bool Incoming::on_request(ByteView body) {
                    landing.region->gate.word() && (!landing.lease || landing.lease->gate.word());
   }
   if (job->op == Op::kRead) job->staged = !job->granted;
-  return take(job, segments_);
+  return take(job, segments_, rows);
 }
 
 bool Incoming::on_part(ByteView body) {
   Reader reader(body);
-  const auto head = reader.get<PartHead>();
-  if (!reader.ok() || !read_list(reader, head.count, segments_) || segments_.empty()) return false;
+  const auto head = reader.get<ListHead>();
+  KeyRowsPtr rows;
+  if (!reader.ok() || !read_rows(reader, head.num_rows, rails_.size(), rows) ||
+      !read_list(reader, head.num_segments, segments_) || segments_.empty())
+    return false;
   const JobPtr job = find(head.ticket);
   if (!job) return head.ticket.slot < kNumSlots;  // ended meanwhile
   if (job->op == Op::kNotify || (!job->granted && !job->asked)) return false;
-  return take(job, segments_);
+  return take(job, segments_, rows);
 }
 
 bool Incoming::on_abort(ByteView body) {

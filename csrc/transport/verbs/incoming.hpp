@@ -14,8 +14,9 @@
 
 #include "transport/transport.hpp"
 #include "transport/verbs/channel.hpp"
+#include "transport/verbs/key_rows.hpp"
 #include "transport/verbs/memory.hpp"
-#include "transport/verbs/pull_queue.hpp"
+#include "transport/verbs/rail.hpp"
 
 namespace kvxfer::verbs {
 
@@ -28,12 +29,15 @@ struct Job {
   bool staged = false;     // its bytes come, or go, in messages
   bool granted = false;    // a read that the peer pulls
   uint64_t nbytes = 0;
-  uint64_t announced = 0;      // bytes of all segments that came
-  uint64_t done = 0;           // bytes that landed, or were sent
-  uint64_t num_segments = 0;   // that came
-  std::deque<Segment> window;  // those of them not yet cut, judged; a bounded number
-  uint64_t offset = 0;         // in the first
-  bool asked = false;          // for more segments
+  uint64_t announced = 0;     // bytes of all segments that came
+  uint64_t done = 0;          // bytes that landed, or were sent
+  uint64_t num_segments = 0;  // that came
+  struct Known : Segment {
+    KeyRowsPtr rows;
+  };
+  std::deque<Known> window;  // those of them not yet cut, judged; a bounded number
+  uint64_t offset = 0;       // in the first
+  bool asked = false;        // for more segments
   bool begun = false;
   bool queued = false;      // stands in pulling_ or serving_
   uint32_t num_inside = 0;  // chunks that the NIC has, or that wait to be posted again
@@ -44,14 +48,14 @@ using JobPtr = std::shared_ptr<Job>;
 
 class Incoming {
  public:
-  Incoming(Channel& channel, PullQueue& pulls, MemoryTable& memory, Connection& connection,
-           Host& host)
+  Incoming(Channel& channel, Rails& rails, MemoryTable& memory, Connection& connection, Host& host)
       : channel_(channel),
-        pulls_(pulls),
+        rails_(rails),
         memory_(memory),
         connection_(connection),
         host_(host),
-        jobs_(kNumSlots) {}
+        jobs_(kNumSlots),
+        rows_(rails) {}
 
   // False: the peer broke the protocol, and its connection must end.
   bool on_request(ByteView body);
@@ -60,13 +64,15 @@ class Incoming {
   bool on_read_done(ByteView body);
   bool on_abort(ByteView body);
 
-  // One chain of one write; `err`: errno of a post that failed. True when it did something.
-  bool pull_one(int& err);
+  // One chain of one write. True when it did something.
+  bool pull_one();
   bool serve_one();  // one message of a read that is sent
   // A chunk that is through. A failure is the request's; without one the bytes have landed.
   void on_landed(ChunkPtr chunk, std::optional<Failure> failure);
   // Its queue pair has gone before it was through: to be posted again on the next.
   void on_flushed(ChunkPtr chunk);
+  // Whether a chunk in flight belongs to a request that was stopped.
+  static bool is_dead(const Chunk& chunk) noexcept { return chunk.job && chunk.job->stopping; }
   // Whether a chunk in flight is inside gates that were closed meanwhile, since before `ns`.
   static bool waits_for_gate(const Chunk& chunk, int64_t ns) noexcept;
   // READs of requests that have been stopped may still store: nothing else may begin.
@@ -77,10 +83,11 @@ class Incoming {
 
  private:
   JobPtr find(Ticket ticket) const;
-  bool take(const JobPtr& job, std::vector<Segment>& segments);
+  bool take(const JobPtr& job, const std::vector<Segment>& segments, const KeyRowsPtr& rows);
   void ask(Job& job);
   void cut(Job& job, Chunk& chunk);
-  bool start(ChunkPtr chunk, int& err);
+  void start(ChunkPtr chunk, Rail& rail);
+  bool pull_again();
   void stop(const JobPtr& job, std::optional<Failure> failure);
   void settle(const JobPtr& job);
   void left(const JobPtr& job);
@@ -90,7 +97,7 @@ class Incoming {
   void queue(const JobPtr& job);
 
   Channel& channel_;
-  PullQueue& pulls_;
+  Rails& rails_;
   MemoryTable& memory_;
   Connection& connection_;
   Host& host_;
@@ -103,6 +110,7 @@ class Incoming {
   std::vector<Target> targets_;  // scratch
   std::vector<Segment> segments_;
   std::vector<Source> sources_;
+  KeyRowsOut rows_;
   Bytes bytes_;
 };
 

@@ -16,11 +16,11 @@ namespace kvxfer::verbs {
 // The next of the job's segments, as far as a chain may go.
 void Incoming::cut(Job& job, Chunk& chunk) {
   while (!job.window.empty()) {
-    const Segment& segment = job.window.front();
+    const Job::Known& segment = job.window.front();
     const RegionMemory::Run run =
         job.memory->at(segment.target + job.offset, segment.nbytes - job.offset);
-    const uint32_t n = chunk.add(segment.address + job.offset, segment.rkey, run.base, run.lkey,
-                                 run.nbytes, pulls_.max_sge());
+    const uint32_t n = chunk.add(segment.address + job.offset, (*segment.rows)[segment.row],
+                                 run.base, run.registration->lkeys(), run.nbytes, rails_.max_sge());
     job.offset += n;
     if (job.offset == segment.nbytes) {
       job.window.pop_front();
@@ -30,43 +30,56 @@ void Incoming::cut(Job& job, Chunk& chunk) {
   }
 }
 
-// Inside the gates until the NIC is through. False: a gate was closed, and the job is stopped.
-bool Incoming::start(ChunkPtr chunk, int& err) {
+// Inside the gates until the NIC is through. When one was closed, the job is stopped instead.
+void Incoming::start(ChunkPtr chunk, Rail& rail) {
   const JobPtr job = chunk->job;
   if (!job->landing.enter()) {
     left(job);
     stop(job, job->landing.closed());
-    return false;
+    return;
   }
   hooks::reached(hooks::Point::kInsideChunk);
-  err = pulls_.post(std::move(chunk), false);
-  return true;
+  rail.pulls.post(std::move(chunk), false);
 }
 
-bool Incoming::pull_one(int& err) {
-  if ((pulling_.empty() && again_.empty()) || !pulls_.has_room()) return false;
-  if (!again_.empty()) {
-    ChunkPtr chunk = std::move(again_.front());
-    again_.pop_front();
-    start(std::move(chunk), err);
+bool Incoming::pull_again() {
+  for (auto it = again_.begin(); it != again_.end(); ++it) {
+    Rail* const rail = rails_.pick((*it)->job->memory->node());
+    if (rail == nullptr) continue;
+    ChunkPtr chunk = std::move(*it);
+    again_.erase(it);
+    start(std::move(chunk), *rail);
     return true;
   }
-  const JobPtr job = pulling_.front();
-  // A retry is not overtaken by its dead predecessor: as long as a READ of a request that was
-  // stopped may still store, no other begins. The abort came before the retry.
-  if (!job->begun && held_back()) return false;
-  pulling_.pop_front();
-  job->queued = false;
-  if (find(job->ticket) != job) return true;  // stopped since it was queued
-  job->begun = true;
-  ChunkPtr chunk = pulls_.new_chunk();
-  chunk->job = job;
-  cut(*job, *chunk);
-  ++job->num_inside;
-  ask(*job);
-  queue(job);  // its next turn comes after the others'
-  start(std::move(chunk), err);
-  return true;
+  return false;
+}
+
+// What one rail has no room for does not keep others from theirs.
+bool Incoming::pull_one() {
+  if (!again_.empty() && pull_again()) return true;
+  for (auto it = pulling_.begin(); it != pulling_.end(); ++it) {
+    const Job& next = **it;
+    const bool stopped = find(next.ticket) != *it;  // since it was queued
+    // A retry is not overtaken by its dead predecessor: as long as a READ of a request that was
+    // stopped may still store, on whatever rail, no other begins. The abort came before the retry.
+    if (!stopped && !next.begun && held_back()) continue;
+    Rail* const rail = stopped ? nullptr : rails_.pick(next.memory->node());
+    if (!stopped && rail == nullptr) continue;
+    const JobPtr job = *it;
+    pulling_.erase(it);
+    job->queued = false;
+    if (stopped) return true;
+    job->begun = true;
+    ChunkPtr chunk = rails_.new_chunk();
+    chunk->job = job;
+    cut(*job, *chunk);
+    ++job->num_inside;
+    ask(*job);
+    queue(job);  // its next turn comes after the others'
+    start(std::move(chunk), *rail);
+    return true;
+  }
+  return false;
 }
 
 void Incoming::on_landed(ChunkPtr chunk, std::optional<Failure> failure) {
@@ -74,7 +87,7 @@ void Incoming::on_landed(ChunkPtr chunk, std::optional<Failure> failure) {
   job->landing.leave();
   left(job);
   const uint64_t nbytes = chunk->nbytes();
-  pulls_.recycle(std::move(chunk));
+  rails_.recycle(std::move(chunk));
   if (failure)
     stop(job, std::move(failure));
   else
@@ -90,7 +103,7 @@ void Incoming::on_flushed(ChunkPtr chunk) {
     return;
   }
   left(job);
-  pulls_.recycle(std::move(chunk));
+  rails_.recycle(std::move(chunk));
   settle(job);
 }
 
@@ -116,23 +129,31 @@ void Incoming::grant(Job& job, std::span<const Segment> segments) {
   const WordMemory& words = *job.memory->words();
   const auto spot = [&](const Gate& gate) {
     const WordRef& ref = gate.word().ref();
-    return WordSpot{words.address(ref), ref.value, words.rkey(), 1};
+    return WordSpot{words.address(ref), ref.value, 1};
   };
-  GrantHead head{job.ticket, 0, spot(job.landing.region->gate), {}};
+  GrantHead head{job.ticket, 0, 0, spot(job.landing.region->gate), {}};
   if (job.landing.lease) head.lease = spot(job.landing.lease->gate);
-  sources_.clear();
-  const auto send = [&] {
-    head.num_sources = sources_.size();
-    channel_.message(Type::kGranted, {view_of(head), view_of(std::span<const Source>(sources_))});
+  const auto begin = [&] {
     sources_.clear();
+    rows_.clear();
+    rows_.row_of(words.registration());  // the first
   };
+  const auto send = [&] {
+    head.num_sources = static_cast<uint32_t>(sources_.size());
+    head.num_rows = rows_.num();
+    channel_.message(Type::kGranted,
+                     {view_of(head), rows_.bytes(), view_of(std::span<const Source>(sources_))});
+    begin();
+  };
+  begin();
   for (const Segment& segment : segments)
     for (uint64_t offset = 0; offset < segment.nbytes;) {
       const RegionMemory::Run run =
           job.memory->at(segment.target + offset, segment.nbytes - offset);
-      sources_.push_back({reinterpret_cast<uint64_t>(run.base), run.nbytes, run.rkey});
+      sources_.push_back(
+          {reinterpret_cast<uint64_t>(run.base), run.nbytes, rows_.row_of(*run.registration)});
       offset += run.nbytes;
-      if (sources_.size() == kMaxSegments) send();
+      if (sources_.size() == kMaxSegments || rows_.full()) send();
     }
   if (!sources_.empty()) send();
 }

@@ -6,31 +6,34 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
 
-WordMemory::WordMemory(std::shared_ptr<Device> device, std::shared_ptr<ExportedWords> words)
-    : device_(std::move(device)),
-      words_(std::move(words)),
-      mr_(device_->register_memory(const_cast<std::byte*>(words_->base()), ExportedWords::kBytes,
-                                   IBV_ACCESS_REMOTE_READ, "the words of leases and regions")) {}
+WordMemory::WordMemory(const Devices& devices, std::shared_ptr<ExportedWords> words)
+    : words_(std::move(words)),
+      registration_(devices, const_cast<std::byte*>(words_->base()), ExportedWords::kBytes,
+                    IBV_ACCESS_REMOTE_READ, "the words of leases and regions") {}
 
-RegionMemory::RegionMemory(std::shared_ptr<Device> device, std::shared_ptr<WordMemory> words,
+RegionMemory::RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words,
                            const Region& region)
-    : device_(std::move(device)),
-      words_(std::move(words)),
+    : words_(std::move(words)),
       readable_(region.shareable),
       pieces_(region.pieces),
       keep_(region.keep) {
-  // No right to write for anybody but this process's own NIC: memory is written only by its owner.
+  // No right to write for anybody but this process's own NICs: memory is written only by its owner.
   const int access = (region.writable ? IBV_ACCESS_LOCAL_WRITE : 0) |
                      (region.shareable ? IBV_ACCESS_REMOTE_READ : 0);
+  NodeOfMemory nodes;
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const std::string what = pieces_.size() == 1
                                  ? cat("region '", region.name, "'")
                                  : cat("piece ", i, " of region '", region.name, "'");
-    mrs_.push_back(device_->register_memory(pieces_[i].base, pieces_[i].nbytes, access, what));
+    registrations_.push_back(
+        std::make_unique<Registration>(devices, pieces_[i].base, pieces_[i].nbytes, access, what));
+    nodes.look_at(pieces_[i].base, pieces_[i].nbytes);  // pinned by now, so its pages are there
   }
+  node_ = nodes.node();
 }
 
 RegionMemory::~RegionMemory() = default;
@@ -47,7 +50,7 @@ RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexc
   const uint64_t skip = offset - piece.offset;
   return {piece.base + skip,
           static_cast<uint32_t>(std::min({nbytes, piece.nbytes - skip, uint64_t{kMaxRunBytes}})),
-          mrs_[i]->lkey, mrs_[i]->rkey};
+          registrations_[i].get()};
 }
 
 void MemoryTable::add(const Region& region) {
@@ -55,9 +58,9 @@ void MemoryTable::add(const Region& region) {
   if (const auto& exported = region.gate.word().words()) {
     std::lock_guard lock(words_mutex_);
     words = words_.lock();
-    if (!words) words_ = words = std::make_shared<WordMemory>(device_, exported);
+    if (!words) words_ = words = std::make_shared<WordMemory>(devices_, exported);
   }
-  auto memory = std::make_shared<const RegionMemory>(device_, words, region);
+  auto memory = std::make_shared<const RegionMemory>(devices_, words, region);
   std::lock_guard lock(mutex_);
   regions_[region.id] = std::move(memory);
 }

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// Registered memory: what the NIC may touch of our regions, and the cache of it by region.
+// Registered memory: what the NICs may touch of our regions, and the cache of it by region.
 #pragma once
 
 #include <memory>
@@ -17,16 +17,15 @@ namespace kvxfer::verbs {
 // The words that tell a reader whether what it has read was still open; registered to be read.
 class WordMemory {
  public:
-  WordMemory(std::shared_ptr<Device> device, std::shared_ptr<ExportedWords> words);
+  WordMemory(const Devices& devices, std::shared_ptr<ExportedWords> words);
   uint64_t address(const WordRef& word) const noexcept {
     return reinterpret_cast<uint64_t>(words_->base()) + uint64_t{word.index} * sizeof(uint64_t);
   }
-  uint32_t rkey() const noexcept { return mr_->rkey; }
+  const Registration& registration() const noexcept { return registration_; }
 
  private:
-  const std::shared_ptr<Device> device_;
   const std::shared_ptr<ExportedWords> words_;
-  MrPtr mr_;
+  const Registration registration_;
 };
 
 // Longer runs are cut here, so that a length fits a work request of any device.
@@ -37,13 +36,13 @@ inline constexpr uint32_t kMaxRunBytes = 1u << 30;
 class RegionMemory {
  public:
   // Throws RegistrationError.
-  RegionMemory(std::shared_ptr<Device> device, std::shared_ptr<WordMemory> words,
-               const Region& region);
+  RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words, const Region& region);
   ~RegionMemory();
 
   struct Run {
     std::byte* base;
-    uint32_t nbytes, lkey, rkey;
+    uint32_t nbytes;
+    const Registration* registration;
   };
   // The first contiguous part of [offset, offset + nbytes), which the caller has checked.
   Run at(uint64_t offset, uint64_t nbytes) const noexcept;
@@ -51,21 +50,22 @@ class RegionMemory {
   bool readable() const noexcept { return readable_; }
   // Null where there are none.
   const WordMemory* words() const noexcept { return words_.get(); }
+  int node() const noexcept { return node_; }  // where its pages are, or kNoNode
 
  private:
-  const std::shared_ptr<Device> device_;
   const std::shared_ptr<WordMemory> words_;
   const bool readable_;
   const std::vector<Piece> pieces_;
   const std::shared_ptr<void> keep_;  // what the pieces lie in
-  std::vector<MrPtr> mrs_;
+  std::vector<std::unique_ptr<Registration>> registrations_;
+  int node_;
 };
 using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
 
 // By region. Any thread.
 class MemoryTable {
  public:
-  void open(std::shared_ptr<Device> device) { device_ = std::move(device); }
+  void open(Devices devices) { devices_ = std::move(devices); }
   void add(const Region& region);  // throws RegistrationError
   // Nothing that is asked for from here on gets it; registrations go with the last that uses them.
   void remove(uint64_t region) noexcept;
@@ -73,7 +73,7 @@ class MemoryTable {
   void clear() noexcept;
 
  private:
-  std::shared_ptr<Device> device_;
+  Devices devices_;
   mutable std::mutex mutex_;  // not held while memory is registered, which may take seconds
   std::unordered_map<uint64_t, RegionMemoryPtr> regions_;
   std::mutex words_mutex_;

@@ -11,23 +11,25 @@
 
 namespace kvxfer::verbs {
 
-Outgoing::Outgoing(std::shared_ptr<Device> device, Channel& channel, PullQueue& pulls,
-                   MemoryTable& memory, Connection& connection, Host& host)
+Outgoing::Outgoing(const Devices& devices, Channel& channel, Rails& rails, MemoryTable& memory,
+                   Connection& connection, Host& host)
     : channel_(channel),
-      pulls_(pulls),
+      rails_(rails),
       memory_(memory),
       connection_(connection),
       host_(host),
-      words_(kNumSlots),
-      words_mr_(device->register_memory(words_.data(), words_.size() * sizeof(words_[0]),
-                                        IBV_ACCESS_LOCAL_WRITE, "words of reads")),
-      flights_(kNumSlots) {}
+      words_(kNumSlots + kMaxRails),
+      words_registration_(devices, words_.data(), words_.size() * sizeof(words_[0]),
+                          IBV_ACCESS_LOCAL_WRITE, "words of reads"),
+      flights_(kNumSlots),
+      rows_(rails) {}
 
 // What the owner must know of the next bytes: for a pulled write, where they are as well.
 void Outgoing::next_segments(const Request& request, Flight& flight, std::vector<Segment>& out) {
   out.clear();
+  rows_.clear();
   const bool pulled = request.op == Op::kWrite && flight.memory;
-  while (out.size() < kMaxSegments && flight.span < request.spans.size()) {
+  while (out.size() < kMaxSegments && !rows_.full() && flight.span < request.spans.size()) {
     const Span& span = request.spans[flight.span];
     Segment segment{0, span.remote + flight.offset, 0, 0};
     if (pulled) {
@@ -35,7 +37,7 @@ void Outgoing::next_segments(const Request& request, Flight& flight, std::vector
           flight.memory->at(span.local + flight.offset, span.nbytes - flight.offset);
       segment.address = reinterpret_cast<uint64_t>(run.base);
       segment.nbytes = run.nbytes;
-      segment.rkey = run.rkey;
+      segment.row = rows_.row_of(*run.registration);
     } else {
       segment.nbytes = span.nbytes;
     }
@@ -89,11 +91,12 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   flight.staged = (head.flags & kStaged) != 0;
   next_segments(*request, flight, segments_);
   head.num_segments = static_cast<uint32_t>(segments_.size());
+  head.num_rows = rows_.num();
   // Before the attempt: room comes with a completion, and whoever sees that looks at this.
   const bool wanted = room_wanted_.exchange(true, std::memory_order_relaxed);
-  const Sent sent = channel_.try_message(
-      Type::kRequest,
-      {view_of(head), request->notify, view_of(std::span<const Segment>(segments_))});
+  const Sent sent =
+      channel_.try_message(Type::kRequest, {view_of(head), request->notify, rows_.bytes(),
+                                            view_of(std::span<const Segment>(segments_))});
   if (sent != Sent::kSent) {
     flights_.reset(slot);
     // A channel that is broken ends the connection, and that every request.
@@ -226,8 +229,9 @@ bool Outgoing::on_outcome(ByteView body) {
 
 void Outgoing::send_part(Ticket ticket, Flight& flight) {
   next_segments(*flight.request, flight, segments_);
-  channel_.message(Type::kPart, {view_of(PartHead{ticket, segments_.size()}),
-                                 view_of(std::span<const Segment>(segments_))});
+  const ListHead head{ticket, static_cast<uint32_t>(segments_.size()), rows_.num()};
+  channel_.message(Type::kPart,
+                   {view_of(head), rows_.bytes(), view_of(std::span<const Segment>(segments_))});
 }
 
 // A word of the owner about a request that is still wanted; null: it is not. False: malformed.
@@ -349,6 +353,7 @@ void Outgoing::end_all(const Failure& cause) {
   }
   pulling_.clear();
   again_.clear();
+  words_due_.clear();
   for (auto& [request, quiesce] : left) {
     if (quiesce) {
       host_.quiesced(*request);

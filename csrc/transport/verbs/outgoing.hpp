@@ -16,14 +16,16 @@
 #include "transport/flights.hpp"
 #include "transport/transport.hpp"
 #include "transport/verbs/channel.hpp"
+#include "transport/verbs/key_rows.hpp"
 #include "transport/verbs/memory.hpp"
-#include "transport/verbs/pull_queue.hpp"
+#include "transport/verbs/rail.hpp"
+#include "transport/verbs/records.hpp"
 
 namespace kvxfer::verbs {
 
 class Outgoing {
  public:
-  Outgoing(std::shared_ptr<Device> device, Channel& channel, PullQueue& pulls, MemoryTable& memory,
+  Outgoing(const Devices& devices, Channel& channel, Rails& rails, MemoryTable& memory,
            Connection& connection, Host& host);
 
   // Any thread.
@@ -38,8 +40,8 @@ class Outgoing {
   bool on_use_messages(ByteView body);
   bool on_granted(ByteView body);
   bool on_read_data(ByteView body);
-  bool pump();              // one message of a write that goes in messages
-  bool pull_one(int& err);  // one chain of one read
+  bool pump();      // one message of a write that goes in messages
+  bool pull_one();  // one chain of one read
   void on_landed(ChunkPtr chunk, std::optional<Failure> failure);
   void on_flushed(ChunkPtr chunk);
   // Whether a cancelled write has waited for the owner's answer since before `ns`; when the first
@@ -48,9 +50,11 @@ class Outgoing {
   // The peer's NIC reads nothing of ours until source_there(): what was cancelled is quiesced.
   void source_gone();
   void source_there() noexcept;
-  // 16 registered bytes that nobody uses before the first request.
-  std::array<uint64_t, 2>& scratch() noexcept { return words_[0]; }
-  uint32_t scratch_lkey() const noexcept { return words_mr_->lkey; }
+  // 16 registered bytes of each rail's own, for its probes.
+  std::array<uint64_t, 2>& scratch(const Rail& rail) noexcept {
+    return words_[kNumSlots + rail.number];
+  }
+  const Keys& scratch_lkeys() const noexcept { return words_registration_.lkeys(); }
   void end_all(const Failure& cause);  // when neither NIC touches our memory any more
 
  private:
@@ -70,13 +74,16 @@ class Outgoing {
     // Progress thread only from here on: the next byte to send or to land, likewise.
     size_t next_span = 0;
     uint64_t next_offset = 0;
-    uint64_t moved = 0;          // bytes sent, or for which a READ was posted
-    uint64_t landed = 0;         // of a read
-    bool queued = false;         // stands in pumping_ or pulling_
-    std::deque<Source> sources;  // granted, not yet posted
+    uint64_t moved = 0;   // bytes sent, or for which a READ was posted
+    uint64_t landed = 0;  // of a read
+    bool queued = false;  // stands in pumping_ or pulling_
+    struct Granted : Source {
+      KeyRowsPtr rows;
+    };
+    std::deque<Granted> sources;  // not yet posted
     uint64_t source_offset = 0, granted = 0;
     WordSpot region, lease;
-    bool looked = false;    // the READ of the words is posted
+    Keys word_keys{};
     bool over = false;      // ends, with `failure` or well, when our NIC is through with it
     bool answered = false;  // the owner has said its last word
     std::optional<Failure> failure;
@@ -89,7 +96,11 @@ class Outgoing {
   void leave(Ticket ticket, Request& request) noexcept;
   void queue(std::deque<Ticket>& where, Ticket ticket, Flight& flight);
   void cut(const Request& request, Flight& flight, Chunk& chunk);
-  void look_at_words(Ticket ticket, Flight& flight, Chunk& chunk);
+  bool look_at_words();
+  bool pull_again();
+  bool pull_next();
+  bool pick(Ticket ticket, Rail*& rail) noexcept;  // mutex_ held
+  Rail* rail_for_words(Ticket ticket, const Flight& flight) const noexcept;
   std::optional<Failure> judge(const Flight& flight, uint32_t slot) const;
   void end(Ticket ticket, Completion completion);
   bool is_wanted(const Chunk& chunk) noexcept;
@@ -97,24 +108,26 @@ class Outgoing {
   void settle(Ticket ticket);
 
   Channel& channel_;
-  PullQueue& pulls_;
+  Rails& rails_;
   MemoryTable& memory_;
   Connection& connection_;
   Host& host_;
-  // Where our NIC stores the words of each slot's read: the region's and the lease's.
+  // Where our NICs store the words of each slot's read: the region's and the lease's. Then probes.
   std::vector<std::array<uint64_t, 2>> words_;
-  MrPtr words_mr_;
+  const Registration words_registration_;
 
   std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
   Flights<Flight> flights_;
   std::deque<Ticket> pumping_;
   std::vector<Segment> segments_;  // scratch
+  KeyRowsOut rows_;
   std::atomic<bool> any_pumping_{false}, room_wanted_{false};
   bool dead_ = false, source_gone_ = false;
 
   // Progress thread only.
   std::deque<Ticket> pulling_;
-  std::deque<ChunkPtr> again_;  // words, and what was flushed: to be posted before anything else
+  std::deque<ChunkPtr> again_;    // flushed, to be posted before anything else
+  std::deque<Ticket> words_due_;  // reads of which every chain has been posted
   Bytes bytes_;
 };
 

@@ -2,9 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Our own reads: asked for, then pulled by our NIC under a grant, or landed from messages.
 //
-// The words are read last, behind a fence: only when all data is here does the NIC begin with them.
-// A queue pair answers READs in order, but a responder may fetch the memory of several at once, and
-// a word that was fetched before the data that it speaks for would prove nothing.
+// The words are read last, when all data is here. Where what is missing is under way on one rail,
+// they go behind it with a fence, so that this NIC begins with them only when that has come: a
+// queue pair answers READs in order, but a responder may fetch the memory of several at once, and a
+// word that was fetched before the data that it speaks for would prove nothing. Where it is on
+// several rails, between which nothing is ordered, they wait for its completions.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -19,19 +21,26 @@ bool Outgoing::on_granted(ByteView body) {
   Reader reader(body);
   const auto head = reader.get<GrantHead>();
   std::vector<Source> sources;
-  if (!reader.ok() || !read_list(reader, head.num_sources, sources)) return false;
+  KeyRowsPtr rows;
+  if (!reader.ok() || !read_rows(reader, head.num_rows, rails_.size(), rows) || !rows ||
+      !read_list(reader, head.num_sources, sources))
+    return false;
   std::lock_guard lock(mutex_);
   Flight* flight = flights_.find(head.ticket);
   if (flight == nullptr || flight->cancelled) return head.ticket.slot < kNumSlots;
   uint64_t sum = 0;  // at most some thousand x 2^32: no overflow
-  for (const Source& source : sources) sum += source.nbytes;
+  for (const Source& source : sources) {
+    if (source.row >= rows->size()) return false;
+    sum += source.nbytes;
+  }
   if (flight->request->op != Op::kRead || !flight->memory || !head.region.present ||
       sum > flight->announced - flight->granted)
     return false;
   flight->region = head.region;
   flight->lease = head.lease;
+  flight->word_keys = (*rows)[0];
   flight->granted += sum;
-  flight->sources.insert(flight->sources.end(), sources.begin(), sources.end());
+  for (const Source& source : sources) flight->sources.push_back({source, rows});
   // The next part is on its way while this one is pulled.
   if (flight->granted == flight->announced && flight->announced < flight->request->nbytes)
     send_part(head.ticket, *flight);
@@ -42,13 +51,13 @@ bool Outgoing::on_granted(ByteView body) {
 // The next of the granted bytes, as far as a chain may go. Two lists of pieces side by side.
 void Outgoing::cut(const Request& request, Flight& flight, Chunk& chunk) {
   while (!flight.sources.empty()) {
-    const Source& source = flight.sources.front();
+    const Flight::Granted& source = flight.sources.front();
     const Span& span = request.spans[flight.next_span];
     const uint64_t both =
         std::min<uint64_t>(source.nbytes - flight.source_offset, span.nbytes - flight.next_offset);
     const RegionMemory::Run run = flight.memory->at(span.local + flight.next_offset, both);
-    const uint32_t n = chunk.add(source.address + flight.source_offset, source.rkey, run.base,
-                                 run.lkey, run.nbytes, pulls_.max_sge());
+    const uint32_t n = chunk.add(source.address + flight.source_offset, (*source.rows)[source.row],
+                                 run.base, run.registration->lkeys(), run.nbytes, rails_.max_sge());
     flight.moved += n;
     flight.source_offset += n;
     flight.next_offset += n;
@@ -61,58 +70,118 @@ void Outgoing::cut(const Request& request, Flight& flight, Chunk& chunk) {
   }
 }
 
-void Outgoing::look_at_words(Ticket ticket, Flight& flight, Chunk& chunk) {
-  auto& words = words_[ticket.slot];
-  words = {flight.region.value + 1, flight.lease.value + 1};  // not open, until the NIC says so
-  auto* const to = reinterpret_cast<std::byte*>(words.data());
-  chunk.words = true;
-  chunk.add(flight.region.address, flight.region.rkey, to, words_mr_->lkey, sizeof(uint64_t),
-            pulls_.max_sge());
-  if (flight.lease.present)
-    chunk.add(flight.lease.address, flight.lease.rkey, to + sizeof(uint64_t), words_mr_->lkey,
-              sizeof(uint64_t), pulls_.max_sge());
-  flight.looked = true;
+// Where the words may be read now: behind all data that is still missing, if one rail has it all.
+// Null: not yet. Once it is landed any will do.
+Rail* Outgoing::rail_for_words(Ticket ticket, const Flight& flight) const noexcept {
+  const uint64_t missing = flight.request->nbytes - flight.landed;
+  if (missing == 0) return rails_.pick(flight.memory->node());
+  for (const auto& rail : rails_) {
+    uint64_t nbytes = 0;
+    for (const ChunkPtr& chunk : rail->pulls.in_flight())
+      if (!chunk->job && !chunk->probe && chunk->ticket.slot == ticket.slot)
+        nbytes += chunk->nbytes();
+    if (nbytes == missing) return rail->pulls.has_room() ? rail.get() : nullptr;
+  }
+  return nullptr;
 }
 
-bool Outgoing::pull_one(int& err) {
-  if ((pulling_.empty() && again_.empty()) || !pulls_.has_room()) return false;
-  if (!again_.empty()) {
-    ChunkPtr chunk = std::move(again_.front());
-    again_.pop_front();
-    if (is_wanted(*chunk)) {
-      const bool fence = chunk->words;
-      err = pulls_.post(std::move(chunk), fence);
+// The words of one read whose chains are all posted, if it is time for any.
+bool Outgoing::look_at_words() {
+  std::lock_guard lock(mutex_);
+  for (auto it = words_due_.begin(); it != words_due_.end(); ++it) {
+    const Ticket ticket = *it;
+    Flight* flight = flights_.find(ticket);
+    if (flight == nullptr || flight->cancelled || flight->over) {
+      words_due_.erase(it);
+      return true;
+    }
+    Rail* const rail = rail_for_words(ticket, *flight);
+    if (rail == nullptr) continue;
+    words_due_.erase(it);
+    auto& words = words_[ticket.slot];
+    words = {flight->region.value + 1, flight->lease.value + 1};  // not open, until the NIC says so
+    auto* const to = reinterpret_cast<std::byte*>(words.data());
+    ChunkPtr chunk = rails_.new_chunk();
+    chunk->ticket = ticket;
+    chunk->words = true;
+    const auto add = [&](const WordSpot& spot, std::byte* at) {
+      chunk->add(spot.address, flight->word_keys, at, words_registration_.lkeys(), sizeof(uint64_t),
+                 rails_.max_sge());
+    };
+    add(flight->region, to);
+    if (flight->lease.present) add(flight->lease, to + sizeof(uint64_t));
+    ++flight->num_inside;
+    rail->pulls.post(std::move(chunk), true);
+    return true;
+  }
+  return false;
+}
+
+// The rail for the next chain of this read. Null: none has room. False: nobody wants it any more.
+bool Outgoing::pick(Ticket ticket, Rail*& rail) noexcept {
+  const Flight* flight = flights_.find(ticket);
+  rail = nullptr;
+  if (flight == nullptr || flight->cancelled || flight->over) return false;
+  rail = rails_.pick(flight->memory->node());
+  return true;
+}
+
+// What one rail has no room for does not keep others from theirs.
+bool Outgoing::pull_one() {
+  if (!words_due_.empty() && look_at_words()) return true;
+  return (!again_.empty() && pull_again()) || (!pulling_.empty() && pull_next());
+}
+
+bool Outgoing::pull_again() {
+  for (auto it = again_.begin(); it != again_.end(); ++it) {
+    const Ticket ticket = (*it)->ticket;
+    Rail* rail;
+    bool wanted;
+    {
+      std::lock_guard lock(mutex_);
+      wanted = pick(ticket, rail);
+    }
+    if (wanted && rail == nullptr) continue;
+    ChunkPtr chunk = std::move(*it);
+    again_.erase(it);
+    if (wanted) {
+      rail->pulls.post(std::move(chunk), false);
     } else {
-      chunk_left(chunk->ticket);
-      pulls_.recycle(std::move(chunk));
+      rails_.recycle(std::move(chunk));
+      chunk_left(ticket);
     }
     return true;
   }
-  const Ticket ticket = pulling_.front();
-  pulling_.pop_front();
+  return false;
+}
+
+bool Outgoing::pull_next() {
   ChunkPtr chunk;
+  Rail* rail = nullptr;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = flights_.find(ticket);
-    if (flight == nullptr) return true;
-    flight->queued = false;
-    if (flight->cancelled || flight->over) return true;
-    chunk = pulls_.new_chunk();
-    chunk->ticket = ticket;
-    cut(*flight->request, *flight, *chunk);
-    ++flight->num_inside;
-    if (!flight->sources.empty()) {
-      queue(pulling_, ticket, *flight);
-    } else if (flight->moved == flight->request->nbytes && !flight->looked) {
-      ChunkPtr look = pulls_.new_chunk();
-      look->ticket = ticket;
-      look_at_words(ticket, *flight, *look);
+    for (auto it = pulling_.begin(); it != pulling_.end(); ++it) {
+      const Ticket ticket = *it;
+      const bool wanted = pick(ticket, rail);
+      if (wanted && rail == nullptr) continue;
+      pulling_.erase(it);
+      Flight* const flight = flights_.find(ticket);
+      if (flight != nullptr) flight->queued = false;
+      if (!wanted) return true;
+      chunk = rails_.new_chunk();
+      chunk->ticket = ticket;
+      cut(*flight->request, *flight, *chunk);
       ++flight->num_inside;
-      again_.push_back(std::move(look));  // right behind this one
+      if (!flight->sources.empty())
+        queue(pulling_, ticket, *flight);
+      else if (flight->moved == flight->request->nbytes)
+        words_due_.push_back(ticket);
+      break;
     }
   }
+  if (!chunk) return false;
   hooks::reached(hooks::Point::kInsideRead);
-  err = pulls_.post(std::move(chunk), false);
+  rail->pulls.post(std::move(chunk), false);
   return true;
 }
 
@@ -154,21 +223,19 @@ void Outgoing::on_landed(ChunkPtr chunk, std::optional<Failure> failure) {
     if (failure || chunk->words) flight.over = true;
     if (failure && !flight.failure) flight.failure = std::move(failure);
   }
-  pulls_.recycle(std::move(chunk));
+  rails_.recycle(std::move(chunk));
   settle(ticket);
 }
 
 void Outgoing::on_flushed(ChunkPtr chunk) {
-  if (is_wanted(*chunk)) {
-    // Before the words of its own request, which may be waiting here for room: they are read last.
-    const auto words = std::ranges::find_if(again_, [&](const ChunkPtr& other) {
-      return other->words && other->ticket.slot == chunk->ticket.slot;
-    });
-    again_.insert(words, std::move(chunk));  // still counted in num_inside
+  const Ticket ticket = chunk->ticket;
+  if (is_wanted(*chunk) && !chunk->words) {
+    again_.push_back(std::move(chunk));  // still counted in num_inside
     return;
   }
-  chunk_left(chunk->ticket);
-  pulls_.recycle(std::move(chunk));
+  if (chunk->words) words_due_.push_back(ticket);  // if it is still wanted
+  rails_.recycle(std::move(chunk));
+  chunk_left(ticket);
 }
 
 // What there is to say once our NIC is through with a read. Under the lock a cancel comes before

@@ -12,34 +12,33 @@ namespace kvxfer::verbs {
 namespace {
 constexpr uint32_t kMaxDepth = 512;
 constexpr uint32_t kMaxSge = 16;
-constexpr size_t kMaxIdle = 16;
 }  // namespace
 
 void Chunk::clear() noexcept {
   reads_.clear();
-  sges_.clear();
+  pieces_.clear();
   nbytes_ = 0;
   job.reset();
   ticket = {};
-  words = false;
+  words = probe = false;
 }
 
-uint32_t Chunk::add(uint64_t from, uint32_t rkey, std::byte* to, uint32_t lkey, uint32_t nbytes,
-                    uint32_t max_sge) {
+uint32_t Chunk::add(uint64_t from, const Keys& rkeys, std::byte* to, const Keys& lkeys,
+                    uint32_t nbytes, uint32_t max_sge) {
   const auto n = static_cast<uint32_t>(std::min<uint64_t>(nbytes, kMaxBytes - nbytes_));
   if (n == 0) return 0;
   const auto address = reinterpret_cast<uint64_t>(to);
   if (!reads_.empty()) {
     // Contiguous over there: one more piece of the same READ, or none where it is here as well.
     Read& last = reads_.back();
-    if (last.rkey == rkey && last.from + last.nbytes == from) {
-      ibv_sge& sge = sges_.back();
-      const bool follows = sge.lkey == lkey && sge.addr + sge.length == address;
+    if (last.from + last.nbytes == from && last.rkeys == rkeys) {
+      Piece& piece = pieces_.back();
+      const bool follows = piece.lkeys == &lkeys && piece.address + piece.nbytes == address;
       if (follows || last.num_sge < max_sge) {
         if (follows)
-          sge.length += n;
+          piece.nbytes += n;
         else
-          sges_.push_back({address, n, lkey}), ++last.num_sge;
+          pieces_.push_back({address, n, &lkeys}), ++last.num_sge;
         last.nbytes += n;
         nbytes_ += n;
         return n;
@@ -47,8 +46,8 @@ uint32_t Chunk::add(uint64_t from, uint32_t rkey, std::byte* to, uint32_t lkey, 
     }
   }
   if (reads_.size() == kMaxReads) return 0;
-  reads_.push_back({from, n, rkey, static_cast<uint32_t>(sges_.size()), 1});
-  sges_.push_back({address, n, lkey});
+  reads_.push_back({from, n, rkeys, static_cast<uint32_t>(pieces_.size()), 1});
+  pieces_.push_back({address, n, &lkeys});
   nbytes_ += n;
   return n;
 }
@@ -58,11 +57,12 @@ uint32_t PullQueue::depth(const Device& device) noexcept {
   return most < int{Chunk::kMaxReads} ? 0 : static_cast<uint32_t>(most);
 }
 
-PullQueue::PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, uint32_t depth)
+PullQueue::PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, size_t rail)
     : device_(std::move(device)),
       cq_(cq),
-      depth_(depth),
-      shape_{.max_send = depth + 1,
+      rail_(rail),
+      depth_(depth(*device_)),
+      shape_{.max_send = depth_ + 1,
              .max_recv = 0,
              .max_send_sge =
                  static_cast<uint32_t>(std::clamp(device_->limits().max_sge, 1, int{kMaxSge})),
@@ -80,6 +80,7 @@ QpEnd PullQueue::open() {
   ++epoch_;
   first_error_ = IBV_WC_SUCCESS;
   vendor_error_ = 0;
+  post_error_ = 0;
   return {qp_->qp_num, psn_};
 }
 
@@ -91,42 +92,33 @@ bool PullQueue::has_room() const noexcept {
   return ready_ && num_reads_ + Chunk::kMaxReads <= depth_ && nbytes_ < kMaxBytesInFlight;
 }
 
-ChunkPtr PullQueue::new_chunk() {
-  if (idle_.empty()) return std::make_unique<Chunk>();
-  ChunkPtr chunk = std::move(idle_.back());
-  idle_.pop_back();
-  return chunk;
-}
-
-void PullQueue::recycle(ChunkPtr chunk) {
-  chunk->clear();
-  if (idle_.size() < kMaxIdle) idle_.push_back(std::move(chunk));
-}
-
-int PullQueue::post(ChunkPtr chunk, bool fence) noexcept {
+void PullQueue::post(ChunkPtr chunk, bool fence) noexcept {
   const size_t count = chunk->reads_.size();
+  sges_.clear();
+  for (const Chunk::Piece& piece : chunk->pieces_)
+    sges_.push_back({piece.address, piece.nbytes, (*piece.lkeys)[device_->index()]});
   for (size_t i = 0; i < count; ++i) {
     const Chunk::Read& read = chunk->reads_[i];
     ibv_send_wr& wr = chain_[i];
     wr = {};
     wr.wr_id = id(next_, i + 1 == count);
     wr.next = i + 1 < count ? &chain_[i + 1] : nullptr;
-    wr.sg_list = chunk->sges_.data() + read.first_sge;
+    wr.sg_list = sges_.data() + read.first_sge;
     wr.num_sge = static_cast<int>(read.num_sge);
     wr.opcode = IBV_WR_RDMA_READ;
     wr.wr.rdma.remote_addr = read.from;
-    wr.wr.rdma.rkey = read.rkey;
+    wr.wr.rdma.rkey = read.rkeys[rail_];
     if (i == 0 && fence) wr.send_flags |= IBV_SEND_FENCE;
     if (i + 1 == count) wr.send_flags |= IBV_SEND_SIGNALED;
   }
   ibv_send_wr* bad = nullptr;
-  const int err = ibv_post_send(qp_.get(), chain_.data(), &bad);
+  post_error_ = ibv_post_send(qp_.get(), chain_.data(), &bad);
+  if (post_error_ != 0) ready_ = false;
   chunk->posted_ns = now_ns();
   num_reads_ += count;
   nbytes_ += chunk->nbytes_;
   ++next_;
   in_flight_.push_back(std::move(chunk));
-  return err;
 }
 
 PullQueue::Outcome PullQueue::on_completion(const ibv_wc& completion) noexcept {

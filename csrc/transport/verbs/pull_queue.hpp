@@ -19,15 +19,16 @@ namespace kvxfer::verbs {
 
 struct Job;
 
-// What one chain does; made by who needs the bytes, handed back when the NIC is through with it.
+// What one chain does; made by who needs the bytes, handed back when the NIC is through with it. It
+// knows the keys of every rail, so any of them can carry it, and another one after a failure.
 class Chunk {
  public:
   static constexpr uint32_t kMaxReads = 64;
   static constexpr uint64_t kMaxBytes = uint64_t{1} << 20;  // gates are held for one at a time
 
   void clear() noexcept;
-  // How much of `nbytes` was taken: less than all when the chain is full.
-  uint32_t add(uint64_t from, uint32_t rkey, std::byte* to, uint32_t lkey, uint32_t nbytes,
+  // How much of `nbytes` was taken: less than all when the chain is full. `lkeys` outlives it.
+  uint32_t add(uint64_t from, const Keys& rkeys, std::byte* to, const Keys& lkeys, uint32_t nbytes,
                uint32_t max_sge);
   uint64_t nbytes() const noexcept { return nbytes_; }
   size_t num_reads() const noexcept { return reads_.size(); }
@@ -36,6 +37,7 @@ class Chunk {
   std::shared_ptr<Job> job;
   Ticket ticket;
   bool words = false;  // the look at the words behind a read
+  bool probe = false;  // nobody's: whether the rail works at all
   int64_t posted_ns = 0;
 
  private:
@@ -43,11 +45,16 @@ class Chunk {
   struct Read {
     uint64_t from = 0;
     uint64_t nbytes = 0;
-    uint32_t rkey = 0;
+    Keys rkeys{};
     uint32_t first_sge = 0, num_sge = 0;
   };
+  struct Piece {
+    uint64_t address = 0;
+    uint32_t nbytes = 0;
+    const Keys* lkeys = nullptr;
+  };
   std::vector<Read> reads_;
-  std::vector<ibv_sge> sges_;
+  std::vector<Piece> pieces_;
   uint64_t nbytes_ = 0;
 };
 using ChunkPtr = std::unique_ptr<Chunk>;
@@ -57,7 +64,8 @@ class PullQueue {
   static uint32_t depth(const Device& device) noexcept;
   static uint32_t num_entries(uint32_t depth) noexcept { return depth + 1; }
 
-  PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, uint32_t depth);
+  // `rail`: which of the remote keys are its.
+  PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, size_t rail);
   ~PullQueue();
 
   // A fresh queue pair, not connected yet, after close(); throws.
@@ -65,17 +73,18 @@ class PullQueue {
   void connect(const Route& route, const QpEnd& remote, uint8_t issued);  // throws
   // From here on chunks may be posted.
   void start() noexcept { ready_ = true; }
+  bool is_ready() const noexcept { return ready_; }
   bool is_open() const noexcept { return qp_ != nullptr; }
   bool is_mine(uint32_t number) const noexcept { return qp_ && qp_->qp_num == number; }
   uint32_t max_sge() const noexcept { return shape_.max_send_sge; }
 
   // Whether a full chain has room, and bytes in flight are few enough.
   bool has_room() const noexcept;
-  // `fence`: begins only when all reads before it have come. 0 or errno; then the queue pair is of
-  // no use any more and the chunk stays until it is stopped.
-  int post(ChunkPtr chunk, bool fence) noexcept;
-  ChunkPtr new_chunk();
-  void recycle(ChunkPtr chunk);
+  // `fence`: begins only when all reads before it have come. When it fails, post_error() says why;
+  // the queue pair is of no use any more and the chunk stays until it is stopped.
+  void post(ChunkPtr chunk, bool fence) noexcept;
+  int post_error() const noexcept { return post_error_; }  // since open(); 0: none
+  uint64_t nbytes_in_flight() const noexcept { return nbytes_; }
 
   // A completion of ours. `done`: a chunk that is through, whole or not.
   struct Outcome {
@@ -107,6 +116,7 @@ class PullQueue {
 
   const std::shared_ptr<Device> device_;
   ibv_cq* const cq_;
+  const size_t rail_;
   const uint32_t depth_;
   QpShape shape_;
   QpPtr qp_;
@@ -120,8 +130,9 @@ class PullQueue {
   ibv_wc_status chain_status_ = IBV_WC_SUCCESS;  // of in_flight_.front() so far
   ibv_wc_status first_error_ = IBV_WC_SUCCESS;
   uint32_t vendor_error_ = 0;
-  std::vector<ibv_send_wr> chain_;
-  std::vector<ChunkPtr> idle_;
+  int post_error_ = 0;
+  std::vector<ibv_send_wr> chain_;  // scratch
+  std::vector<ibv_sge> sges_;
 };
 
 }  // namespace kvxfer::verbs

@@ -23,13 +23,14 @@ class VerbsTransport final : public Transport {
   // On one host shared memory is quicker and asks for no NIC.
   bool is_spare() const noexcept override { return true; }
   std::optional<std::string> probe() const override;
+  std::string detail() const override;
   void start(Host& host) override;
   void stop() noexcept override;
   Bytes offer() const override;
   std::optional<std::string> attach(const Session& session, ByteView offer,
                                     int64_t deadline_ns) override;
   Bytes answer(const Session& session, ByteView question) override;
-  void expose(const std::shared_ptr<Region>& region) override { memory_.add(*region); }
+  void expose(const std::shared_ptr<Region>& region) override;
   void withdraw(Region& region) noexcept override { memory_.remove(region.id); }
 
  private:
@@ -42,28 +43,30 @@ class VerbsTransport final : public Transport {
     std::shared_ptr<VerbsConnection> connection;
     Reactor::TimerId timer;
   };
-  Route route_to(const Path& path, const PortAddress& remote) const;
-  PortAddress own_address() const;
+  Route route_to(const Device& device, const Path& path, const PortAddress& remote,
+                 size_t num_ports) const;
+  // By Device::index(); without anything where it cannot be used now.
+  std::vector<PortAddress> own_addresses() const;
+  std::string unusable() const;  // why no new connection can be made; or empty
   std::string join(const Session& session, Reader& question, Bytes& reply);
   std::string commit(const Session& session);
   void keep(const std::shared_ptr<VerbsConnection>& connection);
   std::vector<std::shared_ptr<VerbsConnection>> alive();
-  void on_events();
-  void lose_all(const std::string& event);
+  void on_events(Device& device);
+  void port_event(Device& device, bool up, const std::string& event);
 
   const TransportConfig config_;
   // Opened by probe(), which the engine calls before anything else; the engine's thread.
-  mutable std::shared_ptr<Device> device_;
+  mutable Devices devices_;
   mutable std::unique_ptr<Word> word_;
-  mutable MrPtr word_mr_;
+  mutable std::unique_ptr<Registration> word_registration_;
   Host* host_ = nullptr;
   MemoryTable memory_;
-  Reactor::Token token_ = 0;
+  std::vector<Reactor::Token> tokens_;  // by device
 
   std::map<Key, Half> halves_;  // progress thread only
-  std::mutex mutex_;            // over the next two
+  std::mutex mutex_;            // over the next one
   std::vector<std::weak_ptr<VerbsConnection>> connections_;
-  std::string lost_;  // why the device is of no use any more
 };
 
 }  // namespace kvxfer::verbs

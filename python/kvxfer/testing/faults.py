@@ -94,7 +94,8 @@ class Way:
 def ways() -> list[Way]:
     """Every transport that is compiled in, and each again with harmless faults.
 
-    Verbs goes over real NICs where there are some, else over software ones.
+    Verbs goes over real NICs where there are some, else over software ones, of which there are two
+    in one of the ways.
     ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
     """
     named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
@@ -105,9 +106,7 @@ def ways() -> list[Way]:
             for name, reason in probe_transports()
         ]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
-    rough = [
-        replace(way, name="verbs-rough", nic=f"seed=1 {HARMLESS_NIC}")
-        for way in plain
-        if way.name == "verbs" and not fake_verbs.real_devices()
-    ]
-    return plain + pooled + rough + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
+    on_software = [way for way in plain if way.name == "verbs" and not fake_verbs.real_devices()]
+    nics = {"verbs-rough": f"seed=1 {HARMLESS_NIC}", "verbs-two-rails": "devices=2"}
+    more = [replace(way, name=name, nic=nic) for way in on_software for name, nic in nics.items()]
+    return plain + pooled + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]

@@ -13,6 +13,7 @@ from kvxfer._transfer import (
     Transfer,
     probe_transports,
     tls_unavailable,
+    transport_details,
 )
 from kvxfer.transfer.config import EngineConfig, TlsFiles
 from kvxfer.transfer.engine import Notification, PeerEvent, TransferEngine
@@ -34,4 +35,5 @@ __all__ = [
     "TransferEngine",
     "probe_transports",
     "tls_unavailable",
+    "transport_details",
 ]

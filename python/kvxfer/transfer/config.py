@@ -17,8 +17,9 @@ __all__ = ["EngineConfig", "TlsFiles"]
 
 DEFAULT_DEADLINE_S = 30.0
 _MAX_LANES = 8
+_MAX_RAILS = 8
 _MAX_COPY_THREADS = 64
-_VERBS_DEVICE = re.compile(r"[^\s:]+(:\d{1,3})?")
+_VERBS_DEVICE = re.compile(r"[^\s:,]+(:\d{1,3})?(,[^\s:,]+(:\d{1,3})?)*")
 _MAX_SPIN_US = 1e6  # a second: more is a mistake in the unit
 
 
@@ -58,9 +59,14 @@ class EngineConfig:
         allow_ptrace: cma may open this process to every program of the user
             (``PR_SET_PTRACER_ANY``) where the system's policy would forbid it otherwise.
         tls: makes tcp speak TLS; both sides must.
-        verbs_device: the RDMA device, such as ``"mlx5_0"``, or with its port ``"mlx5_0:2"``; None: the
-            first that has an active port.
-        verbs_gid_index: which of the port's GIDs to use; None: by rule (docs/verbs.md).
+        verbs_device: the RDMA devices whose ports are rails: ``"mlx5_0"``, with one port ``"mlx5_0:2"``,
+            or several, ``"mlx5_0,mlx5_1:2"``. Each must have an active port; they are used alike, and
+            the first carries the messages. None: every active port (eight at most), of which chains
+            prefer those at the memory's NUMA node.
+        verbs_gid_index: which of each port's GIDs to use; None: by rule (docs/verbs.md).
+        verbs_queue_pairs: for READs between two ports that are joined; a device allows some 16 READs
+            in flight on each, so more of them help small blocks over a long round trip. Each counts
+            as a rail, of which a connection has eight at most; the connecting side's value counts.
     """
 
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -71,6 +77,7 @@ class EngineConfig:
     tls: TlsFiles | None = None
     verbs_device: str | None = None
     verbs_gid_index: int | None = None
+    verbs_queue_pairs: int = 1
 
     def __post_init__(self) -> None:
         _check_number("deadline_s", self.deadline_s, 0, math.inf)
@@ -88,11 +95,12 @@ class EngineConfig:
             isinstance(self.verbs_device, str) and _VERBS_DEVICE.fullmatch(self.verbs_device)
         ):
             raise InvalidArgumentError(
-                f"verbs_device must be a device's name, with :PORT or without, "
-                f"not {self.verbs_device!r}"
+                f"verbs_device must be devices' names, each with :PORT or without, separated by "
+                f"commas, not {self.verbs_device!r}"
             )
         if self.verbs_gid_index is not None:
             _check_int("verbs_gid_index", self.verbs_gid_index, 0, 255)
+        _check_int("verbs_queue_pairs", self.verbs_queue_pairs, 1, _MAX_RAILS)
 
     def native(self) -> _transfer.TransportConfig:
         """The same for the C++ side."""
@@ -107,6 +115,7 @@ class EngineConfig:
             out.deadline_ns = 2**63 - 1
         out.verbs_device = self.verbs_device or ""
         out.verbs_gid_index = -1 if self.verbs_gid_index is None else self.verbs_gid_index
+        out.verbs_queue_pairs = self.verbs_queue_pairs
         if self.tls is not None:
             out.tls_certificate = os.fspath(self.tls.certificate)
             out.tls_key = os.fspath(self.tls.key)

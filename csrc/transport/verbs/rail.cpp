@@ -1,0 +1,119 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/verbs/rail.hpp"
+
+#include <algorithm>
+
+namespace kvxfer::verbs {
+namespace {
+
+constexpr uint8_t kMaxReads = 16;  // in flight; more than any link's round trip asks for
+constexpr size_t kMaxIdle = 16;    // chunks
+// Pauses of a rail that goes on failing; the first time it is tried again at once.
+constexpr int64_t kFirstPauseNs = 100'000'000, kLongestPauseNs = 5'000'000'000;
+
+uint8_t reads_of(int limit) { return static_cast<uint8_t>(std::clamp(limit, 1, int{kMaxReads})); }
+
+}  // namespace
+
+Rail::Rail(const std::shared_ptr<Device>& of, size_t nth, uint32_t more_entries)
+    : number(nth),
+      device(of),
+      completions(of, PullQueue::num_entries(PullQueue::depth(*of)) + more_entries),
+      pulls(of, completions.get(), nth),
+      served(reads_of(of->limits().max_qp_rd_atom)),
+      issued(reads_of(of->limits().max_qp_init_rd_atom)) {
+  make_source();
+  end.pull = pulls.open();
+  puller.store(end.pull.number, std::memory_order_relaxed);
+  end.source = {source->qp_num, source_psn};
+  end.served = served;
+  end.issued = issued;
+}
+
+Rail::~Rail() { drop_source(); }
+
+void Rail::connect(const Route& to, const RailEnd& there) {
+  route = to;
+  remote = there;
+  issued = std::min(issued, there.served);
+  served = std::max<uint8_t>(std::min(served, there.issued), 1);
+  connect_qp(*device, source.get(), route, there.pull, source_psn, served, 0);
+  pulls.connect(route, there.source, issued);
+}
+
+void Rail::drop_source() noexcept {
+  if (source) (void)stop_qp(source.get());
+  source.reset();
+  serving = false;
+}
+
+void Rail::make_source() {
+  QpShape shape;
+  source = make_qp(*device, completions.get(), shape, IBV_ACCESS_REMOTE_READ);
+  source_psn = random_psn();
+}
+
+bool Rail::is_left() const noexcept {
+  return pulls.is_ready() || (!down && !absent && num_breaks <= Rails::kMaxBreaks);
+}
+
+int64_t Rail::pause_ns() const noexcept {
+  if (num_breaks <= 1) return 0;
+  const uint32_t doublings = std::min(num_breaks - 2, 16u);
+  return std::min(kFirstPauseNs << doublings, kLongestPauseNs);
+}
+
+Rails::Rails(const Devices& devices, bool by_nearness, uint32_t more_entries)
+    : by_nearness_(by_nearness) {
+  for (const auto& device : devices) {
+    // Messages go over the first one.
+    rails_.push_back(
+        std::make_unique<Rail>(device, rails_.size(), rails_.empty() ? more_entries : 0));
+    const uint32_t sge = rails_.back()->pulls.max_sge();
+    max_sge_ = rails_.size() == 1 ? sge : std::min(max_sge_, sge);
+  }
+}
+
+Rail* Rails::pick(int node) const noexcept {
+  const auto is_near = [&](const Rail& rail) { return rail.device->node() == node; };
+  const bool any_near =
+      by_nearness_ && node >= 0 && std::ranges::any_of(rails_, [&](const auto& rail) {
+        return rail->pulls.is_ready() && is_near(*rail);
+      });
+  Rail* best = nullptr;
+  for (const auto& rail : rails_) {
+    if (!rail->pulls.has_room() || (any_near && !is_near(*rail))) continue;
+    if (best == nullptr || rail->pulls.nbytes_in_flight() < best->pulls.nbytes_in_flight())
+      best = rail.get();
+  }
+  return best;
+}
+
+bool Rails::any_room() const noexcept {
+  return std::ranges::any_of(rails_, [](const auto& rail) { return rail->pulls.has_room(); });
+}
+
+bool Rails::any_left() const noexcept {
+  return std::ranges::any_of(rails_, [](const auto& rail) { return rail->is_left(); });
+}
+
+Keys Rails::row_of(const Registration& registration) const noexcept {
+  Keys row{};
+  for (const auto& rail : rails_) row[rail->number] = registration.rkeys()[rail->device->index()];
+  return row;
+}
+
+ChunkPtr Rails::new_chunk() {
+  if (idle_.empty()) return std::make_unique<Chunk>();
+  ChunkPtr chunk = std::move(idle_.back());
+  idle_.pop_back();
+  return chunk;
+}
+
+void Rails::recycle(ChunkPtr chunk) {
+  chunk->clear();
+  if (idle_.size() < kMaxIdle) idle_.push_back(std::move(chunk));
+}
+
+}  // namespace kvxfer::verbs

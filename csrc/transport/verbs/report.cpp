@@ -1,0 +1,52 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// What a connection tells about itself; any thread, so by what rails have for reports.
+#include "common/error.hpp"
+#include "transport/verbs/connection.hpp"
+
+namespace kvxfer::verbs {
+
+std::vector<VerbsConnection::Carried> VerbsConnection::carried() const {
+  std::vector<Carried> out;
+  for (const auto& rail : rails_)
+    out.push_back({rail->num_chains.load(std::memory_order_relaxed),
+                   rail->num_bytes.load(std::memory_order_relaxed),
+                   rail->puller.load(std::memory_order_relaxed),
+                   rail->in_use.load(std::memory_order_relaxed)});
+  return out;
+}
+
+std::string VerbsConnection::describe() const {
+  std::string out = cat("verbs: ", rails_.size(),
+                        " rail(s), messages over the first; the owner pulls: no region is remotely "
+                        "writable");
+  for (const auto& rail : rails_) {
+    const Route& route = rail->route;
+    const int node = rail->device->node();
+    out += cat("\n    rail ", rail->number, ": ", rail->device->name(), ", NUMA node ",
+               node < 0 ? "unknown" : cat(node), ", ", route.path.reason, ", MTU ",
+               128 << route.mtu, ", ", int{rail->issued}, " READs in flight, gives up after ",
+               int{route.retry_count}, " retries of ", (int64_t{4096} << route.timeout) / 1'000'000,
+               " ms; ", rail->in_use.load(std::memory_order_relaxed) ? "in use" : "not in use",
+               ", ", rail->num_bytes.load(std::memory_order_relaxed), " bytes pulled, ",
+               rail->num_replaced.load(std::memory_order_relaxed), " queue pair(s) replaced");
+  }
+  return out + unpaired_;
+}
+
+std::string VerbsConnection::condition() const {
+  std::string out;
+  const auto say = [&](const Rail& rail, const char* what) {
+    out +=
+        cat(out.empty() ? "" : "; ", "rail ", rail.number, " (", rail.device->name(), "): ", what);
+  };
+  for (const auto& rail : rails_) {
+    if (!rail->in_use.load(std::memory_order_relaxed))
+      say(*rail, "our RDMA READs wait for the peer to connect a fresh queue pair");
+    if (rail->source_gone.load(std::memory_order_relaxed))
+      say(*rail, "the peer's RDMA READs wait until it has answered about a fresh queue pair");
+  }
+  return out;
+}
+
+}  // namespace kvxfer::verbs
