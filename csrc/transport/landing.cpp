@@ -20,7 +20,7 @@ std::optional<Failure> Landing::check(std::span<const Target> targets, uint64_t 
       return Failure{.code = Code::kLease,
                      .span = first + i,
                      .text = cat("bytes ", t.offset, " to ", t.offset + t.nbytes,
-                                 " of the region are not all covered by the lease")};
+                                 " of the region: not covered by the lease")};
   }
   return {};
 }
