@@ -221,6 +221,11 @@ def test_every_error_has_openais_form(
     assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
 
 
+def test_a_client_is_told_that_a_bug_ends_its_connection(front: Front) -> None:
+    assert front.client.get("/bug").headers["connection"] == "close"
+    assert front.client.get("/health").headers.get("connection") != "close"
+
+
 def test_request_id_is_echoed_or_made(front: Front) -> None:
     def ask(given: str) -> httpx.Response:
         return front.client.post(

@@ -175,6 +175,8 @@ def add_error_handlers(app: FastAPI) -> None:
         message = f"internal error, please report it with the server's log (request {request_id})"
         response = error_response(RequestRefusedError(500, message, code="internal"))
         response.headers["X-Request-Id"] = request_id  # this answer passes outside the middleware
+        # uvicorn hangs up when an app has raised; a client that is not told may send the next request into that.
+        response.headers["Connection"] = "close"
         return response
 
 
