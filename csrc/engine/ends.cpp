@@ -98,8 +98,8 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
     if (!cause.empty()) failure.text += cat(": ", cause);
   };
   auto stage = Transfer::Stage::kBacklog;
-  if (why == State::kTimedOut && t->stage.load() == stage) add(why_it_waits(*t));
   if (t->stage.compare_exchange_strong(stage, Transfer::Stage::kGone, std::memory_order_seq_cst)) {
+    if (why == State::kTimedOut) add(why_it_waits(*t));
     end(t, why, failure, true, true);  // still ours: it was never sent
     kick(t->peer);                     // drops it from the backlog
     return;
@@ -114,8 +114,10 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
     return;
   }
   if (why == State::kTimedOut) {
-    const std::string condition = t->connection->condition();
-    add(condition.empty() ? describe_stopped(t->peer->identity.host, identity_.host) : condition);
+    std::string cause = describe_stopped(t->peer->identity.host, identity_.host);
+    if (const std::string condition = t->connection->condition(); !condition.empty())
+      cause += cat(cause.empty() ? "" : "; ", condition);
+    add(cause);
   }
   end(t, why, std::move(failure), result.agreement == Agreement::kStopped, result.quiesced);
 }

@@ -17,19 +17,13 @@
 #include <vector>
 
 #include "common/clock.hpp"
+#include "eventually.hpp"
 #include "fake_verbs.h"
 
 namespace fake_verbs_test {
 
 // Until `done` or five seconds have passed, which on any machine means never.
-inline bool eventually(const std::function<bool()>& done) {
-  const int64_t until = kvxfer::now_ns() + 5'000'000'000;
-  while (!done()) {
-    if (kvxfer::now_ns() > until) return false;
-    ::poll(nullptr, 0, 1);
-  }
-  return true;
-}
+inline bool eventually(const std::function<bool()>& done) { return eventually_within(5, done); }
 
 // For a while nothing happens that should not.
 inline void pause_ms(int ms) { ::poll(nullptr, 0, ms); }

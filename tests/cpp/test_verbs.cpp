@@ -2,13 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two engines over the software NICs of tests/fake_verbs, whose packets the test holds in its hand:
 // what the fence, cancels and broken queue pairs promise.
-#include <poll.h>
-
 #include <functional>
 
 #include "engine_pair.hpp"
+#include "eventually.hpp"
 #include "fake_verbs.h"
 #include "transport/verbs/connection.hpp"
+#include "verbs_plan.hpp"
 
 using namespace kvxfer;
 using verbs::VerbsConnection;
@@ -17,27 +17,7 @@ namespace {
 
 constexpr int64_t kBytes = 1 << 20;
 
-// Gives up a packet that is lost, and a peer that does not answer, sooner than by default.
-TransportConfig impatient() {
-  TransportConfig config;
-  config.deadline_ns = 4'000'000'000;
-  return config;
-}
-
-bool eventually(const std::function<bool()>& done) {
-  const int64_t until = deadline_after(20);
-  while (!done()) {
-    if (now_ns() > until) return false;
-    ::poll(nullptr, 0, 1);
-  }
-  return true;
-}
-
-// Harmless again before the engines close, whatever the test has done.
-struct Plan {
-  explicit Plan(const char* text) { REQUIRE(fake_verbs_plan(text) == 0); }
-  ~Plan() { fake_verbs_plan(""); }
-};
+bool eventually(const std::function<bool()>& done) { return eventually_within(20, done); }
 
 struct World : Pair {
   explicit World(uint64_t nbytes = 1 << 22) : Pair(nbytes, "127.0.0.1:0", impatient()) {

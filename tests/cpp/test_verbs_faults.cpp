@@ -2,14 +2,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two engines over software NICs on which everything goes wrong that can: each request ends once,
 // whole or with a typed error, nothing else lands, and nothing is left behind.
-#include <poll.h>
-
 #include <functional>
 #include <random>
 
 #include "engine_pair.hpp"
+#include "eventually.hpp"
 #include "fake_verbs.h"
 #include "transport/verbs/connection.hpp"
+#include "verbs_plan.hpp"
 
 using namespace kvxfer;
 using verbs::VerbsConnection;
@@ -18,26 +18,7 @@ namespace {
 
 constexpr int64_t kBytes = 256 << 10;
 
-bool eventually(const std::function<bool()>& done) {
-  const int64_t until = deadline_after(30);
-  while (!done()) {
-    if (now_ns() > until) return false;
-    ::poll(nullptr, 0, 1);
-  }
-  return true;
-}
-
-struct Plan {
-  explicit Plan(const std::string& text) { REQUIRE(fake_verbs_plan(text.c_str()) == 0); }
-  ~Plan() { fake_verbs_plan(""); }
-};
-
-// Gives up what does not answer after two seconds.
-TransportConfig impatient() {
-  TransportConfig config;
-  config.deadline_ns = 4'000'000'000;
-  return config;
-}
+bool eventually(const std::function<bool()>& done) { return eventually_within(30, done); }
 
 struct World : Pair {
   World() : Pair(1 << 22, "127.0.0.1:0", impatient()) {

@@ -10,9 +10,11 @@
 #include <random>
 
 #include "engine_pair.hpp"
+#include "eventually.hpp"
 #include "fake_verbs.h"
 #include "transport/verbs/connection.hpp"
 #include "transport/verbs/nearness.hpp"
+#include "verbs_plan.hpp"
 
 using namespace kvxfer;
 using verbs::VerbsConnection;
@@ -22,22 +24,7 @@ namespace {
 constexpr int64_t kMiB = 1 << 20;
 constexpr int64_t kBytes = 8 * kMiB;
 
-bool eventually(const std::function<bool()>& done) {
-  const int64_t until = deadline_after(30);
-  while (!done()) {
-    if (now_ns() > until) return false;
-    ::poll(nullptr, 0, 1);
-  }
-  return true;
-}
-
-// Gives up a rail that does not answer after half a second.
-TransportConfig impatient(const std::string& devices = "") {
-  TransportConfig config;
-  config.deadline_ns = 4'000'000'000;
-  config.verbs_device = devices;
-  return config;
-}
+bool eventually(const std::function<bool()>& done) { return eventually_within(30, done); }
 
 // Everything is as it was in the beginning, whatever the test has done.
 struct Whole {

@@ -3,7 +3,6 @@
 // Appending to a paged cache.
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "common/error.hpp"
 #include "kernels/cpu/kernels.hpp"
@@ -35,22 +34,23 @@ class SideRows {
         scale(scale),
         same(rows.dtype == cache.dtype && scale == 1.0f && scales.data == nullptr),
         from_size(itemsize(rows.dtype)),
-        to_size(itemsize(cache.dtype)) {
-    // Heads that lie side by side, here and there, are one row.
-    if (same && rows.stride_head == width && cache.strides.head == width)
-      this->width *= std::exchange(heads, 1);
-  }
+        to_size(itemsize(cache.dtype)),
+        // Of one token: heads that lie side by side, here and there, are one run.
+        shape(collapse_rows(width * to_size, 1, heads, {0, 0, rows.stride_head * from_size},
+                            {0, 0, cache.strides.head * to_size})) {}
 
   void append(int64_t token, SlotPosition at) const {
     const char* src = from + token * rows.stride_row * from_size;
     char* dst = to + row_offset(cache.strides, at.block, at.offset, 0) * to_size;
-    const int64_t src_step = rows.stride_head * from_size, dst_step = cache.strides.head * to_size;
-    for (int64_t head = 0; head < heads; ++head, src += src_step, dst += dst_step) {
-      if (same)
-        std::memcpy(dst, src, static_cast<size_t>(width * to_size));
-      else
-        convert(src, dst, at, head);
+    if (same) {
+      for (int64_t i = 0; i < shape.outer; ++i)
+        std::memcpy(dst + i * shape.dst_outer, src + i * shape.src_outer,
+                    static_cast<size_t>(shape.run));
+      return;
     }
+    for (int64_t head = 0; head < heads; ++head)
+      convert(src + head * rows.stride_head * from_size, dst + head * cache.strides.head * to_size,
+              at, head);
   }
 
  private:
@@ -73,6 +73,7 @@ class SideRows {
   float scale;
   bool same;
   int64_t from_size, to_size;
+  RunShape shape;
 };
 
 }  // namespace

@@ -8,7 +8,6 @@
 
 #include <cerrno>
 
-#include "transport/process_state.hpp"
 #include "transport/tcp/deliveries.hpp"
 
 namespace kvxfer::tcp {
@@ -75,14 +74,12 @@ std::optional<Failure> TcpConnection::unreachable(int64_t now) const {
 }
 
 std::string TcpConnection::condition() const {
-  std::string out = describe_stopped(session_.peer.host, host_.self().host);
   const int64_t pinged = pinged_ns_.load(std::memory_order_relaxed);
-  if (pinged == 0) return out;
+  if (pinged == 0) return {};
   const char* what = info_of(*lanes_[0]->stream).tcpi_unacked == 0
                          ? "host alive, engine not running: TCP acknowledges, but a PING"
                          : "host or network silent: not even TCP acknowledges; a PING";
-  return out + cat(out.empty() ? "" : "; ", what, " has had no answer for ",
-                   (now_ns() - pinged) / 1'000'000, " ms");
+  return cat(what, " has had no answer for ", (now_ns() - pinged) / 1'000'000, " ms");
 }
 
 }  // namespace kvxfer::tcp

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from kvxfer._transfer import Peer
@@ -13,6 +13,7 @@ from kvxfer.errors import InvalidArgumentError
 
 __all__ = ["checked", "peer_of", "refusal"]
 
+_OURS = ("self", "error")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -21,11 +22,16 @@ def _shown(value: object) -> str:
     return repr(value) if value is None or isinstance(value, int | float) else type(value).__name__
 
 
-def refusal(what: str, error: TypeError, **given: object) -> Exception:
-    """What to raise instead of ``error``, which a native call has raised; itself where it is not pybind11's."""
+def refusal(what: str, error: TypeError, given: Mapping[str, object]) -> Exception:
+    """What to raise instead of ``error``, which a native call has raised; itself where it is not pybind11's.
+
+    ``given``: the caller's arguments; its ``locals()`` will do.
+    """
     if "incompatible" not in str(error):
         return error
-    shown = ", ".join(f"{name}={_shown(value)}" for name, value in given.items())
+    shown = ", ".join(
+        f"{name}={_shown(value)}" for name, value in given.items() if name not in _OURS
+    )
     return InvalidArgumentError(
         f"{what}(): an argument is of another type, or out of its type's range: {shown}"
     )
@@ -41,7 +47,7 @@ def checked(method: Method) -> Method:
         except TypeError as error:
             names = method.__code__.co_varnames[1:]
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            raise refusal(method.__name__, error, **given) from None
+            raise refusal(method.__name__, error, given) from None
 
     return call  # type: ignore[return-value]
 

@@ -86,9 +86,7 @@ class TransferEngine:
                 config=self._config.native(),
             )
         except TypeError as error:
-            raise refusal(
-                "TransferEngine", error, name=name, listen=listen, transports=transports
-            ) from None
+            raise refusal("TransferEngine", error, locals()) from None
         self._num_regions = 0
 
     @property
@@ -234,8 +232,7 @@ class TransferEngine:
                 after,
             )
         except TypeError as error:
-            given: dict[str, Any] = {"notify": notify, "arrival": arrival, "lease": lease}
-            raise refusal("write", error, deadline_s=deadline_s, after=after, **given) from None
+            raise refusal("write", error, locals()) from None
 
     def read(
         self,
@@ -272,8 +269,7 @@ class TransferEngine:
                 after,
             )
         except TypeError as error:
-            given: dict[str, Any] = {"notify": notify, "arrival": arrival, "lease": lease}
-            raise refusal("read", error, deadline_s=deadline_s, after=after, **given) from None
+            raise refusal("read", error, locals()) from None
 
     def write_blocks(
         self,
@@ -317,15 +313,7 @@ class TransferEngine:
                 after,
             )
         except TypeError as error:
-            given: dict[str, Any] = {
-                "local_view": local_view,
-                "remote_view": remote_view,
-                "notify": notify,
-            }
-            given |= {"arrival": arrival, "lease": lease}
-            raise refusal(
-                "write_blocks", error, deadline_s=deadline_s, after=after, **given
-            ) from None
+            raise refusal("write_blocks", error, locals()) from None
 
     def read_blocks(
         self,
@@ -359,15 +347,7 @@ class TransferEngine:
                 after,
             )
         except TypeError as error:
-            given: dict[str, Any] = {
-                "local_view": local_view,
-                "remote_view": remote_view,
-                "notify": notify,
-            }
-            given |= {"arrival": arrival, "lease": lease}
-            raise refusal(
-                "read_blocks", error, deadline_s=deadline_s, after=after, **given
-            ) from None
+            raise refusal("read_blocks", error, locals()) from None
 
     @checked
     def notify(
