@@ -14,17 +14,29 @@ namespace kvxfer::bindings {
 class WithoutGil {
  public:
   WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() {
+  ~WithoutGil() { take_back(); }
+
+  // Lets Python's signal handlers run. True: one of them raised, and its exception is set, to be
+  // thrown when the scope has ended.
+  bool interrupted() {
+    take_back();
+    const bool raised = PyErr_CheckSignals() != 0;
+    state_ = PyEval_SaveThread();
+    return raised;
+  }
+
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  void take_back() {
     try {
       PyEval_RestoreThread(state_);
     } catch (...) {  // must not be left
       for (;;) ::pause();
     }
   }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
 
- private:
   PyThreadState* state_;
 };
 

@@ -111,7 +111,10 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   // Closes the region to everybody; the memory is free once region->gate is quiet.
   void deregister(const RegionPtr& region);
 
-  PeerPtr connect(const std::string& address, double timeout_s);
+  // `interrupted` is asked now and then while it waits, on the calling thread: true ends it with
+  // kCancelled. So does close(), which is told as for any call on a closed engine.
+  PeerPtr connect(const std::string& address, double timeout_s,
+                  const std::function<bool()>& interrupted = {});
   std::map<std::string, RemoteRegionPtr> regions_of(const Peer& peer) const;
 
   TransferPtr submit(Op op, const RegionPtr& local, const RemoteRegionPtr& remote,
@@ -158,7 +161,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   void adopt(const Key& session, std::shared_ptr<Connection> connection) override;
   void lost(Connection& from, const Failure& cause) noexcept override;
   std::optional<Bytes> ask(const Session& session, std::string_view transport, ByteView question,
-                           int64_t deadline_ns, std::string& reason) override;
+                           const Patience& patience, std::string& reason) override;
   bool opened(const std::shared_ptr<tcp::TcpConnection>& connection) noexcept override;
   bool control(tcp::TcpConnection& from, ByteView payload) noexcept override;
   void ready(tcp::TcpConnection& from) noexcept override;
@@ -175,6 +178,12 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   void withdraw(Region& region) noexcept;
   bool allows(std::string_view transport) const;
   PeerPtr peer_for(const PeerIdentity& identity);  // mutex_ held
+  // The steps of connect(): the session, the other transports, the peer's word that it is ready.
+  PeerPtr join_peer(const tcp::TcpTransport::Established& established, const std::string& address,
+                    const Patience& patience);
+  void attach_all(Link& link, const Session& session, ByteView encoded_offers,
+                  const Patience& patience);
+  void await_ready(Link& link, const Patience& patience);
   LinkPtr open_link(const std::shared_ptr<tcp::TcpConnection>& connection, bool initiator);
   struct ProcessHandler;
   void watch_process(const LinkPtr& link) noexcept;

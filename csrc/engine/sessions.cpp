@@ -66,88 +66,6 @@ void Engine::broadcast(const Control& message) {
   }
 }
 
-PeerPtr Engine::connect(const std::string& address, double timeout_s) {
-  check_open();
-  const int64_t deadline_ns = deadline_after(timeout_s);
-  PeerPtr known;
-  auto established = tcp_->connect(address, deadline_ns, [&](const PeerIdentity& who) {
-    if (who.incarnation == identity_.incarnation)
-      fail(Code::kInvalidArgument, "an engine cannot be its own peer");
-    std::lock_guard lock(mutex_);
-    auto it = peers_.find(who.incarnation);
-    if (it != peers_.end() && it->second->alive) known = it->second;
-    return known == nullptr;
-  });
-  if (known) return known;
-  const auto& connection = established.connection;
-  const Session session = connection->session();
-  LinkPtr link;
-  PeerPtr peer;
-  {
-    std::lock_guard lock(mutex_);
-    check_open();
-    link = open_link(connection, true);
-    peer = pending_.at(session.id).first;
-    connection->start();
-  }
-  auto give_up = [&](Code code, const std::string& why, int err = 0) {
-    connection->close({.code = Code::kTransport, .text = why});
-    throw Error(code, cat("connecting to '", session.peer.name, "' at ", address, " failed: ", why),
-                err, "tcp", address);
-  };
-
-  // The other transports attach to the session; each refusal is kept for explain().
-  const auto offers = decode_offers(established.offers);
-  if (!offers) give_up(Code::kTransport, "malformed offers");
-  std::vector<std::string> refusals;
-  size_t num_tried = 0;
-  for (auto& [name, transport] : transports_) {
-    auto offer = std::ranges::find(*offers, name, &Offer::transport);
-    std::optional<std::string> refusal;
-    if (offer == offers->end()) {
-      refusal = "the peer does not offer it";
-    } else if (transport->is_spare() && refusals.size() < num_tried) {
-      refusal = "not needed: a better way is there";
-    } else {
-      try {
-        refusal = transport->attach(session, offer->data, deadline_ns);
-      } catch (const Error& error) {
-        refusal = error.what();
-      }
-    }
-    if (refusal) refusals.push_back(cat(name, ": ", *refusal));
-    ++num_tried;
-  }
-  bool usable;
-  {
-    std::lock_guard lock(mutex_);
-    link->refusals = refusals;
-    usable = !link->data.empty();
-  }
-  if (!usable) {
-    std::string reasons;
-    for (auto& refusal : refusals) reasons += cat(reasons.empty() ? "" : "; ", refusal);
-    give_up(Code::kUnavailable, cat("none of the transports asked for can be used: ", reasons));
-  }
-  {
-    std::lock_guard lock(mutex_);
-    announce(*link);
-  }
-  for (;;) {
-    const uint32_t seen = link->changed.read();
-    {
-      std::lock_guard lock(mutex_);
-      if (link->ready) return peer;
-      if (link->lost || closed()) break;
-    }
-    if (link->changed.wait(seen, deadline_ns) == Woken::kTimedOut)
-      give_up(Code::kTimeout, "the peer did not get ready in time");
-  }
-  check_open();
-  give_up(link->cause.code, link->cause.text, link->cause.err);
-  return {};
-}
-
 bool Engine::opened(const std::shared_ptr<tcp::TcpConnection>& connection) noexcept {
   std::lock_guard lock(mutex_);
   if (closed()) return false;
@@ -250,7 +168,7 @@ bool Engine::on_attach(tcp::TcpConnection& from, Attach attach) noexcept {
 }
 
 std::optional<Bytes> Engine::ask(const Session& session, std::string_view transport,
-                                 ByteView question, int64_t deadline_ns, std::string& reason) {
+                                 ByteView question, const Patience& patience, std::string& reason) {
   LinkPtr link;
   {
     std::lock_guard lock(mutex_);
@@ -275,7 +193,7 @@ std::optional<Bytes> Engine::ask(const Session& session, std::string_view transp
         return {};
       }
     }
-    if (link->changed.wait(seen, deadline_ns) != Woken::kTimedOut) continue;
+    if (patience.wait(link->changed, seen)) continue;
     reason = "the peer did not answer in time";
     return {};
   }

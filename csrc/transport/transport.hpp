@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "common/error.hpp"
+#include "common/patience.hpp"
 #include "common/status.hpp"
 #include "common/wire.hpp"
 #include "transport/copy_pool.hpp"
@@ -241,8 +242,9 @@ class Host {
   // transport of the acceptor, inside the session, and waits for what its answer() returns. Empty,
   // with the reason, when none came.
   virtual std::optional<Bytes> ask(const Session& session, std::string_view transport,
-                                   ByteView question, int64_t deadline_ns, std::string& reason) {
-    (void)session, (void)transport, (void)question, (void)deadline_ns;
+                                   ByteView question, const Patience& patience,
+                                   std::string& reason) {
+    (void)session, (void)transport, (void)question, (void)patience;
     reason = "questions cannot be asked here";
     return {};
   }
@@ -306,11 +308,12 @@ class Transport {
   virtual bool is_spare() const noexcept { return false; }
   virtual Bytes offer() const { return {}; }
 
-  // Connecting side, on the thread that called connect(); may block until deadline_ns. Either
-  // Host::adopt was called when it returns empty, or the result says why this way cannot be gone.
+  // Connecting side, on the thread that called connect(); may block as long as `patience` lasts.
+  // Either Host::adopt was called when it returns empty, or the result says why this way cannot be
+  // gone.
   virtual std::optional<std::string> attach(const Session& session, ByteView offer,
-                                            int64_t deadline_ns) {
-    (void)session, (void)offer, (void)deadline_ns;
+                                            const Patience& patience) {
+    (void)session, (void)offer, (void)patience;
     return "cannot attach";
   }
 

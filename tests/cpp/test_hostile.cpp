@@ -169,7 +169,7 @@ TEST_CASE("each reason why a peer cannot be reached by shared memory is named") 
     Bytes offer;
     Writer writer(offer);
     writer.u32(version), writer.text(boot_id), writer.text(name);
-    return transport.attach({}, offer, deadline_after(1)).value_or("accepted");
+    return transport.attach({}, offer, Patience(deadline_after(1))).value_or("accepted");
   };
   const auto says = [](const std::string& text, const char* what) {
     INFO(text);
@@ -185,4 +185,26 @@ TEST_CASE("each reason why a peer cannot be reached by shared memory is named") 
   host.who.host.uid = ::getuid() + 1;
   says(refused(kVersion, "this boot", socket), "processes of one user");
   transport.stop();
+}
+
+TEST_CASE("a join that nobody answers is given up when nobody wants it any more") {
+  ShmHost host;
+  host.who.host.boot_id = "this boot";
+  host.who.host.uid = ::getuid();
+  ShmTransport transport({}), mute({});
+  transport.start(host);
+  mute.start(host);  // its socket is there, and no reactor runs that would take from it
+  int looks = 0;
+  const Patience patience(deadline_after(60), [&] { return ++looks > 3; });
+  const int64_t begun_ns = now_ns();
+  try {
+    transport.attach({}, mute.offer(), patience);
+    FAIL("it was answered");
+  } catch (const Error& error) {
+    CHECK(error.code == Code::kCancelled);
+  }
+  CHECK(looks == 4);
+  CHECK(now_ns() - begun_ns < 2'000'000'000);
+  transport.stop();
+  mute.stop();
 }

@@ -369,7 +369,7 @@ void connect(Input& input) {
     const auto dial = [&](bool bulk) { return std::make_unique<ImpostorStream>(other, bulk); };
     bool established = false;
     try {
-      const auto out = transport.establish(dial, kNever, [&](const PeerIdentity& who) {
+      const auto out = transport.establish(dial, Patience(kNever), [&](const PeerIdentity& who) {
         FUZZ_CHECK(other.proved() && who.name.size() <= 256);
         return true;
       });

@@ -6,10 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -277,3 +282,53 @@ def test_cookie_that_others_can_read_is_refused(cookie_home: str) -> None:
     os.truncate(path, 5)
     with pytest.raises(UnavailableError, match="5 bytes"):
         TransferEngine("a")
+
+
+@pytest.fixture
+def mute() -> Iterator[socket.socket]:
+    """Takes connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def address_of(server: socket.socket) -> str:
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_close_ends_a_connect_that_waits(mute: socket.socket) -> None:
+    engine = TransferEngine("a")
+
+    def close_once_it_waits() -> None:
+        with mute.accept()[0] as taken:
+            taken.recv(1)
+            engine.close()
+
+    closer = threading.Thread(target=close_once_it_waits)
+    closer.start()
+    began = time.monotonic()
+    with pytest.raises(InvalidArgumentError, match="'a' is closed"):
+        engine.connect(address_of(mute), timeout_s=TIMEOUT_S)
+    assert time.monotonic() - began < TIMEOUT_S / 2
+    closer.join()
+
+
+_CONNECTING = """
+import sys
+from kvxfer.transfer import TransferEngine
+with TransferEngine("a") as engine:
+    try:
+        engine.connect(sys.argv[1], timeout_s=600)
+    except KeyboardInterrupt:
+        print("interrupted", engine.peer_events())
+"""
+
+
+def test_ctrl_c_ends_a_connect_that_waits(mute: socket.socket) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _CONNECTING, address_of(mute)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        with mute.accept()[0] as taken:
+            taken.recv(1)  # its HELLO: it waits for ours
+            child.send_signal(signal.SIGINT)
+            out, _ = child.communicate(timeout=TIMEOUT_S)
+    assert (out, child.returncode) == ("interrupted []\n", 0)

@@ -127,8 +127,13 @@ void register_engine(py::module_& m) {
           "connect",
           [](EngineHandle& e, const std::string& address, double timeout_s) {
             deadline_of(timeout_s);
-            const WithoutGil release;
-            return e.get().connect(address, timeout_s);
+            try {
+              WithoutGil release;
+              return e.get().connect(address, timeout_s, [&] { return release.interrupted(); });
+            } catch (const Error&) {
+              if (PyErr_Occurred() != nullptr) throw py::error_already_set();  // Ctrl-C
+              throw;
+            }
           },
           py::arg("address"), py::arg("timeout_s"))
       .def("notifications",

@@ -24,8 +24,8 @@ class FaultyTransport final : public Transport, private Host {
   void stop() noexcept override { below_->stop(); }
   Bytes offer() const override { return below_->offer(); }
   std::optional<std::string> attach(const Session& session, ByteView offer,
-                                    int64_t deadline_ns) override {
-    return below_->attach(session, offer, deadline_ns);
+                                    const Patience& patience) override {
+    return below_->attach(session, offer, patience);
   }
   Bytes answer(const Session& session, ByteView question) override {
     return below_->answer(session, question);
@@ -51,8 +51,8 @@ class FaultyTransport final : public Transport, private Host {
   std::optional<Session> session(const Key& id) noexcept override { return host_->session(id); }
   // The peer's faulty transport answers for the one below it.
   std::optional<Bytes> ask(const Session& session, std::string_view, ByteView question,
-                           int64_t deadline_ns, std::string& reason) override {
-    return host_->ask(session, name(), question, deadline_ns, reason);
+                           const Patience& patience, std::string& reason) override {
+    return host_->ask(session, name(), question, patience, reason);
   }
   void adopt(const Key& session, std::shared_ptr<Connection> connection) override;
   void lost(Connection& from, const Failure& cause) noexcept override;

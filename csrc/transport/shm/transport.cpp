@@ -217,7 +217,7 @@ Bytes ShmTransport::offer() const {
 }
 
 std::optional<std::string> ShmTransport::attach(const Session& session, ByteView offer,
-                                                int64_t deadline_ns) {
+                                                const Patience& patience) {
   Reader reader(offer);
   const uint32_t version = reader.u32();
   const std::string boot_id = reader.text(128), socket_name = reader.text(96);
@@ -257,8 +257,9 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
   // Half of the time, so that a transport after this one has some left. A peer that hung up before
   // we sent has said why.
   const int64_t begun_ns = now_ns();
-  const int64_t wait_ns = std::clamp<int64_t>((deadline_ns - begun_ns) / 2, 0, kJoinTimeoutNs);
-  if (sent && !wait_readable(socket.get(), begun_ns + wait_ns))
+  const int64_t wait_ns =
+      std::clamp<int64_t>((patience.deadline_ns() - begun_ns) / 2, 0, kJoinTimeoutNs);
+  if (sent && !patience.until(begun_ns + wait_ns).wait(socket.get(), POLLIN))
     return cat("the peer did not answer the join within ", wait_ns / 1'000'000, " ms");
   Bytes message;
   std::vector<Fd> fds;

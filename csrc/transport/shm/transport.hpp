@@ -23,7 +23,7 @@ class ShmTransport : public Transport {
   void stop() noexcept override;
   Bytes offer() const override;
   std::optional<std::string> attach(const Session& session, ByteView offer,
-                                    int64_t deadline_ns) override;
+                                    const Patience& patience) override;
   void withdraw(Region& region) noexcept override;
 
  protected:

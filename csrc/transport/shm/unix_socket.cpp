@@ -116,16 +116,4 @@ bool send(int fd, ByteView message, std::span<const int> fds) noexcept {
   return n == static_cast<ssize_t>(message.size());
 }
 
-bool wait_readable(int fd, int64_t deadline_ns) noexcept {
-  for (;;) {
-    const int64_t left = deadline_ns == kNever ? 1'000'000'000 : deadline_ns - now_ns();
-    if (left <= 0) return false;
-    pollfd entry{fd, POLLIN, 0};
-    const int n =
-        ::poll(&entry, 1, static_cast<int>(std::min<int64_t>(left / 1'000'000 + 1, 1000)));
-    if (n > 0) return true;
-    if (n < 0 && errno != EINTR) return false;
-  }
-}
-
 }  // namespace kvxfer::shm

@@ -29,7 +29,5 @@ enum class Received : uint8_t { kMessage, kAgain, kClosed, kBroken };
 Received receive(int fd, Bytes& message, std::vector<Fd>& fds, size_t max_fds) noexcept;
 // False and errno when it could not be sent whole.
 bool send(int fd, ByteView message, std::span<const int> fds) noexcept;
-// Waits until the socket is readable.
-bool wait_readable(int fd, int64_t deadline_ns) noexcept;
 
 }  // namespace kvxfer::shm

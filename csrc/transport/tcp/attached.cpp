@@ -36,19 +36,27 @@ Bytes AttachedTcp::offer() const {
 }
 
 std::optional<std::string> AttachedTcp::attach(const Session& session, ByteView offer,
-                                               int64_t deadline_ns) {
+                                               const Patience& patience) {
   Reader reader(offer);
   const std::string address = reader.text(64);
   const ByteView secret = reader.take(32);
   if (!reader.finished()) return "a malformed offer";
   TcpTransport connector(*this, Bytes(secret.begin(), secret.end()), config_);
   auto connection =
-      connector.connect(address, deadline_ns, [](const PeerIdentity&) { return true; }).connection;
+      connector.connect(address, patience, [](const PeerIdentity&) { return true; }).connection;
   auto joining = std::make_shared<Joining>();
   {
     std::lock_guard lock(mutex_);
     joining_.emplace(connection.get(), joining);
   }
+  struct Leave {
+    ~Leave() {
+      std::lock_guard lock(self.mutex_);
+      self.joining_.erase(connection);
+    }
+    AttachedTcp& self;
+    const TcpConnection* connection;
+  } leave{*this, connection.get()};
   host_->adopt(session.id, connection);
   connection->start();
   Bytes join;
@@ -56,20 +64,15 @@ std::optional<std::string> AttachedTcp::attach(const Session& session, ByteView 
   writer.put(session.id);
   writer.put(prove(session, connection->session()));
   connection->send_control(join);
-  bool ready = false, lost = false;
   for (;;) {
     const uint32_t seen = joining->changed.read();
     {
       std::lock_guard lock(mutex_);
-      ready = joining->ready, lost = joining->lost;
+      if (joining->ready) return {};
+      if (joining->lost) return "the peer ended the second session";
     }
-    if (ready || lost) break;
-    if (joining->changed.wait(seen, deadline_ns) == Woken::kTimedOut) break;
+    if (!patience.wait(joining->changed, seen)) return "the peer did not answer the join in time";
   }
-  std::lock_guard lock(mutex_);
-  joining_.erase(connection.get());
-  if (ready) return {};
-  return lost ? "the peer ended the second session" : "the peer did not answer the join in time";
 }
 
 bool AttachedTcp::opened(const std::shared_ptr<TcpConnection>&) noexcept { return true; }

@@ -24,7 +24,7 @@ class AttachedTcp final : public Transport, public SessionHost {
   void stop() noexcept override { acceptor_->stop(); }
   Bytes offer() const override;
   std::optional<std::string> attach(const Session& session, ByteView offer,
-                                    int64_t deadline_ns) override;
+                                    const Patience& patience) override;
 
  private:
   // SessionHost: what the second session is about.

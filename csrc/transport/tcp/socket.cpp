@@ -58,18 +58,6 @@ bool is_loopback(const sockaddr_storage& storage) {
 
 }  // namespace
 
-bool wait_for(int fd, short events, int64_t deadline_ns) {
-  for (;;) {
-    const int64_t left = deadline_ns == kNever ? kNever : deadline_ns - now_ns();
-    if (left <= 0) return false;
-    const int64_t ms = std::min<int64_t>(left / 1'000'000 + 1, 60'000);
-    pollfd p{fd, events, 0};
-    const int rc = ::poll(&p, 1, static_cast<int>(ms));
-    if (rc > 0) return true;
-    if (rc < 0 && errno != EINTR) fail_errno(Code::kInternal, errno, "poll failed");
-  }
-}
-
 HostPort parse_address(const std::string& address) {
   const size_t colon = address.rfind(':');
   HostPort out;
@@ -130,7 +118,7 @@ Listener listen(const std::string& address) {
              "'; port 0 lets the system choose a free one");
 }
 
-Fd connect(const std::string& address, int64_t deadline_ns, bool bulk) {
+Fd connect(const std::string& address, const Patience& patience, bool bulk) {
   AddressList list = resolve(address, false);
   int err = 0;
   for (const addrinfo* ai = list.get(); ai != nullptr; ai = ai->ai_next) {
@@ -145,7 +133,7 @@ Fd connect(const std::string& address, int64_t deadline_ns, bool bulk) {
         err = errno;
         continue;
       }
-      if (!wait_for(fd.get(), POLLOUT, deadline_ns))
+      if (!patience.wait(fd.get(), POLLOUT))
         throw Error(Code::kTimeout, cat("connecting to ", address, " timed out"), ETIMEDOUT, "tcp",
                     address);
       socklen_t size = sizeof err;
@@ -182,7 +170,7 @@ bool same_host(int fd) noexcept {
                      sizeof(in6_addr)) == 0;
 }
 
-void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns) {
+void read_exact(Stream& stream, std::span<std::byte> out, const Patience& patience) {
   while (!out.empty()) {
     const iovec into{out.data(), out.size()};
     const ssize_t n = stream.receive({&into, 1});
@@ -191,7 +179,7 @@ void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns) {
     } else if (n == 0) {
       fail(Code::kPeerDisconnected, "the other side closed the connection during the handshake");
     } else if (errno == EAGAIN) {
-      if (!wait_for(stream.fd(), POLLIN, deadline_ns))
+      if (!patience.wait(stream.fd(), POLLIN))
         fail(Code::kTimeout, "the other side did not answer in the handshake in time");
     } else if (errno != EINTR) {
       const int err = errno;
@@ -201,7 +189,7 @@ void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns) {
   }
 }
 
-void write_all(Stream& stream, ByteView data, int64_t deadline_ns) {
+void write_all(Stream& stream, ByteView data, const Patience& patience) {
   bool flushed = false;
   while (!data.empty() || !flushed) {
     const iovec from{const_cast<std::byte*>(data.data()), data.size()};
@@ -210,7 +198,7 @@ void write_all(Stream& stream, ByteView data, int64_t deadline_ns) {
       flushed = data.empty();
       data = data.subspan(static_cast<size_t>(n));
     } else if (errno == EAGAIN) {
-      if (!wait_for(stream.fd(), POLLOUT, deadline_ns))
+      if (!patience.wait(stream.fd(), POLLOUT))
         fail(Code::kTimeout, "the other side did not read the handshake in time");
     } else if (errno != EINTR) {
       const int err = errno;

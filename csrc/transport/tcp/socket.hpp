@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/fd.hpp"
+#include "common/patience.hpp"
 #include "common/wire.hpp"
 #include "transport/tcp/stream.hpp"
 
@@ -26,15 +27,14 @@ struct Listener {
 Listener listen(const std::string& address);
 
 // Non-blocking, TCP_NODELAY, keepalive. `bulk`: keeps the unsent queue short.
-Fd connect(const std::string& address, int64_t deadline_ns, bool bulk);
+Fd connect(const std::string& address, const Patience& patience, bool bulk);
 void set_options(int fd, bool bulk) noexcept;
 std::string peer_address(int fd);
 // Both ends have one IP address: they share a network namespace, hence a kernel.
 bool same_host(int fd) noexcept;
 
-// For the connecting side of the handshake. Throw kTimeout or kPeerDisconnected.
-bool wait_for(int fd, short events, int64_t deadline_ns);  // false at the deadline
-void read_exact(Stream& stream, std::span<std::byte> out, int64_t deadline_ns);
-void write_all(Stream& stream, ByteView data, int64_t deadline_ns);
+// For the connecting side of the handshake. Throw kTimeout, kPeerDisconnected or kCancelled.
+void read_exact(Stream& stream, std::span<std::byte> out, const Patience& patience);
+void write_all(Stream& stream, ByteView data, const Patience& patience);
 
 }  // namespace kvxfer::tcp

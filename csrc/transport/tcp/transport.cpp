@@ -92,7 +92,7 @@ std::shared_ptr<FdHandler> TcpTransport::take(Fd fd) {
 void TcpTransport::forget(Incoming* incoming) noexcept { incoming_.erase(incoming); }
 
 // Through the TLS handshake, where there is one.
-StreamPtr TcpTransport::secure(Fd fd, int64_t deadline_ns) const {
+StreamPtr TcpTransport::secure(Fd fd, const Patience& patience) const {
   if (!tls_) return std::make_unique<Stream>(std::move(fd));
   auto stream = tls_->wrap(std::move(fd), false);
   for (;;) {
@@ -102,39 +102,39 @@ StreamPtr TcpTransport::secure(Fd fd, int64_t deadline_ns) const {
       case TlsStream::Progress::kFailed:
         fail(Code::kTransport, stream->explain(EPROTO));
       case TlsStream::Progress::kWaiting:
-        if (!wait_for(stream->fd(), POLLIN, deadline_ns))
+        if (!patience.wait(stream->fd(), POLLIN))
           fail(Code::kTimeout, "the other side did not answer in the TLS handshake in time");
     }
   }
 }
 
-TcpTransport::Established TcpTransport::connect(const std::string& address, int64_t deadline_ns,
-                                                const Wanted& wanted) {
-  Fd first = tcp::connect(address, deadline_ns, false);  // its errors name the address already
+TcpTransport::Established TcpTransport::connect(const std::string& address,
+                                                const Patience& patience, const Wanted& wanted) {
+  Fd first = tcp::connect(address, patience, false);  // its errors name the address already
   const auto dial = [&](bool bulk) {
-    return secure(bulk ? tcp::connect(address, deadline_ns, true) : std::move(first), deadline_ns);
+    return secure(bulk ? tcp::connect(address, patience, true) : std::move(first), patience);
   };
   try {
-    return establish(dial, deadline_ns, wanted);
+    return establish(dial, patience, wanted);
   } catch (const Error& error) {
     throw Error(error.code, cat("connecting to ", address, " failed: ", error.what()), error.err,
                 "tcp", address);
   }
 }
 
-TcpTransport::Established TcpTransport::establish(const Dial& dial, int64_t deadline_ns,
+TcpTransport::Established TcpTransport::establish(const Dial& dial, const Patience& patience,
                                                   const Wanted& wanted) {
   std::vector<StreamPtr> lanes;
   Bytes frame;
   auto read_frame = [&](Type expected) {
     frame.resize(kHeadBytes);
-    read_exact(*lanes[0], frame, deadline_ns);
+    read_exact(*lanes[0], frame, patience);
     const auto head = decode_head(frame, kMaxHandshakeBytes);
     if (!head || head->body_nbytes != 0)
       fail(Code::kTransport,
            "what listens there is not a kvxfer engine, or one of another version");
     frame.resize(kHeadBytes + head->control_nbytes);
-    read_exact(*lanes[0], std::span(frame).subspan(kHeadBytes), deadline_ns);
+    read_exact(*lanes[0], std::span(frame).subspan(kHeadBytes), patience);
     const ByteView control = ByteView(frame).subspan(kHeadBytes);
     if (head->type == Type::kError) {
       const auto failure = decode_failure(control);
@@ -149,7 +149,7 @@ TcpTransport::Established TcpTransport::establish(const Dial& dial, int64_t dead
   transcript.add(lanes[0]->binding());
   const Bytes opening = encode_hello(ours);
   transcript.add(opening);
-  write_all(*lanes[0], opening, deadline_ns);
+  write_all(*lanes[0], opening, patience);
   const auto theirs = decode_hello(read_frame(Type::kHello));
   if (!theirs || theirs->min_version != kVersion || theirs->max_version != kVersion ||
       theirs->num_lanes > config_.num_lanes)
@@ -158,7 +158,7 @@ TcpTransport::Established TcpTransport::establish(const Dial& dial, int64_t dead
   const Keys keys = derive_keys(secret_, ours, *theirs);
   const Bytes auth = encode_plain(Type::kAuth, client_proof(keys, transcript));
   transcript.add(auth);
-  write_all(*lanes[0], auth, deadline_ns);
+  write_all(*lanes[0], auth, patience);
   const Digest expected = server_proof(keys, transcript);
   if (!equal_constant_time(read_frame(Type::kAuth), expected))
     fail(Code::kTransport, kAuthenticationFailed);
@@ -168,7 +168,7 @@ TcpTransport::Established TcpTransport::establish(const Dial& dial, int64_t dead
   for (uint32_t lane = 1; lane <= theirs->num_lanes; ++lane) {
     Stream& stream = *lanes.emplace_back(dial(true));
     const Digest proof = lane_proof(session.key, session.id, lane, stream.binding());
-    write_all(stream, encode_join({session.id, lane, proof}), deadline_ns);
+    write_all(stream, encode_join({session.id, lane, proof}), patience);
   }
   const ByteView offers = read_frame(Type::kOffer);
   Established out;

@@ -41,12 +41,12 @@ class TcpTransport {
   // `wanted` is asked once the peer has proved who it is; false ends the attempt (it is known
   // already), and the result is empty.
   using Wanted = std::function<bool(const PeerIdentity&)>;
-  Established connect(const std::string& address, int64_t deadline_ns, const Wanted& wanted);
+  Established connect(const std::string& address, const Patience& patience, const Wanted& wanted);
 
   // What is below listen() and connect(), whatever the streams are; fuzzed by tests/fuzz.
   // `dial` opens one: lane 0 first, then the bulk lanes.
   using Dial = std::function<StreamPtr(bool bulk)>;
-  Established establish(const Dial& dial, int64_t deadline_ns, const Wanted& wanted);
+  Established establish(const Dial& dial, const Patience& patience, const Wanted& wanted);
   // Begins the acceptor's side on a socket, which the reactor then drives.
   std::shared_ptr<FdHandler> take(Fd fd);
 
@@ -56,7 +56,7 @@ class TcpTransport {
   void accept_all() noexcept;
   void forget(Incoming* incoming) noexcept;
   Hello hello() const;
-  StreamPtr secure(Fd fd, int64_t deadline_ns) const;
+  StreamPtr secure(Fd fd, const Patience& patience) const;
 
   SessionHost& host_;
   const Bytes secret_;

@@ -63,7 +63,7 @@ std::string refusal(Reader& reader, const char* what, ReplyHead& reply) {
 // Two questions: the join sets up queue pairs on both sides; the commit comes when a READ has shown
 // that the first rail works. Until then the acceptor has promised nothing, and we may give up.
 std::optional<std::string> VerbsTransport::attach(const Session& session, ByteView offer,
-                                                  int64_t deadline_ns) {
+                                                  const Patience& patience) {
   if (auto why = unusable(); !why.empty()) return why;
   Reader reader(offer);
   const uint32_t version = reader.u32();
@@ -116,7 +116,8 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
   }
   // A part of the time each, so that a transport after this one has some left.
   const auto part = [&] {
-    return std::min(now_ns() + (deadline_ns - now_ns()) / 3, deadline_after(kReadyTimeoutS));
+    const int64_t left_ns = patience.deadline_ns() - now_ns();
+    return patience.until(std::min(now_ns() + left_ns / 3, deadline_after(kReadyTimeoutS)));
   };
   const auto joined = host_->ask(session, name(), question, part(), reason);
   if (!joined) return reason;
@@ -129,7 +130,7 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
     return "a malformed answer to the join";
   const Route control = route_to(*devices[0], pairs[0].path, remote[pairs[0].remote], 1);
   connection->connect(routes, control, theirs, session.peer.incarnation);
-  if (auto failed = connection->try_first(part())) return failed;
+  if (auto failed = connection->try_first(part().deadline_ns())) return failed;
 
   question.clear();
   writer.put(AskHead{.what = Ask::kCommit});

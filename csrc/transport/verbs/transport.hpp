@@ -28,7 +28,7 @@ class VerbsTransport final : public Transport {
   void stop() noexcept override;
   Bytes offer() const override;
   std::optional<std::string> attach(const Session& session, ByteView offer,
-                                    int64_t deadline_ns) override;
+                                    const Patience& patience) override;
   Bytes answer(const Session& session, ByteView question) override;
   void expose(const std::shared_ptr<Region>& region) override;
   void withdraw(Region& region) noexcept override { memory_.remove(region.id); }
