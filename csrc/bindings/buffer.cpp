@@ -180,8 +180,25 @@ bool is_int32(const Py_buffer& view) {
   return view.itemsize == 4 && (format == "i" || format == "=i" || format == "<i");
 }
 
+// As NumPy calls it; a code that it has no simple name for is told as it is.
+std::string dtype_name(const Py_buffer& view) {
+  std::string_view code = view.format ? view.format : "B";
+  const bool swapped = code.starts_with('>') || code.starts_with('!');
+  if (swapped || code.find_first_of("@=<") == 0) code.remove_prefix(1);
+  const char letter = code.size() == 1 ? code[0] : '\0';
+  const char* kind = letter == '?'                                                ? "bool"
+                     : letter != '\0' && std::strchr("bhilqn", letter) != nullptr ? "int"
+                     : letter != '\0' && std::strchr("BHILQN", letter) != nullptr ? "uint"
+                     : letter != '\0' && std::strchr("efdg", letter) != nullptr   ? "float"
+                                                                                  : nullptr;
+  if (kind == nullptr) return cat("of buffer format '", code, "'");
+  std::string name = kind;
+  if (letter != '?') name += std::to_string(view.itemsize * 8);
+  return swapped ? name + ", big-endian" : name;
+}
+
 std::string describe(const Py_buffer& view) {
-  std::string text = cat("dtype format '", view.format ? view.format : "B", "', shape [");
+  std::string text = cat("dtype ", dtype_name(view), ", shape [");
   for (int i = 0; i < view.ndim; ++i) text += cat(i ? ", " : "", view.shape[i]);
   return text + "]";
 }

@@ -27,6 +27,15 @@ std::optional<Failure> Engine::admit(Connection& from, const Access& access,
   return failure;
 }
 
+namespace {
+std::optional<Failure> beyond(const Lease& lease, uint64_t arrival) {
+  if (arrival < lease.num_arrivals) return {};
+  return Failure{.code = Code::kLease,
+                 .text = cat("arrival=", arrival,
+                             " is not below the lease's num_arrivals=", lease.num_arrivals)};
+}
+}  // namespace
+
 std::optional<Failure> Engine::judge(Connection& from, const Access& access,
                                      Landing& out) noexcept {
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
@@ -47,6 +56,8 @@ std::optional<Failure> Engine::judge(Connection& from, const Access& access,
       return Failure{.code = Code::kLease, .text = "the lease has expired"};
     if (it->second->peer && *it->second->peer != peer->identity.incarnation)
       return Failure{.code = Code::kLease, .text = "the lease was granted to another peer"};
+    if (access.arrival)
+      if (auto failure = beyond(*it->second, *access.arrival)) return failure;
     out.lease = it->second;
     out.region = it->second->region;
   }
@@ -88,11 +99,9 @@ std::optional<Failure> Engine::accept(Connection& from, Landing& landing,
     refused_[static_cast<size_t>(failure.code)].fetch_add(1, std::memory_order_relaxed);
     return std::optional(std::move(failure));
   };
-  if (arrival.has_arrival && landing.lease && arrival.arrival >= landing.lease->num_arrivals)
-    return refuse(
-        {.code = Code::kLease,
-         .text = cat("arrival=", arrival.arrival,
-                     " is not below the lease's num_arrivals=", landing.lease->num_arrivals)});
+  // Again: a later stripe of a hostile peer may name another index than the first.
+  if (arrival.has_arrival && landing.lease)
+    if (auto failure = beyond(*landing.lease, arrival.arrival)) return refuse(std::move(*failure));
   {
     std::lock_guard lock(peer->mutex);
     const bool tag = arrival.has_arrival && !landing.lease;

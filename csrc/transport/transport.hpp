@@ -113,6 +113,7 @@ struct Access {
   Op op = Op::kWrite;
   RegionRef region;
   LeaseRef lease;
+  std::optional<uint64_t> arrival;  // what will be set or counted: judged before a byte lands
 };
 struct Target {  // one descriptor: offset in the owner's region
   uint64_t offset = 0;
@@ -154,6 +155,10 @@ struct Arrival {  // what becomes visible once all bytes of a request have lande
   // before it counts or shows anything; false means the initiator cancelled first, and accept fails
   // with Code::kCancelled. Empty: nothing to agree on.
   std::function<bool()> commit;
+
+  std::optional<uint64_t> number() const {
+    return has_arrival ? std::optional(arrival) : std::nullopt;
+  }
 };
 
 // ---------------------------------------------------------------- identity

@@ -20,7 +20,7 @@ StripeHead example(size_t num_targets, bool uniform) {
   for (size_t i = 0; i < num_targets; ++i)
     s.targets.push_back({i * 4096, static_cast<uint32_t>(uniform ? 512 : 512 + i)});
   for (auto& t : s.targets) s.total_nbytes += t.nbytes;
-  s.has_arrival = true, s.arrival = 3, s.first_target = 5;
+  s.access.arrival = 3, s.first_target = 5;
   return s;
 }
 
@@ -47,7 +47,7 @@ TEST_CASE("a stripe survives the round trip") {
       CHECK(out.access.region.id == 7);
       CHECK(out.access.lease.id == 9);
       CHECK(out.first_target == 5);
-      CHECK(out.arrival == 3);
+      CHECK(out.access.arrival == 3);
       CHECK(out.targets.size() == n);
       for (size_t i = 0; i < n; ++i) {
         CHECK(out.targets[i].offset == s.targets[i].offset);

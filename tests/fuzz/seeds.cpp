@@ -40,7 +40,7 @@ void stripe(const std::string& name, Op op, size_t num_targets, bool uniform, By
   StripeHead s;
   s.access = {op, {7, {}}, {9, {}}};
   s.has_notify = !notify.empty();
-  s.has_arrival = true;
+  s.access.arrival = 0;
   for (size_t i = 0; i < num_targets; ++i)
     s.targets.push_back({i * 4096, static_cast<uint32_t>(uniform ? 512 : 512 + i)});
   for (const Target& t : s.targets) s.total_nbytes += t.nbytes;

@@ -117,6 +117,7 @@ class ShmHost final : public Host {
       if (!lease || lease->id != access.lease.id || lease->key != access.lease.key ||
           lease->gate.closed())
         return no(Code::kLease);
+      if (access.arrival && *access.arrival >= kNumArrivals) return no(Code::kLease);
       out.lease = lease;
       out.region = lease->region;
     }

@@ -46,8 +46,8 @@ void stripe(Input& input, Type type) {
   FUZZ_CHECK(first.access.lease.key == second.access.lease.key);
   FUZZ_CHECK(first.total_nbytes == second.total_nbytes);
   FUZZ_CHECK(first.first_target == second.first_target);
-  FUZZ_CHECK(first.has_notify == second.has_notify && first.has_arrival == second.has_arrival);
-  FUZZ_CHECK(first.arrival == second.arrival && first.stripe == second.stripe);
+  FUZZ_CHECK(first.has_notify == second.has_notify);
+  FUZZ_CHECK(first.access.arrival == second.access.arrival && first.stripe == second.stripe);
   FUZZ_CHECK(same(first.notify, second.notify));
   FUZZ_CHECK(std::ranges::equal(first.targets, second.targets, [](auto& a, auto& b) {
     return a.offset == b.offset && a.nbytes == b.nbytes;

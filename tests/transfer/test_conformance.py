@@ -198,6 +198,19 @@ def test_arrivals_under_a_lease_are_a_set(world: World) -> None:
     world.process.call("wait_arrived", lease, np.array([199, 3], np.int64))
 
 
+def test_an_arrival_that_the_lease_has_no_place_for_is_refused_before_a_byte_lands(
+    world: World,
+) -> None:
+    _, token = world.process.call("grant", world.name, 0, NBYTES, ttl_s=60, num_arrivals=2)
+    before = world.theirs
+    world.local.array[:] = 77
+    xfer = world.engine.write(world.local, world.remote, 0, 0, NBYTES, lease=token, arrival=2)
+    with pytest.raises(LeaseError, match="arrival=2 is not below the lease's num_arrivals=2"):
+        xfer.wait(TIMEOUT_S)
+    assert xfer.nbytes_done == 0
+    assert np.array_equal(world.theirs, before)
+
+
 def test_arrivals_are_visible_only_after_their_data(world: World) -> None:
     """While many others are on their way, and on the faulty ways in another order."""
     n, size = 24, NBYTES // 24

@@ -154,7 +154,8 @@ bool Incoming::on_request(ByteView body) {
 
   if (job->op == Op::kRead) job->spans.emplace();
   if (job->op != Op::kNotify || head.lease.id != 0) {
-    if (auto failure = host_.admit(connection_, {job->op, head.region, head.lease}, job->landing)) {
+    const Access access{job->op, head.region, head.lease, job->arrival.number()};
+    if (auto failure = host_.admit(connection_, access, job->landing)) {
       stop(job, std::move(failure));
       return true;
     }

@@ -46,8 +46,8 @@ TcpConnection::Step TcpConnection::on_stripe(Lane& lane, ByteView control) {
     inbound.arrival.has_notify = true;
     inbound.arrival.notify.assign(stripe.notify.begin(), stripe.notify.end());
   }
-  inbound.arrival.has_arrival = stripe.has_arrival;
-  inbound.arrival.arrival = stripe.arrival;
+  inbound.arrival.has_arrival = stripe.access.arrival.has_value();
+  inbound.arrival.arrival = stripe.access.arrival.value_or(0);
   const bool sink = inbound.verdict || inbound.aborted;
   if (!sink && !stripe.targets.empty()) {
     if (auto failure = inbound.landing.check(stripe.targets, stripe.first_target))

@@ -90,17 +90,20 @@ FramePtr TcpConnection::next_frame(Lane& lane) {
   return {};
 }
 
+Access access_of(const Request& request) {
+  return {request.op, request.remote, request.lease,
+          request.has_arrival ? std::optional(request.arrival) : std::nullopt};
+}
+
 FramePtr TcpConnection::cut_write(const FlightPtr& flight) {
   const Request& request = *flight->request;
   FramePtr frame = new_frame();
   StripeHead& stripe = cutting_;
   stripe.targets.clear();
-  stripe.access = {request.op, request.remote, request.lease};
+  stripe.access = access_of(request);
   stripe.total_nbytes = request.nbytes;
   stripe.first_target = flight->span;
   stripe.stripe = 0;
-  stripe.has_arrival = request.has_arrival;
-  stripe.arrival = request.arrival;
   stripe.has_notify = request.has_notify && !flight->begun;  // once, in the first stripe
   uint64_t left = kStripeBytes;
   while (flight->span < request.spans.size() && left > 0 && stripe.targets.size() < kMaxPieces) {
@@ -134,11 +137,10 @@ void TcpConnection::cut_reads() {
     if (!flights_.contains(request.id)) continue;
     StripeHead& stripe = cutting_;
     stripe.targets.clear();
-    stripe.access = {Op::kRead, request.remote, request.lease};
+    stripe.access = access_of(request);
     stripe.total_nbytes = request.nbytes;
     stripe.first_target = flight->span;
-    stripe.has_notify = stripe.has_arrival = false;
-    stripe.arrival = 0;
+    stripe.has_notify = false;
     stripe.stripe = flight->next_stripe++;
     Flight::ReadStripe record{flight->span, flight->span_done, 0};
     while (flight->span < request.spans.size() && record.nbytes < kStripeBytes &&

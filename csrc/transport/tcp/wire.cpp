@@ -46,11 +46,13 @@ void encode_stripe(Head head, const StripeHead& stripe, ByteView notify, Bytes& 
   encode_frame(head, out, [&](Writer& w) {
     w.u64(stripe.access.region.id), w.put(stripe.access.region.key);
     w.u64(stripe.access.lease.id), w.put(stripe.access.lease.key);
-    w.u64(stripe.total_nbytes), w.u64(stripe.first_target), w.u64(stripe.arrival);
+    w.u64(stripe.total_nbytes), w.u64(stripe.first_target),
+        w.u64(stripe.access.arrival.value_or(0));
     w.u32(stripe.stripe), w.u32(static_cast<uint32_t>(notify.size()));
     w.u32(static_cast<uint32_t>(targets.size()));
     w.u16(static_cast<uint16_t>((stripe.has_notify ? kHasNotify : 0) |
-                                (stripe.has_arrival ? kHasArrival : 0) | (uniform ? kUniform : 0)));
+                                (stripe.access.arrival ? kHasArrival : 0) |
+                                (uniform ? kUniform : 0)));
     w.u16(static_cast<uint16_t>(stripe.access.op));
     if (uniform) w.u32(targets.front().nbytes);
     for (const Target& t : targets) {
@@ -71,7 +73,8 @@ bool decode_stripe(const Head& head, ByteView control, StripeHead& out) {
   Reader r(control);
   out.access.region.id = r.u64(), out.access.region.key = r.get<Key>();
   out.access.lease.id = r.u64(), out.access.lease.key = r.get<Key>();
-  out.total_nbytes = r.u64(), out.first_target = r.u64(), out.arrival = r.u64();
+  out.total_nbytes = r.u64(), out.first_target = r.u64();
+  const uint64_t arrival = r.u64();
   out.stripe = r.u32();
   const uint32_t notify_nbytes = r.u32(), num_targets = r.u32();
   const uint16_t flags = r.u16(), op = r.u16();
@@ -82,7 +85,8 @@ bool decode_stripe(const Head& head, ByteView control, StripeHead& out) {
       (op == static_cast<uint16_t>(Op::kRead)) != is_read)
     return false;
   out.access.op = static_cast<Op>(op);
-  out.has_notify = flags & kHasNotify, out.has_arrival = flags & kHasArrival;
+  out.has_notify = flags & kHasNotify;
+  out.access.arrival = flags & kHasArrival ? std::optional(arrival) : std::nullopt;
   const bool uniform = flags & kUniform;
   const uint32_t each = uniform ? r.u32() : 0;
   out.targets.clear();

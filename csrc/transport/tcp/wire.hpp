@@ -70,8 +70,7 @@ struct StripeHead {
   Access access;
   uint64_t total_nbytes = 0;  // of the request, the same in each of its stripes
   uint64_t first_target = 0;  // number of this stripe's first descriptor within the request
-  bool has_notify = false, has_arrival = false;
-  uint64_t arrival = 0;
+  bool has_notify = false;
   uint32_t stripe = 0;  // READ: repeated in READ_DATA
   std::vector<Target> targets;
   ByteView notify;  // points into the control bytes
