@@ -12,7 +12,7 @@ struct Side {
   const char *view_name, *ids_name;
   const BlockView& view;
   const BlockIds& ids;
-  const std::string& region;
+  std::string_view region;
   uint64_t region_nbytes;
 };
 

@@ -72,6 +72,12 @@ std::string Engine::why_it_waits(const Transfer& t) const {
   return describe_stopped(t.peer->identity.host, identity_.host);
 }
 
+void Transfer::ring(const std::shared_ptr<Alarm>& self) noexcept {
+  if (const auto owner = engine.lock()) owner->late(std::static_pointer_cast<Transfer>(self));
+}
+
+void Engine::late(const TransferPtr& t) noexcept { stop(t, State::kTimedOut); }
+
 void Engine::cancel(const TransferPtr& t) noexcept {
   stop(t, State::kCancelled);
   // Another thread may be about to say how it ended, or be inside post() and carry out our wish:

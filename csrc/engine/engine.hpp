@@ -120,6 +120,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   TransferPtr submit(Op op, const RegionPtr& local, const RemoteRegionPtr& remote,
                      const Arguments& arguments, SubmitOptions options);
   TransferPtr notify(const PeerPtr& peer, SubmitOptions options);
+  void late(const TransferPtr& transfer) noexcept;    // its deadline has passed
   void cancel(const TransferPtr& transfer) noexcept;  // it has ended when this returns
   void let_go(const TransferPtr& transfer) noexcept;  // its `after` has settled
 

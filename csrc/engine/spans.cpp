@@ -27,7 +27,7 @@ void check_value(const char* what, size_t index, int64_t value, int64_t low) {
          value < low ? (low > 0 ? "not positive" : "negative") : "too large");
 }
 
-[[noreturn]] void out_of_range(const char* side, const std::string& region, uint64_t region_nbytes,
+[[noreturn]] void out_of_range(const char* side, std::string_view region, uint64_t region_nbytes,
                                uint64_t index, int64_t offset, int64_t nbytes) {
   fail(Code::kInvalidArgument, "span ", index, ": ", side, " offset ", offset, " + ", nbytes,
        " bytes = ", offset + nbytes, " is past the end of region '", region, "' (", region_nbytes,
@@ -127,11 +127,14 @@ Expanded expand(const SpanArguments& arguments, const Bounds& bounds) {
     }
   }
 
-  const Column& to = bounds.destination_is_remote ? remote : local;
-  std::vector<int64_t> repeats(m);
-  for (size_t b = 0; b < m; ++b)
-    repeats[b] = has_bases ? bases[2 * b + (bounds.destination_is_remote ? 1 : 0)] : 0;
-  if (auto which = find_overlap(to, nbytes, n, repeats)) overlapping(arguments, bounds, n, *which);
+  if (n * m > 1) {
+    const Column& to = bounds.destination_is_remote ? remote : local;
+    std::vector<int64_t> repeats(m);
+    for (size_t b = 0; b < m; ++b)
+      repeats[b] = has_bases ? bases[2 * b + (bounds.destination_is_remote ? 1 : 0)] : 0;
+    if (auto which = find_overlap(to, nbytes, n, repeats))
+      overlapping(arguments, bounds, n, *which);
+  }
 
   out.num_given = n * m;
   with_kinds(arguments, [&](const auto& locals, const auto& remotes, const auto& sizes) {

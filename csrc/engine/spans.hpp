@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/overlap.hpp"
@@ -21,7 +22,7 @@ struct SpanArguments {
 };
 
 struct Bounds {
-  std::string local_name, remote_name;
+  std::string_view local_name, remote_name;
   uint64_t local_nbytes = 0, remote_nbytes = 0;
   bool destination_is_remote = true;
 };

@@ -128,11 +128,7 @@ void Engine::launch(const TransferPtr& t) {
   if (!t->parent) started_.fetch_add(1, std::memory_order_relaxed);
   if (t->deadline_ns != kNever) {
     std::lock_guard lock(t->mutex);  // it may fire before at() has returned
-    t->timer = reactor_.at(t->deadline_ns, [weak = std::weak_ptr(t), self = weak_from_this()] {
-      auto engine = self.lock();
-      auto transfer = weak.lock();
-      if (engine && transfer) engine->stop(transfer, State::kTimedOut);
-    });
+    t->timer = reactor_.at(t->deadline_ns, std::weak_ptr<Alarm>(t));
   }
   if (t->after) {
     t->state.store(State::kHeld,

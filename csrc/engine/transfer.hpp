@@ -35,8 +35,9 @@ class Watch {
   std::vector<uint64_t> ended_;
 };
 
-struct Transfer final : Request {
+struct Transfer final : Request, Alarm {
   ~Transfer() override;
+  void ring(const std::shared_ptr<Alarm>& self) noexcept override;  // its deadline has passed
 
   // Written by the thread that ends it, before `state`; read by whoever has seen a terminal state.
   Failure failure;

@@ -34,6 +34,8 @@ constexpr int64_t kPolledNs = 100'000, kGapNs = 50'000;
 constexpr uint32_t kLentLooks = 64;
 // How often the progress thread looks whether those to whom it lent its work still do it.
 constexpr int kWatchMs = 1;
+// Nodes of timers that are kept for the next ones.
+constexpr size_t kMaxSpare = 1024;
 }  // namespace
 
 Reactor::Reactor(int64_t spin_ns)
@@ -121,11 +123,19 @@ void Reactor::wake() noexcept {
   [[maybe_unused]] const ssize_t n = ::write(event_.get(), &one, sizeof one);
 }
 
-Reactor::TimerId Reactor::at(int64_t deadline_ns, std::function<void()> task) {
+Reactor::TimerId Reactor::add_timer(int64_t deadline_ns, Timer timer) {
   if (deadline_ns == kNever) return kNoTimer;
   std::lock_guard lock(mutex_);
   const TimerId id{deadline_ns, next_timer_++};
-  timers_.emplace(id, std::move(task));
+  if (spare_.empty()) {
+    timers_.emplace(id, std::move(timer));
+  } else {
+    Timers::node_type node = std::move(spare_.back());
+    spare_.pop_back();
+    node.key() = id;
+    node.mapped() = std::move(timer);
+    timers_.insert(std::move(node));
+  }
   if (deadline_ns < armed_ns_) {
     armed_ns_ = deadline_ns;
     itimerspec when{};
@@ -137,13 +147,13 @@ Reactor::TimerId Reactor::at(int64_t deadline_ns, std::function<void()> task) {
 }
 
 void Reactor::cancel(TimerId id) {
-  std::function<void()> last;  // its captures are destroyed after the lock
+  Timer last;  // its captures are destroyed after the lock
   std::lock_guard lock(mutex_);
-  if (auto it = timers_.find(id); it != timers_.end()) {
-    last = std::move(it->second);
-    timers_.erase(it);
-    // The timerfd stays armed: one spurious wake-up costs less than a system call per transfer.
-  }
+  Timers::node_type node = timers_.extract(id);
+  if (node.empty()) return;
+  last = std::exchange(node.mapped(), {});
+  if (spare_.size() < kMaxSpare) spare_.push_back(std::move(node));
+  // The timerfd stays armed: one spurious wake-up costs less than a system call per transfer.
 }
 
 void Reactor::run_tasks() {
@@ -158,7 +168,7 @@ void Reactor::run_tasks() {
 }
 
 void Reactor::run_timers() {
-  std::vector<std::function<void()>> due;
+  std::vector<Timer> due;
   {
     std::lock_guard lock(mutex_);
     const int64_t now = now_ns();
@@ -174,7 +184,12 @@ void Reactor::run_timers() {
     }
     ::timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &when, nullptr);
   }
-  for (auto& task : due) task();
+  for (Timer& timer : due) {
+    if (timer.task)
+      timer.task();
+    else if (const auto alarm = timer.alarm.lock())
+      alarm->ring(alarm);
+  }
 }
 
 void Reactor::attend(const std::shared_ptr<Pollable>& what) {
@@ -383,7 +398,7 @@ void Reactor::run() {
   }
   const auto attended = std::move(attended_);
   std::unordered_map<Token, std::shared_ptr<FdHandler>> handlers;
-  std::map<TimerId, std::function<void()>> timers;
+  Timers timers;
   give();
   std::lock_guard lock(mutex_);
   handlers.swap(handlers_);

@@ -46,6 +46,13 @@ class Pollable {
   bool attended_ = false;
 };
 
+// What rings at its time.
+class Alarm {
+ public:
+  virtual ~Alarm() = default;
+  virtual void ring(const std::shared_ptr<Alarm>& self) noexcept = 0;  // progress thread
+};
+
 class Reactor {
  public:
   using Token = uint64_t;  // never reused, so a late event of a closed fd finds nobody
@@ -89,7 +96,13 @@ class Reactor {
   // Runs again after the next look at epoll: how a long job gives way to small messages.
   void defer(std::function<void()> task) { post(std::move(task)); }
 
-  TimerId at(int64_t deadline_ns, std::function<void()> task);  // any thread
+  TimerId at(int64_t deadline_ns, std::function<void()> task) {  // any thread
+    return add_timer(deadline_ns, {std::move(task), {}});
+  }
+  // Rings unless it is gone by then: for what has a deadline each, without an allocation for it.
+  TimerId at(int64_t deadline_ns, std::weak_ptr<Alarm> alarm) {
+    return add_timer(deadline_ns, {{}, std::move(alarm)});
+  }
   void cancel(TimerId id);  // any thread; the task may be running already
 
   // Whether the caller is the progress thread, that is, holds the token.
@@ -130,6 +143,12 @@ class Reactor {
   bool poll_attended();
   void run_tasks();
   void run_timers();
+  struct Timer {  // one of the two
+    std::function<void()> task;
+    std::weak_ptr<Alarm> alarm;
+  };
+  using Timers = std::map<TimerId, Timer>;
+  TimerId add_timer(int64_t deadline_ns, Timer timer);
   void wake() noexcept;
 
   Fd epoll_, event_, timer_;
@@ -166,7 +185,8 @@ class Reactor {
   std::vector<std::function<void()>> tasks_;
   bool told_ = false;                   // the eventfd says that there are some
   std::atomic<bool> any_tasks_{false};  // for a look without the lock, by who posted them
-  std::map<TimerId, std::function<void()>> timers_;
+  Timers timers_;
+  std::vector<Timers::node_type> spare_;  // of timers that are gone
   int64_t armed_ns_ = kNever;
   uint64_t next_token_ = 16, next_timer_ = 1;
 };

@@ -49,7 +49,8 @@ LATENT_MAY_SPILL = 256 if tuple(map(int, triton.__version__.split(".")[:2])) > (
 def check_attention(name: str, made: dict[str, Any]) -> None:
     assert made["spilled"] <= (LATENT_MAY_SPILL if name.startswith("mla") else 0), name
     # 255 is what there is: without a spill it is enough, but only the widest may need it.
-    assert made["registers"] < 255 or name.startswith("mla"), name
+    widest = name.startswith("mla") or "block_m=128, block_n=128" in name
+    assert made["registers"] < 255 or widest, name
     assert made["cp_async"] > 0, f"{name}: keys do not arrive asynchronously"
     assert made["shared"] <= 227 * 1024, name
     if name.startswith(("prefill", "mla")):

@@ -78,7 +78,7 @@ BAD_BLOCKS: list[tuple[str, dict[str, Any], str]] = [
     ("lengths", {"remote_blocks": ids(1, 2, 3)}, "3 entries, but local_blocks has 2"),
     ("views", {"remote_view": BlockView(0, NBYTES, NBYTES)}, "num_layers 1.*num_layers 3"),
     ("view past the end", {"local_view": BlockView(TOTAL, 1, NBYTES, 3)}, "past the end"),
-    ("dtype", {"local_blocks": np.array([0, 1], np.uint32)}, "int32 or int64.*'I'"),
+    ("dtype", {"local_blocks": np.array([0, 1], np.uint32)}, "int32 or int64.*dtype uint32"),
     ("list", {"local_blocks": [0, 1]}, "not list"),
     ("int", {"local_blocks": 0}, "not int"),
     ("matrix", {"local_blocks": np.zeros((2, 1), np.int64)}, "one-dimensional"),

@@ -17,6 +17,15 @@
 #include "bindings/gil.hpp"
 #include "engine/engine.hpp"
 
+// Nothing is derived from a Transfer: its type need not be found out for each that is returned.
+template <>
+struct pybind11::polymorphic_type_hook<kvxfer::Transfer> {
+  static const void* get(const kvxfer::Transfer* transfer, const std::type_info*& type) {
+    type = &typeid(kvxfer::Transfer);
+    return transfer;
+  }
+};
+
 namespace kvxfer::bindings {
 
 // Python's view of a region keeps the memory, not the engine, alive.
