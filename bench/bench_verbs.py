@@ -36,6 +36,7 @@ PORT = 18515
 def serve(pipe: Connection, nbytes: int) -> None:
     with TransferEngine("target", transports=("verbs",), secret=SECRET) as engine:
         region = engine.allocate(nbytes, "kv")
+        region.wait_registered()
         pipe.send(engine.address)
         while (offset := pipe.recv()) is not None:
             pipe.send(region.array[offset : offset + 8].tobytes())
@@ -51,6 +52,7 @@ class Ours:
         self._process.start()
         self._engine = TransferEngine("initiator", transports=("verbs",), secret=SECRET)
         self._region = self._engine.allocate(nbytes, "kv")
+        self._region.wait_registered()
         generator = np.random.default_rng(0)
         self._region.array[:] = generator.integers(0, 256, nbytes, dtype=np.uint8)
         self._remote = self._engine.connect(self._pipe.recv(), timeout_s=60).regions["kv"]

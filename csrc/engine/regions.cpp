@@ -13,6 +13,12 @@ void check_name(const char* what, const std::string& name) {
          name.size());
 }
 
+void check_reached(const Region& region) {
+  for (const ExposurePtr& exposure : region.exposures)
+    if (exposure->required && exposure->state() == Exposure::State::kFailed)
+      throw Error(Code::kRegistration, exposure->text(), exposure->err(), exposure->transport);
+}
+
 RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
   check_open();
   check_name("region", options.name);
@@ -60,20 +66,17 @@ void Engine::check_new_region(const Region& region) const {
       fail(Code::kInvalidArgument, "a region named '", region.name, "' exists; pass another name=");
 }
 
-// To every transport. One that was asked for by name must reach it; of the others the reason is
-// kept for explain(), and they go without it.
+// To every transport. One that was asked for by name must reach it, which for a large region is
+// known later (check_reached); others go without it, and explain() has the reason.
 void Engine::expose(const RegionPtr& region) {
-  for (auto& [name, transport] : transports_) {
-    try {
-      transport->expose(region);
-    } catch (const Error& error) {
-      if (!options_.transports.empty()) {
-        withdraw(*region);
-        throw;
-      }
-      region->backing.text +=
-          cat(region->backing.text.empty() ? "" : "; ", "not for ", name, ": ", error.what());
-    }
+  try {
+    for (auto& [name, transport] : transports_) transport->expose(region);
+    for (const ExposurePtr& exposure : region->exposures)
+      exposure->required = !options_.transports.empty();
+    check_reached(*region);
+  } catch (...) {
+    withdraw(*region);
+    throw;
   }
 }
 

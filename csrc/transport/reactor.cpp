@@ -3,7 +3,6 @@
 #include "transport/reactor.hpp"
 
 #include <poll.h>
-#include <pthread.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -11,11 +10,11 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <csignal>
 #include <utility>
 
 #include "common/cpus.hpp"
 #include "common/error.hpp"
+#include "common/thread.hpp"
 
 namespace kvxfer {
 namespace {
@@ -54,18 +53,7 @@ Reactor::Reactor(int64_t spin_ns)
 Reactor::~Reactor() { stop(); }
 
 void Reactor::start() {
-  // Signals belong to the application's threads: a handler must interrupt a waiting main thread.
-  sigset_t all, old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &old);
-  try {
-    thread_ = std::thread([this] { run(); });
-  } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &old, nullptr);
-    throw;
-  }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  pthread_setname_np(thread_.native_handle(), "kvxfer");
+  thread_ = start_thread("kvxfer", [this] { run(); });
 }
 
 void Reactor::stop() {

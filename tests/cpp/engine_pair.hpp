@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Two engines in one process over the transport that ctest names: KVXFER_TEST_TRANSPORT, with
-// KVXFER_TEST_SHARE=never for memory that no peer may map and KVXFER_TEST_COPY_THREADS for a pool.
+// KVXFER_TEST_SHARE=never for memory that no peer may map, KVXFER_TEST_COPY_THREADS for a pool, and
+// KVXFER_TEST_BACKGROUND for memory that is used while it is registered.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -36,8 +37,8 @@ struct Pair {
     options.listen = listen;
     if (const char* copiers = std::getenv("KVXFER_TEST_COPY_THREADS"))
       options.transport.copy_threads = std::atoi(copiers);
-    if (const char* threads = std::getenv("KVXFER_TEST_COPY_THREADS"))
-      options.transport.copy_threads = std::atoi(threads);
+    if (std::getenv("KVXFER_TEST_BACKGROUND") != nullptr)
+      options.transport.verbs_background_nbytes = 0;
     options.name = "a";
     a = Engine::create(options);
     options.name = "b";

@@ -171,6 +171,7 @@ const std::map<Text, Reader> kReaders = {
     {"max_rd_atomic", [](Plan& p, const Word& w) { p.max_rd_atomic = w.whole(0, 128); }},
     {"windows", [](Plan& p, const Word& w) { p.windows = w.whole(0, 3); }},
     {"memlock", [](Plan& p, const Word& w) { p.memlock = w.count(w.value); }},
+    {"hold_reg", [](Plan& p, const Word& w) { p.hold_reg = w.count(w.value); }},
     {"dmabuf", [](Plan& p, const Word& w) { p.dmabuf = w.whole(0, 1) == 1; }},
     {"lie", [](Plan& p, const Word& w) { p.lie = w.probability(w.value); }},
     {"seed", [](Plan& p, const Word& w) { p.seed = w.count(w.value); }},

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -76,8 +77,11 @@ using Keys = std::array<uint32_t, kMaxRails>;
 // Memory that is registered with every device, and stays so until this goes.
 class Registration {
  public:
+  // Told of the bytes that each device has registered, or need not; may throw, which undoes all.
+  using Step = std::function<void(uint64_t nbytes)>;
   // Throws RegistrationError. What a device that was lost would have is 0.
-  Registration(Devices devices, void* base, size_t nbytes, int access, const std::string& what);
+  Registration(Devices devices, void* base, size_t nbytes, int access, const std::string& what,
+               const Step& step = {});
   const Keys& lkeys() const noexcept { return lkeys_; }
   const Keys& rkeys() const noexcept { return rkeys_; }  // by Device::index() as well
 

@@ -54,7 +54,7 @@ std::string VerbsTransport::detail() const {
 
 void VerbsTransport::start(Host& host) {
   host_ = &host;
-  memory_.open(devices_);
+  memory_.open(devices_, config_.verbs_background_nbytes, config_.verbs_part_nbytes);
   word_->incarnation = host.self().incarnation;
   for (const auto& device : devices_)
     tokens_.push_back(host.reactor().add(device->context()->async_fd, EPOLLIN,
@@ -71,12 +71,13 @@ void VerbsTransport::stop() noexcept {
 }
 
 void VerbsTransport::expose(const std::shared_ptr<Region>& region) {
-  memory_.add(*region);
-  if (devices_.size() == 1 || !config_.verbs_device.empty()) return;  // nothing to choose from
-  const int node = memory_.find(region->id)->node();
-  region->backing.text +=
-      cat(region->backing.text.empty() ? "" : "; ", "verbs prefers NICs at its NUMA node, ",
-          node < 0 ? "which is unknown: all are alike" : cat(node));
+  const bool chooses = devices_.size() > 1 && config_.verbs_device.empty();
+  memory_.add(*region, [chooses](const RegionMemory& memory) {
+    const int node = memory.node();
+    return chooses ? cat("prefers NICs at its NUMA node, ",
+                         node < 0 ? "which is unknown: all are alike" : cat(node))
+                   : std::string();
+  });
 }
 
 std::vector<PortAddress> VerbsTransport::own_addresses() const {

@@ -67,6 +67,9 @@ class EngineConfig:
         verbs_queue_pairs: for READs between two ports that are joined; a device allows some 16 READs
             in flight on each, so more of them help small blocks over a long round trip. Each counts
             as a rail, of which a connection has eight at most; the connecting side's value counts.
+        verbs_background_nbytes: a region with more bytes to register (its size times the rails) is
+            registered in the background (``region.registration``, ``region.wait_registered()``), a
+            smaller one before ``register()`` or ``allocate()`` returns. 0: all in the background.
     """
 
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -78,6 +81,7 @@ class EngineConfig:
     verbs_device: str | None = None
     verbs_gid_index: int | None = None
     verbs_queue_pairs: int = 1
+    verbs_background_nbytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         _check_number("deadline_s", self.deadline_s, 0, math.inf)
@@ -101,6 +105,7 @@ class EngineConfig:
         if self.verbs_gid_index is not None:
             _check_int("verbs_gid_index", self.verbs_gid_index, 0, 255)
         _check_int("verbs_queue_pairs", self.verbs_queue_pairs, 1, _MAX_RAILS)
+        _check_int("verbs_background_nbytes", self.verbs_background_nbytes, 0, 2**63 - 1)
 
     def native(self) -> _transfer.TransportConfig:
         """The same for the C++ side."""
@@ -116,6 +121,7 @@ class EngineConfig:
         out.verbs_device = self.verbs_device or ""
         out.verbs_gid_index = -1 if self.verbs_gid_index is None else self.verbs_gid_index
         out.verbs_queue_pairs = self.verbs_queue_pairs
+        out.verbs_background_nbytes = self.verbs_background_nbytes
         if self.tls is not None:
             out.tls_certificate = os.fspath(self.tls.certificate)
             out.tls_key = os.fspath(self.tls.key)

@@ -120,7 +120,10 @@ class TransferEngine:
     def allocate(
         self, nbytes: int, name: str | None = None, *, require_lease: bool = False
     ) -> Region:
-        """Zeroed memory that peers on this host may map to read; only this process can write it."""
+        """Zeroed memory that peers on this host may map to read; only this process can write it.
+
+        As for ``register``, much of it is registered in the background.
+        """
         core = self._core.allocate(
             nbytes, name=self._region_name(name), require_lease=require_lease, shareable=True
         )
@@ -139,6 +142,12 @@ class TransferEngine:
 
         A list of buffers becomes one region with one offset space (``region.piece_offsets``). The
         buffers are kept alive until the region is deregistered or the engine closed.
+
+        Where a transport has to register much (verbs pins memory), that goes on in the background:
+        ``region.registration``, ``region.wait_registered()``. The region can be used at once.
+
+        Raises:
+            RegistrationError: a transport that ``transports=`` names cannot register it.
         """
         if share not in ("auto", "never"):
             raise InvalidArgumentError(f'share must be "auto" or "never", not {share!r}')
@@ -152,7 +161,10 @@ class TransferEngine:
 
     @checked
     def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
-        """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
+        """Returns when no peer can reach the memory any more. Refused while own transfers use it.
+
+        One that is being registered is stopped first, which takes at most one call of a device.
+        """
         self._core.deregister(own(region), timeout_s)
 
     def _region_name(self, name: str | None) -> str:
@@ -432,6 +444,8 @@ class TransferEngine:
         ``quarantine``: of now: ``nbytes`` that an ended transfer or lease may still touch, and
             ``age_s``, the seconds since the oldest of these ended.
         ``refused``: ``{reason: count}`` of the peers' requests that this engine refused.
+        ``registration``: of now, ``{transport: {"regions", "running", "failed", "nbytes", "nbytes_done"}}``
+            of the transports that register memory; see ``region.registration``.
         ``late_events``: ends that came for a transfer which had ended otherwise.
         ``late_writes_refused``: requests that came with a lease, or landed in a region, that was not
             open any more.

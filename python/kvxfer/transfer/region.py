@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,10 +14,25 @@ import numpy.typing as npt
 from kvxfer import _transfer
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["BlockIds", "Int64Array", "Lease", "Region", "own", "theirs"]
+__all__ = ["BlockIds", "Int64Array", "Lease", "Region", "Registration", "own", "theirs"]
 
 Int64Array = npt.NDArray[np.int64]
 BlockIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How far a transport is with a region that it has to register (verbs pins memory, for each rail).
+
+    ``state``: ``"running"``; ``"done"``; ``"failed"``, and ``reason`` says why; or ``"dropped"``: the
+    region was deregistered, or the engine closed, before it was done.
+    ``nbytes_done`` of ``nbytes``: the region's bytes, counted once for each rail.
+    """
+
+    state: str
+    nbytes_done: int
+    nbytes: int
+    reason: str | None
 
 
 class Region:
@@ -63,6 +79,27 @@ class Region:
     def backing(self) -> str:
         """What allocated memory is made of, in words, and why not of huge pages; else empty."""
         return self._core.backing
+
+    @property
+    def registration(self) -> dict[str, Registration]:
+        """By transport, those that register memory. Until it is done they move the bytes otherwise:
+        verbs in messages, slower.
+        """
+        return {
+            transport: Registration(state, done, nbytes, text if state == "failed" else None)
+            for transport, state, done, nbytes, text in self._core.registration
+        }
+
+    def wait_registered(self, timeout_s: float | None = None) -> None:
+        """Returns when no transport registers the region any more; ``registration`` says how it went.
+
+        Raises:
+            RegistrationError: a transport that ``transports=`` names could not. ``write``, ``read`` and
+                ``grant`` of the region raise it too.
+            TransferTimeoutError: not within ``timeout_s``; it goes on.
+            InvalidArgumentError: the region was deregistered meanwhile.
+        """
+        self._core.wait_registered(timeout_s)
 
     @cached_property
     def array(self) -> npt.NDArray[np.uint8]:
