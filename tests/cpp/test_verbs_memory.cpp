@@ -259,6 +259,27 @@ TEST_CASE("verbs memory: a device that goes while a region is registered is a re
   REQUIRE(fake_verbs_restore_device("fake0") == 0);
 }
 
+TEST_CASE("verbs memory: what is too long for one registration has several") {
+  const char* const tight = "max_mr_size=600000";  // less than a connection wants for its messages
+  Plan plan(tight);
+  const Closing a{engine("a", {"verbs"}, impatient())}, b{engine("b", {"verbs"}, impatient())};
+  fake_verbs_plan("");
+  const PeerPtr peer = a->connect(b->address(), 10);
+  fake_verbs_plan(tight);
+  const int64_t regions = count("regions");
+  const RegionPtr here = a->allocate(kNbytes, {.name = "long"});
+  const RegionPtr there = b->allocate(kNbytes, {.name = "long"});
+  CHECK(of(here).state() == Progress::kDone);  // at once: it is small, however many parts it has
+  const auto num_rails = static_cast<int64_t>(of(here).nbytes / kNbytes);
+  CHECK(count("regions") == regions + 2 * num_rails * 7);
+  for (uint64_t i = 0; i < kNbytes; ++i) here->pieces[0].base[i] = static_cast<std::byte>(i / 4093);
+  REQUIRE(eventually([&] { return a->regions_of(*peer).contains("long"); }));
+  const int64_t received = count("receives");
+  finish(move(*a.engine, Op::kWrite, here, a->regions_of(*peer).at("long")));
+  CHECK(std::memcmp(here->pieces[0].base, there->pieces[0].base, kNbytes) == 0);
+  CHECK(count("receives") - received < 100);
+}
+
 TEST_CASE("verbs memory: many come and go at once") {
   const Closing a{engine("a", {"verbs"})};
   const int64_t locked = count("locked_bytes");

@@ -168,6 +168,7 @@ const std::map<Text, Reader> kReaders = {
     {"max_inline", [](Plan& p, const Word& w) { p.max_inline = w.whole(0, 4096); }},
     {"max_cqe", [](Plan& p, const Word& w) { p.max_cqe = w.whole(1, 1 << 22); }},
     {"max_mr", [](Plan& p, const Word& w) { p.max_mr = w.whole(0, 1 << 20); }},
+    {"max_mr_size", [](Plan& p, const Word& w) { p.max_mr_size = w.count(w.value); }},
     {"max_rd_atomic", [](Plan& p, const Word& w) { p.max_rd_atomic = w.whole(0, 128); }},
     {"windows", [](Plan& p, const Word& w) { p.windows = w.whole(0, 3); }},
     {"memlock", [](Plan& p, const Word& w) { p.memlock = w.count(w.value); }},

@@ -45,6 +45,7 @@ struct Plan {
   int max_inline = 220;  // no query tells it: ibv_create_qp refuses more
   int max_cqe = 1 << 20;
   int max_mr = 1 << 16;
+  uint64_t max_mr_size = uint64_t{1} << 40;
   int max_rd_atomic = 16;
   int windows = 3;        // windows=0: none; 1: type 1; 2: type 2B; 3: both
   uint64_t memlock = 0;   // bytes that may be registered in this process; 0: any number

@@ -64,6 +64,7 @@ ibv_mr* register_memory(const char* verb, ibv_pd* pd, void* address, size_t leng
   {
     const auto lock = nic.lock();
     if (const int err = nic.refuse(verb, *context.of)) return fail_pointer<ibv_mr>(err);
+    if (length > nic.plan.max_mr_size) return fail_pointer<ibv_mr>(EINVAL);
   }
   // Without the lock: it takes its time with large pools, as pinning does.
   if (const int err = mapped.at ? 0 : pin(address, length, access & IBV_ACCESS_LOCAL_WRITE))
