@@ -51,6 +51,7 @@ Range RegionMemory::range_of(size_t part) const noexcept {
 void RegionMemory::complete(const Devices& devices, RangeCache& cache,
                             const Registration::Step& step) {
   NodeOfMemory nodes;
+  registrations_.reserve(parts_.size());  // so that what was taken is always known to leave()
   try {
     for (size_t i = 0; i < parts_.size(); ++i) {
       const Piece& part = parts_[i];
