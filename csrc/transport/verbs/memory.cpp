@@ -16,14 +16,15 @@ WordMemory::WordMemory(const Devices& devices, std::shared_ptr<ExportedWords> wo
                     IBV_ACCESS_REMOTE_READ, "the words of leases and regions") {}
 
 RegionMemory::RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words,
-                           const Region& region)
+                           const Region& region, bool windows)
     : words_(std::move(words)),
       readable_(region.shareable),
       pieces_(region.pieces),
       keep_(region.keep) {
-  // No right to write for anybody but this process's own NICs: memory is written only by its owner.
+  // No right to write for anybody but this process's own NICs; a peer's writes need a window.
   const int access = (region.writable ? IBV_ACCESS_LOCAL_WRITE : 0) |
-                     (region.shareable ? IBV_ACCESS_REMOTE_READ : 0);
+                     (region.shareable ? IBV_ACCESS_REMOTE_READ : 0) |
+                     (windows && region.writable && region.shareable ? IBV_ACCESS_MW_BIND : 0);
   NodeOfMemory nodes;
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const std::string what = pieces_.size() == 1
@@ -38,14 +39,24 @@ RegionMemory::RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> w
 
 RegionMemory::~RegionMemory() = default;
 
+size_t RegionMemory::piece_at(uint64_t offset) const noexcept {
+  if (pieces_.size() == 1) return 0;
+  const auto after =
+      std::upper_bound(pieces_.begin(), pieces_.end(), offset,
+                       [](uint64_t value, const Piece& piece) { return value < piece.offset; });
+  return static_cast<size_t>(after - pieces_.begin()) - 1;
+}
+
+RegionMemory::Hull RegionMemory::hull(uint64_t offset, uint64_t nbytes) const noexcept {
+  const size_t i = piece_at(offset);
+  const Piece& piece = pieces_[i];
+  const uint64_t skip = offset - piece.offset;
+  if (nbytes > piece.nbytes - skip) return {};
+  return {piece.base + skip, registrations_[i].get()};
+}
+
 RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexcept {
-  size_t i = 0;
-  if (pieces_.size() > 1) {
-    const auto after =
-        std::upper_bound(pieces_.begin(), pieces_.end(), offset,
-                         [](uint64_t value, const Piece& piece) { return value < piece.offset; });
-    i = static_cast<size_t>(after - pieces_.begin()) - 1;
-  }
+  const size_t i = piece_at(offset);
   const Piece& piece = pieces_[i];
   const uint64_t skip = offset - piece.offset;
   return {piece.base + skip,
@@ -60,7 +71,7 @@ void MemoryTable::add(const Region& region) {
     words = words_.lock();
     if (!words) words_ = words = std::make_shared<WordMemory>(devices_, exported);
   }
-  auto memory = std::make_shared<const RegionMemory>(devices_, words, region);
+  auto memory = std::make_shared<const RegionMemory>(devices_, words, region, windows_);
   std::lock_guard lock(mutex_);
   regions_[region.id] = std::move(memory);
 }

@@ -35,8 +35,9 @@ inline constexpr uint32_t kMaxRunBytes = 1u << 30;
 // needs it, so that a region that leaves never breaks a queue pair.
 class RegionMemory {
  public:
-  // Throws RegistrationError.
-  RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words, const Region& region);
+  // `windows`: they may be bound to it. Throws RegistrationError.
+  RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words, const Region& region,
+               bool windows);
   ~RegionMemory();
 
   struct Run {
@@ -46,6 +47,13 @@ class RegionMemory {
   };
   // The first contiguous part of [offset, offset + nbytes), which the caller has checked.
   Run at(uint64_t offset, uint64_t nbytes) const noexcept;
+  // All of [offset, offset + nbytes), which the caller has checked, where it lies in one piece; else
+  // `registration` is null.
+  struct Hull {
+    std::byte* base = nullptr;
+    const Registration* registration = nullptr;
+  };
+  Hull hull(uint64_t offset, uint64_t nbytes) const noexcept;
   // False: no peer may read it (share="never"); its bytes go through messages.
   bool readable() const noexcept { return readable_; }
   // Null where there are none.
@@ -53,6 +61,7 @@ class RegionMemory {
   int node() const noexcept { return node_; }  // where its pages are, or kNoNode
 
  private:
+  size_t piece_at(uint64_t offset) const noexcept;
   const std::shared_ptr<WordMemory> words_;
   const bool readable_;
   const std::vector<Piece> pieces_;
@@ -65,7 +74,11 @@ using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
 // By region. Any thread.
 class MemoryTable {
  public:
-  void open(Devices devices) { devices_ = std::move(devices); }
+  // `windows`: they may be bound to what is added.
+  void open(Devices devices, bool windows) {
+    devices_ = std::move(devices);
+    windows_ = windows;
+  }
   void add(const Region& region);  // throws RegistrationError
   // Nothing that is asked for from here on gets it; registrations go with the last that uses them.
   void remove(uint64_t region) noexcept;
@@ -74,6 +87,7 @@ class MemoryTable {
 
  private:
   Devices devices_;
+  bool windows_ = false;
   mutable std::mutex mutex_;  // not held while memory is registered, which may take seconds
   std::unordered_map<uint64_t, RegionMemoryPtr> regions_;
   std::mutex words_mutex_;
