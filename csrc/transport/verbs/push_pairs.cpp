@@ -119,7 +119,6 @@ void VerbsConnection::break_writer(Rail& rail, Why why, const std::string& what)
   PushEnds& push = *rail.push;
   if (!push.writes.is_open()) return;
   stop_writer(rail);
-  push.num_replaced.fetch_add(1, std::memory_order_relaxed);
   if (why == Why::kFailed) note_break(rail, what);
   ask_for_sink(rail);
 }
@@ -149,6 +148,7 @@ bool VerbsConnection::on_new_sink(ByteView body) {
   PushEnds& push = *rail.push;
   if (head.epoch != push.peer_epoch + 1) return false;
   push.peer_epoch = head.epoch;
+  if (head.epoch > 1) push.num_replaced.fetch_add(1, std::memory_order_relaxed);
   host_.reactor().cancel(std::exchange(push.retry, Reactor::kNoTimer));
   const bool never_ready = push.writes.is_open() && !push.writes.is_ready() && !push.failed;
   stop_writer(rail);
