@@ -184,6 +184,7 @@ class TransportConfig:
     verbs_device: str
     verbs_gid_index: int
     verbs_queue_pairs: int
+    verbs_push: bool
     faults: str
     def __init__(self) -> None: ...
 

@@ -64,7 +64,7 @@ def passed(
         "-o",
         "timeout=300",
         "-k",
-        f"([{way} or [{way}-) and not {without}",
+        f"([{way}] or [{way}-allocated or [{way}-registered) and not {without}",
     ]
     command = [*environment, sys.executable, "-m", "pytest", *pytest_options, *files]
     done = guest(*options, "--", *command, timeout_s=timeout_s)
