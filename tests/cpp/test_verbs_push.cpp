@@ -157,8 +157,7 @@ TEST_CASE("push: keys come again after 256 binds, and no window is bound again u
 TEST_CASE("push: spans within the hull that are not the lease's are refused, and nothing lands") {
   PushWorld w;
   const int64_t offsets[] = {0, 8 * 4096}, nbytes[] = {4096, 4096};
-  const LeasePtr lease =
-      w.b->grant(w.rb, {offsets, 2, false}, {nbytes, 2, false}, 60, {}, 0);
+  const LeasePtr lease = w.b->grant(w.rb, {offsets, 2, false}, {nbytes, 2, false}, 60, {}, 0);
   finish(w.write(lease, 4096));
   const uint64_t pushed = w.pushed();
   const TransferPtr t = w.write(lease, 4096, 4 * 4096);
@@ -227,7 +226,8 @@ TEST_CASE("push: an owner that was not told to pushes nothing in either directio
   options.name = "a";
   options.transport.verbs_push = true;
   const auto a = Engine::create(options);
-  const RegionPtr source = a->allocate(4096, {.name = "kv"}), target = b->allocate(4096, {.name = "kv"});
+  const RegionPtr source = a->allocate(4096, {.name = "kv"}),
+                  target = b->allocate(4096, {.name = "kv"});
   const PeerPtr peer = a->connect(b->address(), 10);
   const int64_t at = 0, nbytes = 4096;
   const LeasePtr lease = b->grant(target, {&at, 1, true}, {&nbytes, 1, true}, 60, {}, 0);
@@ -244,7 +244,8 @@ TEST_CASE("push: an owner that was not told to pushes nothing in either directio
   b->close();
 }
 
-TEST_CASE("push: an invalidation that fails ends in a fresh queue pair, and is quiet all the same") {
+TEST_CASE(
+    "push: an invalidation that fails ends in a fresh queue pair, and is quiet all the same") {
   PushWorld w;
   const LeasePtr lease = w.grant(0, kBytes);
   finish(w.write(lease));
@@ -266,4 +267,31 @@ TEST_CASE("push: a region that leaves closes its windows") {
   CHECK(eventually([&] { return w.rb->gate.quiet() && lease->gate.quiet(); }));
   finish(w.write(lease, 4096), State::kFailed);
   CHECK(w.alive());
+}
+
+TEST_CASE("push: a chain that is told twice counts once, and the last one says how many there are") {
+  using verbs::Arrived;
+  using verbs::Immediate;
+  const Immediate immediate{1023, 130, verbs::kMaxChains - 1, true};
+  const Immediate same = Immediate::unpack(immediate.pack());
+  CHECK(same.slot == 1023);
+  CHECK(same.generation == 130 % Immediate::kGenerations);
+  CHECK(same.chain == verbs::kMaxChains - 1);
+  CHECK(same.last);
+  Arrived arrived;
+  arrived.begin(5);
+  for (int i = 0; i < 3; ++i) arrived.add({0, 5, 70, true});
+  CHECK(arrived.num == 1);
+  CHECK(arrived.total == 71);
+  for (uint32_t chain = 0; chain < 70; ++chain) {
+    CHECK_FALSE(arrived.is_complete());
+    CHECK_FALSE(arrived.has(chain));
+    arrived.add({0, 5, chain, false});
+    arrived.add({0, 5, chain, false});
+    CHECK(arrived.has(chain));
+  }
+  CHECK(arrived.is_complete());
+  arrived.begin(6);
+  CHECK_FALSE(arrived.is_complete());
+  CHECK_FALSE(arrived.has(70));
 }

@@ -20,8 +20,8 @@ struct HeldPush {
     const int64_t before = fake_verbs_count("doorbells");
     transfer = w.write(lease, nbytes, 0, 0);
     // The request, and each chain.
-    REQUIRE(eventually(
-        [&] { return fake_verbs_count("doorbells") >= before + 1 + nbytes / kBytes; }));
+    REQUIRE(
+        eventually([&] { return fake_verbs_count("doorbells") >= before + 1 + nbytes / kBytes; }));
   }
   static std::vector<uint32_t> sinks(const PushWorld& w) {
     std::vector<uint32_t> out;
@@ -37,8 +37,7 @@ struct HeldPush {
 
 TEST_CASE("push: a network that loses, delays and repeats costs time alone") {
   PushWorld w;
-  for (int64_t i = 0; i < 3 * kBytes; ++i)
-    w.at_a(0)[i] = static_cast<std::byte>(i * 7 + i / 251);
+  for (int64_t i = 0; i < 3 * kBytes; ++i) w.at_a(0)[i] = static_cast<std::byte>(i * 7 + i / 251);
   Plan plan("seed=5 drop=0.01 lose_ack=0.01 delay=0.2:1ms duplicate=0.1:1ms hold_cqe=0.1:1ms");
   for (int round = 0; round < 3; ++round) {
     std::memset(w.at_b(0), 0, 3 * kBytes);
@@ -96,7 +95,7 @@ TEST_CASE("push: what was accepted is not written again when its acknowledgement
     REQUIRE(eventually([&] { return lease->arrived(0); }));
     CHECK(all_equal(w.at_b(0), kSize, 0x11));
     CHECK(t->state.load() != State::kDone);  // our NIC may still read its source
-    std::memset(w.at_b(0), 0xEE, kSize);  // it is the owner's again
+    std::memset(w.at_b(0), 0xEE, kSize);     // it is the owner's again
     for (const uint32_t pusher : pushers) REQUIRE(fake_verbs_break_qp(pusher) == 0);
     finish(t);
   }

@@ -64,6 +64,9 @@ class Chunk {
 };
 using ChunkPtr = std::unique_ptr<Chunk>;
 
+// Whether one request's addresses or keys have caused it; any other failure is the path's.
+bool is_requests_own(ibv_wc_status status) noexcept;
+
 class ChainQueue {
  public:
   static uint32_t depth(const Device& device) noexcept;
@@ -118,7 +121,7 @@ class ChainQueue {
   static constexpr uint64_t kMaxBytesInFlight = uint64_t{8} << 20;
   uint64_t id(uint64_t sequence, bool last) const noexcept {
     return work_id(work_, uint64_t{epoch_ & 0xff} << 48 |
-                                    (sequence & ((uint64_t{1} << 47) - 1)) << 1 | (last ? 1 : 0));
+                              (sequence & ((uint64_t{1} << 47) - 1)) << 1 | (last ? 1 : 0));
   }
 
   const std::shared_ptr<Device> device_;

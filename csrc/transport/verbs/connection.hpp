@@ -56,7 +56,7 @@ class VerbsConnection final : public Connection, public Pollable {
   Status post(const RequestPtr& request) noexcept override;
   Cancelled cancel(const RequestPtr& request) noexcept override;
   void close(const Failure& cause) noexcept override;
-  void lease_closed() noexcept;  // of any peer; any thread
+  void lease_closed() noexcept;     // of any peer; any thread
   void join() noexcept override {}  // only the progress thread, which the engine joins, works here
   std::shared_ptr<Pollable> pollable() noexcept override { return self(); }
   bool poll() override;

@@ -47,8 +47,8 @@ class RegionMemory {
   };
   // The first contiguous part of [offset, offset + nbytes), which the caller has checked.
   Run at(uint64_t offset, uint64_t nbytes) const noexcept;
-  // All of [offset, offset + nbytes), which the caller has checked, where it lies in one piece; else
-  // `registration` is null.
+  // All of [offset, offset + nbytes), which the caller has checked, where it lies in one piece;
+  // else `registration` is null.
   struct Hull {
     std::byte* base = nullptr;
     const Registration* registration = nullptr;

@@ -67,7 +67,7 @@ class Outgoing {
   bool on_window_key(ByteView body);
   bool on_no_window(ByteView body);
   bool on_revoke(ByteView body);
-  bool push_one();  // one chain of one write
+  bool push_one();                 // one chain of one write
   void on_pushed(ChunkPtr chunk);  // it is through, or nobody wants it any more
   // Its queue pair is gone, and whether it has landed is for the owner to say.
   void on_doubt(Rail& rail, ChunkPtr chunk, ibv_wc_status status);
@@ -84,8 +84,8 @@ class Outgoing {
   struct Flight {
     RequestPtr request;  // null: the slot is free
     uint32_t generation = 0;
-    RegionMemoryPtr memory;  // what the NICs may touch of it; may be null
-    bool staged = false;     // the bytes go in messages
+    RegionMemoryPtr memory;              // what the NICs may touch of it; may be null
+    bool staged = false;                 // the bytes go in messages
     std::shared_ptr<PushWindow> window;  // through which they are pushed; null: they are not
     bool unsent = false;                 // waits for that window; the owner knows nothing of it
     bool accepted = false;               // a pushed one: the owner's word
@@ -174,8 +174,8 @@ class Outgoing {
 
   // Progress thread only.
   std::deque<Ticket> pulling_;
-  std::deque<ChunkPtr> again_;    // flushed, to be posted before anything else
-  std::deque<Ticket> words_due_;  // reads of which every chain has been posted
+  std::deque<ChunkPtr> again_;       // flushed, to be posted before anything else
+  std::deque<Ticket> words_due_;     // reads of which every chain has been posted
   std::deque<ChunkPtr> push_again_;  // known not to have landed
   Bytes bytes_;
 };

@@ -28,11 +28,13 @@ struct PushEnds {
   }
   bool is_given_up() const noexcept { return num_breaks > kMaxBreaks; }
 
+  // Chains that can be in doubt on one rail: at most as many as its send queue holds.
+  static constexpr size_t kMaxInDoubt = 4096;
   static constexpr uint32_t kMaxBreaks = 4;  // in a row, with no chain that came through in between
 
   // Ours, as the writer.
   ChainQueue writes;
-  uint32_t peer_epoch = 0;  // of the peer's sink; 0: it has made none yet
+  uint32_t peer_epoch = 0;              // of the peer's sink; 0: it has made none yet
   uint32_t credit = 0, num_posted = 0;  // receives of that sink, chains through it; modulo 2^32
   uint32_t num_breaks = 0;              // since a chain last came through
   bool absent = false;                  // the peer has said that it has no sink for now

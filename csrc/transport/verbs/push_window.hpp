@@ -32,7 +32,7 @@ struct PushWindow {
   uint64_t num_extents = 0;                      // that it has in all; 0: not known yet
   std::array<bool, kMaxRails> has_key{};
   Keys keys{};
-  uint32_t num_inside = 0;      // chains that are posted, in doubt, or to be posted again
+  uint32_t num_inside = 0;     // chains that are posted, in doubt, or to be posted again
   std::deque<Ticket> waiting;  // requests that wait for the answer
 
   bool any_key() const noexcept { return std::ranges::find(has_key, true) != has_key.end(); }

@@ -110,9 +110,7 @@ Rail* Rails::pick(int node) const noexcept {
 Rail* Rails::pick_push(int node, const PushWindow& window) const noexcept {
   return least_busy(
       node,
-      [&](const Rail& rail) {
-        return rail.push->writes.is_ready() && window.has_key[rail.number];
-      },
+      [&](const Rail& rail) { return rail.push->writes.is_ready() && window.has_key[rail.number]; },
       [](const Rail& rail) { return rail.push->has_room(); },
       [](const Rail& rail) -> const ChainQueue& { return rail.push->writes; });
 }

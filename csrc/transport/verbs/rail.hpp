@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "transport/reactor.hpp"
-#include "transport/verbs/completion_queue.hpp"
 #include "transport/verbs/chain_queue.hpp"
+#include "transport/verbs/completion_queue.hpp"
 #include "transport/verbs/push_ends.hpp"
 
 namespace kvxfer::verbs {

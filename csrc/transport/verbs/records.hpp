@@ -19,7 +19,7 @@ inline constexpr uint32_t kNumSlots = kMaxInFlight;   // of requests, per direct
 inline constexpr uint32_t kMaxSegments = 1024;        // per message
 inline constexpr uint32_t kMaxDataBytes = 32 * 1024;  // of memory, in one message
 inline constexpr uint32_t kMaxMessageBytes = 96 * 1024;
-inline constexpr uint32_t kMaxKeyRows = 256;  // per message
+inline constexpr uint32_t kMaxKeyRows = 256;   // per message
 inline constexpr uint32_t kMaxExtents = 4096;  // per message
 // Of a lease whose writes are pushed: the writer keeps them all.
 inline constexpr uint64_t kMaxLeaseExtents = 65536;
@@ -41,17 +41,17 @@ enum class Type : uint32_t {
   kSourceReady = 14,  // QpHead: it is connected
   kUseMessages = 15,  // PartHead of the owner: send the bytes of your write, I cannot pull them
   // Pushed writes.
-  kAskWindow = 16,    // AskWindowHead: a window for the writes of this lease
-  kWindow = 17,       // WindowHead of the owner, extents: what it covers, and the lease's spans
-  kWindowKey = 18,    // WindowKeyHead of the owner: its key on a rail
-  kNoWindow = 19,     // NoWindowHead of the owner, text: there is none, or no longer
-  kRevoke = 20,       // WindowId of the owner: post nothing more through it
-  kDrained = 21,      // WindowId: nothing of mine goes through it any more
-  kPushBroken = 22,   // QpHead: my queue pair that writes your memory has failed; replace its sink
-  kNewSink = 23,      // QpHead of the owner: writes come in by this one, or not at all (number 0)
-  kNewPusher = 24,    // QpHead, immediates (u32): this one writes; of these I do not know
-  kSinkReady = 25,    // SinkHead of the owner, immediates (u32): of these I have the bytes
-  kPushCredit = 26,   // SinkHead of the owner: how many receives it has posted
+  kAskWindow = 16,   // AskWindowHead: a window for the writes of this lease
+  kWindow = 17,      // WindowHead of the owner, extents: what it covers, and the lease's spans
+  kWindowKey = 18,   // WindowKeyHead of the owner: its key on a rail
+  kNoWindow = 19,    // NoWindowHead of the owner, text: there is none, or no longer
+  kRevoke = 20,      // WindowId of the owner: post nothing more through it
+  kDrained = 21,     // WindowId: nothing of mine goes through it any more
+  kPushBroken = 22,  // QpHead: my queue pair that writes your memory has failed; replace its sink
+  kNewSink = 23,     // QpHead of the owner: writes come in by this one, or not at all (number 0)
+  kNewPusher = 24,   // QpHead, immediates (u32): this one writes; of these I do not know
+  kSinkReady = 25,   // SinkHead of the owner, immediates (u32): of these I have the bytes
+  kPushCredit = 26,  // SinkHead of the owner: how many receives it has posted
 };
 
 enum Flag : uint32_t {

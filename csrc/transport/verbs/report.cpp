@@ -30,8 +30,8 @@ std::string VerbsConnection::describe() const {
     out += cat("our writes are ", outgoing_.push_text(), "; the peer's may be pushed through ",
                windows_.num(), " window(s) of ours, one for each lease");
   else
-    out += cat("the owner pulls: no region is remotely writable; nothing is pushed: ",
-               why_no_push_);
+    out +=
+        cat("the owner pulls: no region is remotely writable; nothing is pushed: ", why_no_push_);
   for (const auto& rail : rails_) {
     const Route& route = rail->route;
     const int node = rail->device->node();

@@ -39,8 +39,8 @@ class Sink {
   // errno of a post that failed: it must be replaced. 0: none has.
   int error() const noexcept { return error_; }
 
-  // Binds the window here, or invalidates it; the completion comes as an Op. What has no room waits.
-  // False, with the reason: there is no memory window to be had.
+  // Binds the window here, or invalidates it; the completion comes as an Op. What has no room
+  // waits. False, with the reason: there is no memory window to be had.
   bool bind(const WindowPtr& window, std::string& reason);
   void invalidate(const WindowPtr& window);
   // A memory window that nobody can write through and whose peer has drained; may be bound again.

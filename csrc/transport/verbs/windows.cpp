@@ -12,6 +12,8 @@
 namespace kvxfer::verbs {
 namespace {
 constexpr size_t kMaxWindows = 1024;  // of one connection
+// In a row: each costs a queue pair, and who has so many will have more.
+constexpr uint32_t kMaxFailedBinds = 4;
 using BoundState = Window::Bound::State;
 }  // namespace
 
@@ -53,8 +55,9 @@ bool Windows::on_ask(ByteView body, const std::string& why_not) {
     return true;
   }
   if (windows_.contains(lease)) return false;  // it was told
-  if (!why_not.empty()) {
-    refuse({.window = lease, .never = 1}, why_not);
+  if (!why_not.empty() || num_failed_ > kMaxFailedBinds) {
+    refuse({.window = lease, .never = 1},
+           why_not.empty() ? cat(num_failed_, " binds have failed one after the other") : why_not);
     return true;
   }
   if (auto why = refusal(*landing.lease, *window)) {
@@ -110,9 +113,8 @@ void Windows::give_up_if_unbound(const WindowPtr& window) {
     return bound.is_open() || !bound.failed;
   });
   if (any_left || window->state != Window::State::kOpen) return;
-  stopped_(*window->landing.lease,
-           {.code = Code::kTransport,
-            .text = cat("the window of the lease is gone: ", window->why)});
+  stopped_(*window->landing.lease, {.code = Code::kTransport,
+                                    .text = cat("the window of the lease is gone: ", window->why)});
   refuse({.window = window->lease}, window->why);
   leave(*window);
   windows_.erase(window->lease);
@@ -136,12 +138,14 @@ bool Windows::on_op(Rail& rail, const ibv_wc& completion) {
     if (!ok) {
       // A flush is another's fault: it is bound again on the next sink.
       if (completion.status != IBV_WC_WR_FLUSH_ERR) {
+        ++num_failed_;
         bound.failed = true;
         window->why = cat("binding a memory window on ", rail.device->name(),
                           " failed: ", api().wc_status_str(completion.status));
       }
       return false;  // what is left of it goes with the sink
     }
+    num_failed_ = 0;
     if (bound.state == BoundState::kBinding) {
       bound.state = BoundState::kBound;
       if (window->state == Window::State::kOpen)
@@ -167,9 +171,14 @@ bool Windows::is_open(uint64_t lease) const {
   return it != windows_.end() && it->second->state == Window::State::kOpen;
 }
 
+// Nothing of the owner's is held any more, though the peer may never say that it has drained.
 void Windows::leave(Window& window) {
-  window.landing.leave();
   window.state = Window::State::kSpent;
+  window.memory.reset();
+  window.hull = {};
+  Landing landing = std::move(window.landing);
+  window.landing = {};
+  landing.leave();
 }
 
 void Windows::ask(Window& window) {
@@ -192,8 +201,8 @@ void Windows::close(const WindowPtr& window) {
 // The gates are left when it is bound nowhere any more; its keys are free when the peer has drained
 // as well, since their 8 bits come again.
 bool Windows::settle(const WindowPtr& window) {
-  const bool bound = std::ranges::any_of(
-      window->bound, [](const Window::Bound& each) { return each.is_open(); });
+  const bool bound =
+      std::ranges::any_of(window->bound, [](const Window::Bound& each) { return each.is_open(); });
   if (window->state == Window::State::kClosing && !bound) leave(*window);
   if (window->state != Window::State::kSpent) return false;
   bool kept = false;

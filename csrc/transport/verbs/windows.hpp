@@ -76,6 +76,7 @@ class Windows {
   const Stopped stopped_;
   std::unordered_map<uint64_t, WindowPtr> windows_;  // by lease
   std::vector<WindowPtr> scratch_;
+  uint32_t num_failed_ = 0;     // binds in a row
   std::atomic<size_t> num_{0};  // for reports; relaxed
 };
 

@@ -122,4 +122,6 @@ def ways() -> list[Way]:
         for way in among
         if not fake_verbs.real_devices()
     ]
-    return plain + pooled + pushing + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
+    return (
+        plain + pooled + pushing + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
+    )
