@@ -325,8 +325,8 @@ class Transport {
   // peer-visible resource of it is left that we hold (mappings of peers are read-only: no harm).
   virtual void expose(const std::shared_ptr<Region>& region) { (void)region; }
   virtual void withdraw(Region& region) noexcept { (void)region; }
-  // A lease's gate was closed while somebody is inside. Any thread; must not block: who is inside on
-  // behalf of a peer's NIC ends that, and leaves.
+  // A lease's gate was closed while somebody is inside. Any thread; must not block: who is inside
+  // on behalf of a peer's NIC ends that, and leaves.
   virtual void revoked(const Lease& lease) noexcept { (void)lease; }
 };
 

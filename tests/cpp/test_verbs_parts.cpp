@@ -9,9 +9,9 @@
 #include <utility>
 
 #include "common/clock.hpp"
+#include "transport/verbs/chain_queue.hpp"
 #include "transport/verbs/nearness.hpp"
 #include "transport/verbs/pairing.hpp"
-#include "transport/verbs/chain_queue.hpp"
 
 using namespace kvxfer;
 using namespace kvxfer::verbs;

@@ -269,7 +269,8 @@ TEST_CASE("push: a region that leaves closes its windows") {
   CHECK(w.alive());
 }
 
-TEST_CASE("push: a chain that is told twice counts once, and the last one says how many there are") {
+TEST_CASE(
+    "push: a chain that is told twice counts once, and the last one says how many there are") {
   using verbs::Arrived;
   using verbs::Immediate;
   const Immediate immediate{1023, 130, verbs::kMaxChains - 1, true};

@@ -194,7 +194,7 @@ TEST_CASE("push: a write that is cancelled while it waits for its window never w
 }
 
 TEST_CASE("push: the death of either side ends everything, and leaves nothing behind") {
-  for (const int who : {0, 1, 2}) {
+  for (const int who : {0, 1, 2, 3}) {
     CAPTURE(who);
     {
       PushWorld w;
@@ -205,6 +205,7 @@ TEST_CASE("push: the death of either side ends everything, and leaves nothing be
       if (who == 0) w.a->close();
       if (who == 1) w.b->close();
       if (who == 2) REQUIRE(fake_verbs_break_qp(w.control_of_a()) == 0);
+      if (who == 3) REQUIRE(fake_verbs_set_port("fake0", 1, 0) == 0);
       REQUIRE(push.transfer->wait(deadline_after(30)) == Woken::kNotified);
       CHECK(push.transfer->state.load() != State::kDone);
       CHECK(quiesces(push.transfer));
@@ -214,6 +215,7 @@ TEST_CASE("push: the death of either side ends everything, and leaves nothing be
       push.held.release();
       ::poll(nullptr, 0, 20);
       CHECK(all_equal(w.at_b(0), 3 * kBytes, 0xEE));
+      REQUIRE(fake_verbs_set_port("fake0", 1, 1) == 0);
     }
     for (const char* what : {"qps", "cqs", "regions", "windows", "locked_bytes"})
       CHECK_MESSAGE(eventually([&] { return fake_verbs_count(what) == 0; }), what);
