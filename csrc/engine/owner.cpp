@@ -187,7 +187,10 @@ void Engine::extend(const LeasePtr& lease, double ttl_s) {
 
 void Engine::begin_revoke(const LeasePtr& lease) noexcept {
   lease->gate.close();
-  if (!lease->gate.quiet()) enter_quarantine(lease);
+  if (!lease->gate.quiet()) {
+    enter_quarantine(lease);
+    for (auto& [name, transport] : transports_) transport->revoked(*lease);
+  }
   {
     std::lock_guard lock(mutex_);
     leases_.erase(lease->id);

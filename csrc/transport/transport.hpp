@@ -326,6 +326,9 @@ class Transport {
   // (mappings of peers are read-only: no harm), and nothing registers it any more.
   virtual void expose(const std::shared_ptr<Region>& region) { (void)region; }
   virtual void withdraw(Region& region) noexcept { (void)region; }
+  // A lease's gate was closed while somebody is inside. Any thread; must not block: who is inside
+  // on behalf of a peer's NIC ends that, and leaves.
+  virtual void revoked(const Lease& lease) noexcept { (void)lease; }
 };
 
 }  // namespace kvxfer

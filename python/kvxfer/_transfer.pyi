@@ -189,6 +189,7 @@ class TransportConfig:
     verbs_queue_pairs: int
     verbs_background_nbytes: int
     verbs_part_nbytes: int
+    verbs_push: bool
     faults: str
     def __init__(self) -> None: ...
 

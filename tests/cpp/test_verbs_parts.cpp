@@ -11,10 +11,10 @@
 #include <utility>
 
 #include "common/clock.hpp"
+#include "transport/verbs/chain_queue.hpp"
 #include "transport/verbs/memlock.hpp"
 #include "transport/verbs/nearness.hpp"
 #include "transport/verbs/pairing.hpp"
-#include "transport/verbs/pull_queue.hpp"
 
 using namespace kvxfer;
 using namespace kvxfer::verbs;
@@ -147,18 +147,18 @@ TEST_CASE("chains: contiguous pieces share a READ, the chain is bounded") {
   CHECK(chunk.add(1000, one, base, local, 100, 4) == 100);
   CHECK(chunk.add(1100, one, base + 100, local, 100, 4) == 100);   // here as well: one piece
   CHECK(chunk.add(1200, one, base + 5000, local, 100, 4) == 100);  // there only: two pieces
-  CHECK(chunk.num_reads() == 1);
+  CHECK(chunk.num_requests() == 1);
   // Another key, if only on one of the rails.
   CHECK(chunk.add(1300, two, base + 6000, local, 100, 4) == 100);
   CHECK(chunk.add(9000, two, base + 6100, local, 100, 4) == 100);  // a gap over there
-  CHECK(chunk.num_reads() == 3);
+  CHECK(chunk.num_requests() == 3);
   CHECK(chunk.nbytes() == 500);
   chunk.clear();
   for (uint32_t i = 0; i < 6; ++i)  // pieces beyond the device's limit begin another READ
     CHECK(chunk.add(1000 + 10 * i, one, base + 1000 * i, local, 10, 4) == 10);
-  CHECK(chunk.num_reads() == 2);
+  CHECK(chunk.num_requests() == 2);
   chunk.clear();
-  for (uint32_t i = 0; i < Chunk::kMaxReads; ++i)
+  for (uint32_t i = 0; i < Chunk::kMaxRequests; ++i)
     CHECK(chunk.add(1000 * i, one, base + 1000 * i, local, 10, 4) == 10);
   CHECK(chunk.add(900'000, one, base, local, 10, 4) == 0);
   chunk.clear();

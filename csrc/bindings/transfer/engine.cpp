@@ -77,6 +77,7 @@ void register_engine(py::module_& m) {
       .def_readwrite("verbs_queue_pairs", &TransportConfig::verbs_queue_pairs)
       .def_readwrite("verbs_background_nbytes", &TransportConfig::verbs_background_nbytes)
       .def_readwrite("verbs_part_nbytes", &TransportConfig::verbs_part_nbytes)
+      .def_readwrite("verbs_push", &TransportConfig::verbs_push)
       .def_readwrite("faults", &TransportConfig::faults);
 
   py::class_<EngineHandle> engine(m, "Engine");

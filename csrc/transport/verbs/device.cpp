@@ -227,7 +227,9 @@ Registration::Registration(Devices devices, void* base, size_t nbytes, int acces
   for (const auto& device : devices_) {
     // One that is there twice has several queue pairs.
     if (!device->is_lost() && lkeys_[device->index()] == 0) {
-      mrs_.push_back(device->register_memory(base, nbytes, access, what));
+      const int allowed = device->has_windows() ? access : access & ~IBV_ACCESS_MW_BIND;
+      mrs_.push_back(device->register_memory(base, nbytes, allowed, what));
+      by_device_[device->index()] = mrs_.back().get();
       lkeys_[device->index()] = mrs_.back()->lkey;
       rkeys_[device->index()] = mrs_.back()->rkey;
     }

@@ -14,10 +14,11 @@ namespace {
 // Thrown between two calls of the device: nobody wants the region any more.
 struct Stopped {};
 
-// No right to write for anybody but this process's own NICs: memory is written only by its owner.
-int access_to(const Region& region) {
+// No right to write for anybody but this process's own NICs; a peer's writes need a window.
+int access_to(const Region& region, bool windows) {
   return (region.writable ? IBV_ACCESS_LOCAL_WRITE : 0) |
-         (region.shareable ? IBV_ACCESS_REMOTE_READ : 0);
+         (region.shareable ? IBV_ACCESS_REMOTE_READ : 0) |
+         (windows && region.writable && region.shareable ? IBV_ACCESS_MW_BIND : 0);
 }
 
 }  // namespace
@@ -28,12 +29,12 @@ WordMemory::WordMemory(const Devices& devices, std::shared_ptr<ExportedWords> wo
                     IBV_ACCESS_REMOTE_READ, "the words of leases and regions") {}
 
 RegionMemory::RegionMemory(std::shared_ptr<WordMemory> words, const Region& region,
-                           uint64_t max_part)
+                           uint64_t max_part, bool windows)
     : words_(std::move(words)),
       name_(region.name),
       readable_(region.shareable),
       shares_(!region.shareable || !region.require_lease),
-      access_(access_to(region)),
+      access_(access_to(region, windows)),
       keep_(region.keep),
       node_(kNoNode) {
   for (const Piece& piece : region.pieces)
@@ -81,14 +82,24 @@ void RegionMemory::leave(RangeCache& cache) noexcept {
   for (size_t i = 0; i < registrations_.size(); ++i) cache.leave(range_of(i), registrations_[i]);
 }
 
+size_t RegionMemory::part_at(uint64_t offset) const noexcept {
+  if (parts_.size() == 1) return 0;
+  const auto after =
+      std::upper_bound(parts_.begin(), parts_.end(), offset,
+                       [](uint64_t value, const Piece& part) { return value < part.offset; });
+  return static_cast<size_t>(after - parts_.begin()) - 1;
+}
+
+RegionMemory::Hull RegionMemory::hull(uint64_t offset, uint64_t nbytes) const noexcept {
+  const size_t i = part_at(offset);
+  const Piece& part = parts_[i];
+  const uint64_t skip = offset - part.offset;
+  if (nbytes > part.nbytes - skip) return {};
+  return {part.base + skip, registrations_[i].get()};
+}
+
 RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexcept {
-  size_t i = 0;
-  if (parts_.size() > 1) {
-    const auto after =
-        std::upper_bound(parts_.begin(), parts_.end(), offset,
-                         [](uint64_t value, const Piece& part) { return value < part.offset; });
-    i = static_cast<size_t>(after - parts_.begin()) - 1;
-  }
+  const size_t i = part_at(offset);
   const Piece& part = parts_[i];
   const uint64_t skip = offset - part.offset;
   return {part.base + skip,
@@ -142,7 +153,8 @@ class MemoryTable::Adding final : public Registrar::Job {
   const Describe describe_;
 };
 
-void MemoryTable::open(Devices devices, uint64_t background, uint64_t max_part) {
+void MemoryTable::open(Devices devices, uint64_t background, uint64_t max_part, bool windows) {
+  windows_ = windows;
   devices_ = std::move(devices);
   background_ = background;
   max_part_ = max_part;
@@ -166,7 +178,7 @@ void MemoryTable::add(Region& region, Describe describe) {
   region.exposures.push_back(exposure);
   std::shared_ptr<RegionMemory> memory;
   try {
-    memory = std::make_shared<RegionMemory>(words_of(region), region, max_part_);
+    memory = std::make_shared<RegionMemory>(words_of(region), region, max_part_, windows_);
   } catch (const Error& error) {
     return exposure->end(Exposure::State::kFailed, error.what(), error.err);
   }

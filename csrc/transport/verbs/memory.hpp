@@ -40,8 +40,10 @@ inline constexpr uint32_t kMaxRunBytes = 1u << 30;
 // breaks a queue pair.
 class RegionMemory {
  public:
-  // Nothing is registered yet. `max_part`: bytes of one registration.
-  RegionMemory(std::shared_ptr<WordMemory> words, const Region& region, uint64_t max_part);
+  // Nothing is registered yet. `max_part`: bytes of one registration; `windows`: they
+  // may be bound to it.
+  RegionMemory(std::shared_ptr<WordMemory> words, const Region& region, uint64_t max_part,
+               bool windows);
   ~RegionMemory();
 
   // Registers every part, or takes it from the cache. Throws RegistrationError or what `step`
@@ -57,6 +59,13 @@ class RegionMemory {
   };
   // The first contiguous part of [offset, offset + nbytes), which the caller has checked.
   Run at(uint64_t offset, uint64_t nbytes) const noexcept;
+  // All of [offset, offset + nbytes), which the caller has checked, where it lies in one piece;
+  // else `registration` is null.
+  struct Hull {
+    std::byte* base = nullptr;
+    const Registration* registration = nullptr;
+  };
+  Hull hull(uint64_t offset, uint64_t nbytes) const noexcept;
   // False: no peer may read it (share="never"); its bytes go through messages.
   bool readable() const noexcept { return readable_; }
   // Null where there are none.
@@ -65,6 +74,7 @@ class RegionMemory {
 
  private:
   Range range_of(size_t part) const noexcept;
+  size_t part_at(uint64_t offset) const noexcept;
 
   const std::shared_ptr<WordMemory> words_;
   const std::string name_;
@@ -81,8 +91,8 @@ using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
 class MemoryTable {
  public:
   // `background`: with more bytes to register than that, over all devices, a region is registered
-  // by a thread of the table.
-  void open(Devices devices, uint64_t background, uint64_t max_part);
+  // by a thread of the table. `windows`: they may be bound to what is added.
+  void open(Devices devices, uint64_t background, uint64_t max_part, bool windows);
   // Small ones are registered when this returns, or have failed; see region.exposures. `describe`
   // has the words about one that is done.
   using Describe = std::function<std::string(const RegionMemory&)>;
@@ -102,6 +112,7 @@ class MemoryTable {
   Devices devices_;
   uint64_t background_ = 0, max_part_ = 0;
   RangeCache cache_;
+  bool windows_ = false;
   mutable std::mutex mutex_;  // not held while memory is registered, which may take seconds
   std::unordered_map<uint64_t, std::shared_ptr<RegionMemory>> regions_;
   std::mutex words_mutex_;

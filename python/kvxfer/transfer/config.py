@@ -70,6 +70,10 @@ class EngineConfig:
         verbs_background_nbytes: a region with more bytes to register (its size times the rails) is
             registered in the background (``region.registration``, ``region.wait_registered()``), a
             smaller one before ``register()`` or ``allocate()`` returns. 0: all in the background.
+        verbs_push: where both engines say so, writes under a lease go by RDMA WRITE, through a memory
+            window that is bound for the lease and invalidated when it ends; else their bytes are
+            pulled by whoever owns the destination, so that no memory is remotely writable at all
+            (docs/verbs.md). ``explain()`` says what is pushed, or why not.
     """
 
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -82,6 +86,7 @@ class EngineConfig:
     verbs_gid_index: int | None = None
     verbs_queue_pairs: int = 1
     verbs_background_nbytes: int = 256 << 20
+    verbs_push: bool = False
 
     def __post_init__(self) -> None:
         _check_number("deadline_s", self.deadline_s, 0, math.inf)
@@ -89,10 +94,11 @@ class EngineConfig:
         if self.copy_threads is not None:
             _check_int("copy_threads", self.copy_threads, 0, _MAX_COPY_THREADS)
         _check_number("spin_us", self.spin_us, 0, _MAX_SPIN_US)
-        if not isinstance(self.allow_ptrace, bool):
-            raise InvalidArgumentError(
-                f"allow_ptrace must be True or False, not {self.allow_ptrace!r}"
-            )
+        for name in ("allow_ptrace", "verbs_push"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(
+                    f"{name} must be True or False, not {getattr(self, name)!r}"
+                )
         if self.tls is not None and not isinstance(self.tls, TlsFiles):
             raise InvalidArgumentError(f"tls must be a TlsFiles, not {self.tls!r}")
         if self.verbs_device is not None and not (
@@ -122,6 +128,7 @@ class EngineConfig:
         out.verbs_gid_index = -1 if self.verbs_gid_index is None else self.verbs_gid_index
         out.verbs_queue_pairs = self.verbs_queue_pairs
         out.verbs_background_nbytes = self.verbs_background_nbytes
+        out.verbs_push = self.verbs_push
         if self.tls is not None:
             out.tls_certificate = os.fspath(self.tls.certificate)
             out.tls_key = os.fspath(self.tls.key)
