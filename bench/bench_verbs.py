@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import EngineConfig, TransferEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = b"bench"
@@ -33,36 +33,47 @@ BOUNDS = ("ib_write_bw", "ib_read_bw")
 PORT = 18515
 
 
-def serve(pipe: Connection, nbytes: int) -> None:
-    with TransferEngine("target", transports=("verbs",), secret=SECRET) as engine:
+def serve(pipe: Connection, nbytes: int, push: bool) -> None:
+    config = EngineConfig(verbs_push=push)
+    with TransferEngine("target", transports=("verbs",), secret=SECRET, config=config) as engine:
         region = engine.allocate(nbytes, "kv")
-        pipe.send(engine.address)
+        region.wait_registered()
+        lease = engine.grant(region, 0, nbytes, ttl_s=3600)
+        pipe.send((engine.address, lease.token))
         while (offset := pipe.recv()) is not None:
             pipe.send(region.array[offset : offset + 8].tobytes())
 
 
 class Ours:
-    """Two processes with an engine each; one request of scattered blocks a sample."""
+    """Two processes with an engine each; one request of scattered blocks a sample. Writes are under a lease, and pulled
+    by the target, or pushed."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, push: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
-        self._process = context.Process(target=serve, args=(child, nbytes))
+        self._process = context.Process(target=serve, args=(child, nbytes, push))
         self._process.start()
-        self._engine = TransferEngine("initiator", transports=("verbs",), secret=SECRET)
+        config = EngineConfig(verbs_push=push)
+        self._engine = TransferEngine("initiator", transports=("verbs",), secret=SECRET, config=config)  # fmt: skip
+        self._push = push
         self._region = self._engine.allocate(nbytes, "kv")
+        self._region.wait_registered()
         generator = np.random.default_rng(0)
         self._region.array[:] = generator.integers(0, 256, nbytes, dtype=np.uint8)
-        self._remote = self._engine.connect(self._pipe.recv(), timeout_s=60).regions["kv"]
+        address, self._lease = self._pipe.recv()
+        self._peer = self._engine.connect(address, timeout_s=60)
+        self._remote = self._peer.regions["kv"]
         self._generator = generator
 
     def seconds(self, op: str, block: int, blocks: int) -> float:
         source, target = (self._generator.permutation(blocks) * block for _ in range(2))
         lengths = np.full(blocks, block)
-        call = self._engine.write if op == "write" else self._engine.read
-        sides = (self._region, self._remote, source, target)
+        sides = (self._region, self._remote, source, target, lengths)
         began = time.perf_counter()
-        call(*sides, lengths).wait(timeout_s=120)
+        if op == "write":
+            self._engine.write(*sides, lease=self._lease).wait(timeout_s=120)
+        else:
+            self._engine.read(*sides).wait(timeout_s=120)
         took = time.perf_counter() - began
         if op == "write":
             self._pipe.send(int(target[-1]))
@@ -70,6 +81,13 @@ class Ours:
             if self._pipe.recv() != sent:
                 raise RuntimeError("the last block did not arrive")
         return took
+
+    def check(self) -> None:
+        """That writes have gone the way that they are reported for."""
+        text = self._engine.explain(self._peer)
+        pushed = sum(int(each) for each in re.findall(r"(\d+) bytes pushed", text))
+        if (pushed > 0) != self._push:
+            raise RuntimeError(f"{pushed} bytes were pushed: {text}")
 
     def close(self) -> None:
         self._pipe.send(None)
@@ -110,33 +128,45 @@ def _await_listener(server: subprocess.Popen[bytes]) -> None:
 
 def measure(rounds: int) -> dict[str, Any]:
     """In the guest: every case, our ways and the bounds interleaved."""
-    ours = Ours(max(block * blocks for block, blocks in CASES))
+    nbytes = max(block * blocks for block, blocks in CASES)
+    pulling, pushing = Ours(nbytes, push=False), Ours(nbytes, push=True)
+    ways = {"write": (pulling, "write"), "push": (pushing, "write"), "read": (pulling, "read")}
     out: dict[str, Any] = {}
     try:
         for block, blocks in CASES:
-            samples: dict[str, list[float]] = {name: [] for name in ("write", "read", *BOUNDS)}
-            for op in ("write", "read"):
+            samples: dict[str, list[float]] = {name: [] for name in (*ways, *BOUNDS)}
+            for ours, op in ways.values():
                 ours.seconds(op, block, blocks)
             for _ in range(rounds):
                 for name in samples:
                     if name in BOUNDS:
                         samples[name].append(perftest(name, block, blocks))
                     else:
-                        samples[name].append(ours.seconds(name, block, blocks))
+                        ours, op = ways[name]
+                        samples[name].append(ours.seconds(op, block, blocks))
                 print(block, {name: f"{values[-1]:.3f}" for name, values in samples.items()}, file=sys.stderr)  # fmt: skip
             out[str(block)] = {"blocks": blocks, "seconds": samples, **ratios(samples)}
+        pulling.check()
+        pushing.check()
     finally:
-        ours.close()
+        pulling.close()
+        pushing.close()
     return out
 
 
 def ratios(samples: dict[str, list[float]]) -> dict[str, float]:
-    """Ours to each bound, in speed: the median over rounds of the ratio within a round."""
+    """Ours to each bound, and pushed to pulled writes, in speed: the median over rounds of the ratio within a round."""
     return {
         f"{op}_to_{bound}": statistics.median(
             theirs / mine for mine, theirs in zip(samples[op], samples[bound], strict=True)
         )
-        for op, bound in (("write", "ib_write_bw"), ("write", "ib_read_bw"), ("read", "ib_read_bw"))
+        for op, bound in (
+            ("write", "ib_write_bw"),
+            ("push", "ib_write_bw"),
+            ("write", "ib_read_bw"),
+            ("read", "ib_read_bw"),
+            ("push", "write"),
+        )
     }
 
 

@@ -56,6 +56,8 @@ class Memory:
                 self.regions[name, "pool"] = segment
             elif name == "default":
                 self.regions[name, "pool"] = engine.allocate(mmap.PAGESIZE, "pool")
+        for region in self.regions.values():
+            region.wait_registered()  # where a NIC has to pin it
 
     def array(self, name: str) -> np.ndarray:
         return self.pool if name == "pool" else self.heap

@@ -108,4 +108,19 @@ check 'an open cancel gives it back' 'assertion violated (credits<=4)' -DBACK_AT
 check 'a late refusal is forgotten' "$hang" -DFORGET_REFUSED
 check 'drained ones told later than the window' "$hang" -DWHOLE_WINDOW
 
+model=window
+late='assertion violated (holder==l)'
+check 'one window, many leases, a deaf writer' none
+check 'bound again before the writer has drained' "$late" -DBIND_UNDRAINED
+check 'drained is said before it is so' "$late" -DDRAINED_EARLY
+check 'a window whose writer does not answer stays bound' "$late" -DNO_INVALIDATION
+check 'the memory is taken back, then the window invalidated' "$late" -DQUIET_FIRST
+
+model=repost
+late='assertion violated  !(accepted)'
+check 'chains that are posted again' none
+check 'the old queue pair is not stopped' "$late" -DNO_FENCE
+check 'everything in doubt is posted again' "$late" -DNO_QUESTION
+check 'chains are counted' 'assertion violated (landed==3)' -DCOUNT
+
 echo "$total states in all"

@@ -4,6 +4,7 @@
 // writer.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
@@ -97,6 +98,11 @@ class Writer {
  private:
   Bytes& out_;
 };
+
+// No control characters: a name goes into messages and logs of others as it is. UTF-8 passes.
+inline bool is_printable(std::string_view text) noexcept {
+  return std::ranges::none_of(text, [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+}
 
 inline ByteView as_bytes_view(std::string_view text) noexcept {
   return {reinterpret_cast<const std::byte*>(text.data()), text.size()};

@@ -35,6 +35,7 @@ std::optional<Control> decode_control(ByteView payload) {
       RegionAdded added;
       added.ref.id = r.u64(), added.ref.key = r.get<Key>(), added.nbytes = r.u64();
       added.writable = r.u8() != 0, added.name = r.text(kMaxNameBytes);
+      if (!is_printable(added.name)) return {};
       out = std::move(added);
       break;
     }

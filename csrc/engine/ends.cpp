@@ -11,6 +11,7 @@ namespace kvxfer {
 namespace {
 
 constexpr double kEndingS = 1.0;  // far more than it takes; a bound all the same
+constexpr int64_t kLookAgainNs = 100'000'000;
 
 const char* verb(Op op) {
   return op == Op::kWrite ? "write" : op == Op::kRead ? "read" : "notification";
@@ -61,15 +62,26 @@ std::string describe(const Transfer& t, const Failure& failure, bool agreed, boo
 
 }  // namespace
 
+std::string Engine::stopped(Peer& peer) const {
+  std::lock_guard lock(peer.mutex);
+  if (const int64_t now = now_ns(); peer.stopped_ns == 0 || now - peer.stopped_ns > kLookAgainNs) {
+    peer.stopped = describe_stopped(peer.identity.host, identity_.host);
+    peer.stopped_ns = now;
+  }
+  return peer.stopped;
+}
+
 // Of a transfer that was not sent.
 std::string Engine::why_it_waits(const Transfer& t) const {
   if (t.state.load(std::memory_order_acquire) == State::kHeld)
     return "what it waits for has not ended";
-  std::lock_guard lock(t.peer->mutex);
-  if (t.has_notify && !t.holds_credit && t.peer->credits == 0)
-    return cat("it was never sent: ", kNotifyWindow,
-               " notifications of ours are unread at the peer or under way, and no more may be");
-  return describe_stopped(t.peer->identity.host, identity_.host);
+  {
+    std::lock_guard lock(t.peer->mutex);
+    if (t.has_notify && !t.holds_credit && t.peer->credits == 0)
+      return cat("it was never sent: ", kNotifyWindow,
+                 " notifications of ours are unread at the peer or under way, and no more may be");
+  }
+  return stopped(*t.peer);
 }
 
 void Transfer::ring(const std::shared_ptr<Alarm>& self) noexcept {
@@ -120,7 +132,7 @@ void Engine::stop(const TransferPtr& t, State why) noexcept {
     return;
   }
   if (why == State::kTimedOut) {
-    std::string cause = describe_stopped(t->peer->identity.host, identity_.host);
+    std::string cause = stopped(*t->peer);
     if (const std::string condition = t->connection->condition(); !condition.empty())
       cause += cat(cause.empty() ? "" : "; ", condition);
     add(cause);

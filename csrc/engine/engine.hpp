@@ -37,6 +37,9 @@ struct EngineOptions {
 // Of an engine or a region: throws when peers could not be told it.
 void check_name(const char* what, const std::string& name);
 
+// Throws RegistrationError where a transport that was asked for by name could not register it.
+void check_reached(const Region& region);
+
 struct RegionOptions {
   std::string name;
   bool require_lease = false;
@@ -87,6 +90,11 @@ struct EngineStats {
   double quarantined_age_s = 0;     // of the oldest
   uint64_t spans_given = 0, spans_posted = 0;
   std::map<std::string, uint64_t> refused;  // requests of peers, by reason
+  struct Registration {
+    uint64_t regions = 0, running = 0, failed = 0;
+    uint64_t nbytes = 0, nbytes_done = 0;
+  };
+  std::map<std::string, Registration> registration;  // by transport
   uint64_t leases_open = 0, leases_expired = 0, wakeups = 0;
   uint64_t handshakes_refused = 0;
   std::string last_handshake_refusal;
@@ -201,6 +209,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   enum class Posted : uint8_t { kGone, kBusy };
   Posted post_one(Peer& peer, const TransferPtr& transfer) noexcept;
   void stop(const TransferPtr& transfer, State why) noexcept;
+  std::string stopped(Peer& peer) const;  // "its process 123 is stopped", or empty
   std::string why_it_waits(const Transfer& transfer) const;
   void end(const TransferPtr& transfer, State state, Failure failure, bool agreed,
            bool quiesced) noexcept;

@@ -143,6 +143,7 @@ LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Col
   if (!(ttl_s > 0)) fail(Code::kInvalidArgument, "ttl_s must be positive, not ", ttl_s);
   if (num_arrivals > (uint64_t{1} << 24))
     fail(Code::kInvalidArgument, "num_arrivals = ", num_arrivals, " is more than 2^24");
+  check_reached(*region);
   auto lease = std::make_shared<EngineLease>();
   lease->extents = merge_extents(offsets, nbytes, region->name, region->nbytes);
   if (peer && *peer == identity_.incarnation)
@@ -195,7 +196,10 @@ void Engine::extend(const LeasePtr& lease, double ttl_s) {
 
 void Engine::begin_revoke(const LeasePtr& lease) noexcept {
   lease->gate.close();
-  if (!lease->gate.quiet()) enter_quarantine(lease);
+  if (!lease->gate.quiet()) {
+    enter_quarantine(lease);
+    for (auto& [name, transport] : transports_) transport->revoked(*lease);
+  }
   {
     std::lock_guard lock(mutex_);
     leases_.erase(lease->id);

@@ -73,6 +73,10 @@ struct Peer {
   uint32_t drained = 0;                         // taken, and not yet reported
   std::unordered_map<uint64_t, uint64_t> tags;  // arrivals without a lease
   WaitWord tags_changed;
+  // What the system said last of its process, and when: thousands of transfers may end for it at
+  // once.
+  std::string stopped;
+  int64_t stopped_ns = 0;
 };
 using PeerPtr = std::shared_ptr<Peer>;
 

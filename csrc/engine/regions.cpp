@@ -1,6 +1,9 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Memory comes and goes: allocate, register, deregister.
+#include <algorithm>
+#include <numeric>
+
 #include "common/random.hpp"
 #include "engine/engine.hpp"
 #include "engine/memory.hpp"
@@ -11,6 +14,29 @@ void check_name(const char* what, const std::string& name) {
   if (name.empty() || name.size() > kMaxNameBytes)
     fail(Code::kInvalidArgument, what, " name must have 1 to ", kMaxNameBytes, " bytes, not ",
          name.size());
+  if (!is_printable(name))
+    fail(Code::kInvalidArgument, what, " name has a control character at byte ",
+         std::ranges::find_if(name, [](char c) { return !is_printable({&c, 1}); }) - name.begin(),
+         "; peers show it in messages and logs");
+}
+
+// One byte under two offsets: what an overlap of destinations is refused for could not be seen.
+static void check_apart(const std::vector<Piece>& pieces) {
+  std::vector<size_t> order(pieces.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::ranges::sort(order, {}, [&](size_t i) { return pieces[i].base; });
+  for (size_t i = 1; i < order.size(); ++i) {
+    const Piece &low = pieces[order[i - 1]], &high = pieces[order[i]];
+    if (low.base + low.nbytes > high.base)
+      fail(Code::kInvalidArgument, "buffers ", std::min(order[i - 1], order[i]), " and ",
+           std::max(order[i - 1], order[i]), " share memory; a region has each byte once");
+  }
+}
+
+void check_reached(const Region& region) {
+  for (const ExposurePtr& exposure : region.exposures)
+    if (exposure->required && exposure->state() == Exposure::State::kFailed)
+      throw Error(Code::kRegistration, exposure->text(), exposure->err(), exposure->transport);
 }
 
 RegionPtr Engine::allocate(uint64_t nbytes, RegionOptions options) {
@@ -46,6 +72,7 @@ RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
     region->nbytes += pieces[i].nbytes;
   }
   if (pieces.empty()) fail(Code::kInvalidArgument, "a region needs at least one buffer");
+  check_apart(pieces);
   region->pieces = std::move(pieces);
   return add_region(std::move(region));
 }
@@ -60,20 +87,17 @@ void Engine::check_new_region(const Region& region) const {
       fail(Code::kInvalidArgument, "a region named '", region.name, "' exists; pass another name=");
 }
 
-// To every transport. One that was asked for by name must reach it; of the others the reason is
-// kept for explain(), and they go without it.
+// To every transport. One that was asked for by name must reach it, which for a large region is
+// known later (check_reached); others go without it, and explain() has the reason.
 void Engine::expose(const RegionPtr& region) {
-  for (auto& [name, transport] : transports_) {
-    try {
-      transport->expose(region);
-    } catch (const Error& error) {
-      if (!options_.transports.empty()) {
-        withdraw(*region);
-        throw;
-      }
-      region->backing.text +=
-          cat(region->backing.text.empty() ? "" : "; ", "not for ", name, ": ", error.what());
-    }
+  try {
+    for (auto& [name, transport] : transports_) transport->expose(region);
+    for (const ExposurePtr& exposure : region->exposures)
+      exposure->required = !options_.transports.empty();
+    check_reached(*region);
+  } catch (...) {
+    withdraw(*region);
+    throw;
   }
 }
 

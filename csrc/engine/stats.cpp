@@ -59,6 +59,28 @@ std::string paths_of(const Link& link) {
   return out + cat("  notification: ", path_of(link, notification), "\n");
 }
 
+// What there is to say of a region's memory; or empty.
+std::string said_of(const Region& region) {
+  std::string out = region.backing.text;
+  const auto say = [&](const auto&... what) { out += cat(out.empty() ? "" : "; ", what...); };
+  for (const ExposurePtr& exposure : region.exposures) switch (exposure->state()) {
+      case Exposure::State::kRunning:
+        say(exposure->transport,
+            " registers it: ", exposure->nbytes_done.load(std::memory_order_relaxed), " of ",
+            exposure->nbytes, " bytes so far, until then its bytes go in messages");
+        break;
+      case Exposure::State::kDone:
+        if (!exposure->text().empty()) say(exposure->transport, " ", exposure->text());
+        break;
+      case Exposure::State::kFailed:
+        say("not for ", exposure->transport, ": ", exposure->text());
+        break;
+      case Exposure::State::kDropped:
+        break;
+    }
+  return out;
+}
+
 }  // namespace
 
 std::string Engine::explain(const Peer& peer) const {
@@ -66,8 +88,8 @@ std::string Engine::explain(const Peer& peer) const {
   {
     std::lock_guard lock(mutex_);
     for (auto& [id, region] : regions_)
-      if (!region->backing.text.empty())
-        memory += cat("  our region '", region->name, "': ", region->backing.text, "\n");
+      if (const std::string said = said_of(*region); !said.empty())
+        memory += cat("  our region '", region->name, "': ", said, "\n");
   }
   std::lock_guard lock(peer.mutex);
   std::string out = cat("peer '", peer.identity.name, "' at ", peer.identity.address,
@@ -130,6 +152,15 @@ EngineStats Engine::stats() const {
   out.late_events = late_events_, out.late_writes_refused = late_writes_;
   out.spans_given = spans_given_, out.spans_posted = spans_posted_;
   fill_quarantine(out);
+  for (auto& [id, region] : regions_)
+    for (const ExposurePtr& exposure : region->exposures) {
+      auto& entry = out.registration[exposure->transport];
+      ++entry.regions;
+      entry.running += exposure->state() == Exposure::State::kRunning;
+      entry.failed += exposure->state() == Exposure::State::kFailed;
+      entry.nbytes += exposure->nbytes;
+      entry.nbytes_done += exposure->nbytes_done.load(std::memory_order_relaxed);
+    }
   for (size_t code = 0; code <= kMaxCode; ++code)
     if (const uint64_t count = refused_[code]; count != 0)
       out.refused[name_of(static_cast<Code>(code))] = count;

@@ -73,6 +73,7 @@ TransferPtr Engine::submit(Op op, const RegionPtr& local, const RemoteRegionPtr&
     fail(Code::kInvalidArgument, "remote region '", remote->name,
          "' belongs to an engine that is gone");
   Use use(*this, *local);
+  check_reached(*local);
   if (peer->owner != this)
     fail(Code::kInvalidArgument, "remote region '", remote->name,
          "' is of a peer of another engine");
@@ -217,7 +218,7 @@ Engine::Posted Engine::post_one(Peer& peer, const TransferPtr& t) noexcept {
   }
   std::shared_ptr<Connection> chosen;
   std::string reasons;
-  {
+  if (!closed()) {
     std::lock_guard lock(peer.mutex);
     for (auto& link : peer.links) {
       for (auto& connection : link->data) {

@@ -19,7 +19,12 @@ struct TransportConfig {
   std::string verbs_device;              // "mlx5_0", "mlx5_0:2,mlx5_1"; empty: every active port
   int32_t verbs_gid_index = -1;          // of each port; -1: by rule
   uint32_t verbs_queue_pairs = 1;        // for READs, between two ports that are joined
-  std::string faults;                    // what the faulty transport injects; see faulty/plan.hpp
+  bool verbs_push = false;               // writes under leases by RDMA WRITE, into windows
+  // A region with more bytes to register, over all devices, is registered in the background, in
+  // parts of at most so many bytes, between which it can be stopped.
+  uint64_t verbs_background_nbytes = uint64_t{256} << 20;
+  uint64_t verbs_part_nbytes = uint64_t{4} << 30;
+  std::string faults;  // what the faulty transport injects; see faulty/plan.hpp
 };
 
 }  // namespace kvxfer

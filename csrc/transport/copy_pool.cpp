@@ -2,13 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transport/copy_pool.hpp"
 
-#include <pthread.h>
-
 #include <algorithm>
-#include <csignal>
 #include <utility>
 
 #include "common/cpus.hpp"
+#include "common/thread.hpp"
 
 namespace kvxfer {
 
@@ -19,15 +17,8 @@ int CopyPool::threads_for(int configured) noexcept {
 }
 
 CopyPool::CopyPool(int num_threads) {
-  // As for the progress thread: signals belong to the application's threads.
-  sigset_t all, old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &old);
-  for (int i = 0; i < num_threads; ++i) {
-    threads_.emplace_back([this] { run(); });
-    pthread_setname_np(threads_.back().native_handle(), "kvxfer-copy");
-  }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  for (int i = 0; i < num_threads; ++i)
+    threads_.push_back(start_thread("kvxfer-copy", [this] { run(); }));
 }
 
 CopyPool::~CopyPool() {

@@ -3,7 +3,6 @@
 #include "transport/reactor.hpp"
 
 #include <poll.h>
-#include <pthread.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -11,11 +10,11 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <csignal>
 #include <utility>
 
 #include "common/cpus.hpp"
 #include "common/error.hpp"
+#include "common/thread.hpp"
 
 namespace kvxfer {
 namespace {
@@ -34,6 +33,8 @@ constexpr int64_t kPolledNs = 100'000, kGapNs = 50'000;
 constexpr uint32_t kLentLooks = 64;
 // How often the progress thread looks whether those to whom it lent its work still do it.
 constexpr int kWatchMs = 1;
+// Timers that ring before all else gets a look: thousands may be due at once.
+constexpr size_t kMaxDue = 64;
 // Nodes of timers that are kept for the next ones.
 constexpr size_t kMaxSpare = 1024;
 }  // namespace
@@ -56,18 +57,7 @@ Reactor::Reactor(int64_t spin_ns)
 Reactor::~Reactor() { stop(); }
 
 void Reactor::start() {
-  // Signals belong to the application's threads: a handler must interrupt a waiting main thread.
-  sigset_t all, old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &old);
-  try {
-    thread_ = std::thread([this] { run(); });
-  } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &old, nullptr);
-    throw;
-  }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  pthread_setname_np(thread_.native_handle(), "kvxfer");
+  thread_ = start_thread("kvxfer", [this] { run(); });
 }
 
 void Reactor::stop() {
@@ -172,7 +162,7 @@ void Reactor::run_timers() {
   {
     std::lock_guard lock(mutex_);
     const int64_t now = now_ns();
-    while (!timers_.empty() && timers_.begin()->first.first <= now) {
+    while (!timers_.empty() && timers_.begin()->first.first <= now && due.size() < kMaxDue) {
       due.push_back(std::move(timers_.begin()->second));
       timers_.erase(timers_.begin());
     }

@@ -19,6 +19,7 @@
 #include "common/wait_word.hpp"
 #include "common/wire.hpp"
 #include "transport/exported_words.hpp"
+#include "transport/exposure.hpp"
 
 namespace kvxfer {
 
@@ -128,7 +129,9 @@ struct Region {
   bool require_lease = false;
   bool shareable = true;  // false: share="never", no other process may map it
   Backing backing;
-  std::vector<Piece> pieces;    // in offset order, no gaps
+  std::vector<Piece> pieces;  // in offset order, no gaps
+  // Of the transports that register memory; complete before the region is shown to anybody.
+  std::vector<ExposurePtr> exposures;
   Fd memfd;                     // of an allocated region: sealed, so a peer can map it only to read
   std::shared_ptr<void> keep;   // the mapping, or the reference to the caller's buffer
   Gate gate;                    // closed by deregister

@@ -329,10 +329,14 @@ class Transport {
     return {};
   }
 
-  // A region came (throws where this way cannot be gone) or is going: withdraw() returns when no
-  // peer-visible resource of it is left that we hold (mappings of peers are read-only: no harm).
+  // A region came or is going. What takes long, or fails, is told by an Exposure that expose() adds
+  // to the region. withdraw() returns when no peer-visible resource of it is left that we hold
+  // (mappings of peers are read-only: no harm), and nothing registers it any more.
   virtual void expose(const std::shared_ptr<Region>& region) { (void)region; }
   virtual void withdraw(Region& region) noexcept { (void)region; }
+  // A lease's gate was closed while somebody is inside. Any thread; must not block: who is inside
+  // on behalf of a peer's NIC ends that, and leaves.
+  virtual void revoked(const Lease& lease) noexcept { (void)lease; }
 };
 
 }  // namespace kvxfer

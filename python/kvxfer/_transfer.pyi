@@ -101,6 +101,9 @@ class Region:
     def backing(self) -> str: ...
     @property
     def piece_offsets(self) -> list[int]: ...
+    @property
+    def registration(self) -> list[tuple[str, str, int, int, str]]: ...
+    def wait_registered(self, timeout_s: float | None) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class RemoteRegion:
@@ -184,6 +187,9 @@ class TransportConfig:
     verbs_device: str
     verbs_gid_index: int
     verbs_queue_pairs: int
+    verbs_background_nbytes: int
+    verbs_part_nbytes: int
+    verbs_push: bool
     faults: str
     def __init__(self) -> None: ...
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -70,10 +71,25 @@ def _transports() -> list[Check]:
         Check("transports", name, reason is None, reason or works.get(name, "works here"))
         for name, reason in probe_transports()
     ]
+    checks.append(_locked_memory())
     reason = tls_unavailable()
     # An extra: nothing but EngineConfig(tls=...) needs it.
     checks.append(Check("transports", "tcp under TLS", reason is None or None, reason or "1.3"))
     return checks
+
+
+def _locked_memory() -> Check:
+    """What verbs may pin: regions beyond it go without RDMA, or are refused."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY:
+        return Check("transports", "locked memory", None, "no limit")
+    return Check(
+        "transports",
+        "locked memory",
+        None,
+        f"{limit} bytes a process, unless it has CAP_IPC_LOCK: verbs pins every region once for each "
+        "rail; ulimit -l, LimitMEMLOCK=infinity (systemd), --ulimit memlock=-1 (containers)",
+    )
 
 
 def _loopback() -> list[Check]:
@@ -142,6 +158,6 @@ def run(args: argparse.Namespace) -> int:
                 group = check.group
                 print(group)
             mark = {True: "yes", False: "no", None: "-"}[check.ok]
-            print(f"  {mark:4}{check.name:12}{check.detail}")
+            print(f"  {mark:4}{check.name:14}{check.detail}")
     needed = {"tcp", "loopback", "reference"}
     return 0 if all(check.ok for check in checks if check.name in needed) else 1

@@ -1,7 +1,9 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Two engines in one process over the transport that ctest names: KVXFER_TEST_TRANSPORT, with
-// KVXFER_TEST_SHARE=never for memory that no peer may map and KVXFER_TEST_COPY_THREADS for a pool.
+// KVXFER_TEST_SHARE=never for memory that no peer may map, KVXFER_TEST_COPY_THREADS for a pool,
+// KVXFER_TEST_BACKGROUND for memory that is used while it is registered, and KVXFER_TEST_VERBS_PUSH
+// for writes that verbs pushes.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -34,10 +36,11 @@ struct Pair {
     options.secret = Bytes(32, std::byte{1});
     options.transports = {transport()};
     options.listen = listen;
-    if (const char* copiers = std::getenv("KVXFER_TEST_COPY_THREADS"))
-      options.transport.copy_threads = std::atoi(copiers);
+    if (std::getenv("KVXFER_TEST_BACKGROUND") != nullptr)
+      options.transport.verbs_background_nbytes = 0;
     if (const char* threads = std::getenv("KVXFER_TEST_COPY_THREADS"))
       options.transport.copy_threads = std::atoi(threads);
+    if (std::getenv("KVXFER_TEST_VERBS_PUSH") != nullptr) options.transport.verbs_push = true;
     options.name = "a";
     a = Engine::create(options);
     options.name = "b";

@@ -266,3 +266,46 @@ TEST_CASE("many threads poll and rest while others have work for them") {
   CHECK(ran == kTasks);
   running.reactor.remove(token, news->fd.get());
 }
+
+TEST_CASE("thousands of timers that are due at once leave room for others between them") {
+  Running running(0);
+  constexpr int kTimers = 2000;
+  std::atomic<int> rung{0}, rung_before{-1};
+  WaitWord word;
+  const int64_t when_ns = now_ns() + 50'000'000;
+  for (int i = 0; i < kTimers; ++i) {
+    running.reactor.at(when_ns, [&, i] {
+      if (i == 0) running.reactor.post([&] { rung_before = rung.load(), word.notify_all(); });
+      if (++rung == kTimers) word.notify_all();
+    });
+  }
+  REQUIRE(eventually(word, [&] { return rung == kTimers && rung_before >= 0; }));
+  CHECK(rung_before < kTimers / 4);
+}
+
+TEST_CASE("an alarm rings unless it is gone or was cancelled, and its place is used again") {
+  struct Ringing final : Alarm {
+    explicit Ringing(std::atomic<int>& c, WaitWord& w) : count(c), word(w) {}
+    void ring(const std::shared_ptr<Alarm>& self) noexcept override {
+      CHECK(self.get() == this);
+      ++count;
+      word.notify_all();
+    }
+    std::atomic<int>& count;
+    WaitWord& word;
+  };
+  Running running(0);
+  std::atomic<int> count{0}, gone{0};
+  WaitWord word;
+  for (int round = 1; round <= 3; ++round) {
+    const auto kept = std::make_shared<Ringing>(count, word);
+    const auto cancelled = std::make_shared<Ringing>(gone, word);
+    const int64_t when_ns = now_ns() + 10'000'000;
+    running.reactor.at(when_ns, std::weak_ptr<Alarm>(std::make_shared<Ringing>(gone, word)));
+    const auto id = running.reactor.at(now_ns() + 60'000'000'000, std::weak_ptr<Alarm>(cancelled));
+    running.reactor.cancel(id);
+    running.reactor.at(when_ns, std::weak_ptr<Alarm>(kept));
+    REQUIRE(eventually(word, [&] { return count == round; }));
+  }
+  CHECK(gone == 0);
+}

@@ -296,7 +296,8 @@ TEST_CASE("verbs: what cannot be pinned by default goes in messages") {
     Plan plan("memlock=1");
     target = b->allocate(kBytes, {.name = "kv"});
   }
-  CHECK(target->backing.text.find("not for verbs") != std::string::npos);
+  CHECK(target->exposures.at(0)->state() == Exposure::State::kFailed);
+  CHECK(target->exposures.at(0)->text().find("locked-memory limit") != std::string::npos);
   const PeerPtr peer = a->connect(b->address(), 10);
   const int64_t at = 0;
   const Column column{&at, 1, true}, nbytes{&kBytes, 1, true};

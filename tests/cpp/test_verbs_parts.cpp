@@ -2,16 +2,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The parts of the verbs transport that need no device: addresses, timeouts, chains.
 #include <doctest/doctest.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <utility>
 
 #include "common/clock.hpp"
+#include "transport/verbs/chain_queue.hpp"
+#include "transport/verbs/memlock.hpp"
 #include "transport/verbs/nearness.hpp"
 #include "transport/verbs/pairing.hpp"
-#include "transport/verbs/pull_queue.hpp"
 
 using namespace kvxfer;
 using namespace kvxfer::verbs;
@@ -144,18 +147,18 @@ TEST_CASE("chains: contiguous pieces share a READ, the chain is bounded") {
   CHECK(chunk.add(1000, one, base, local, 100, 4) == 100);
   CHECK(chunk.add(1100, one, base + 100, local, 100, 4) == 100);   // here as well: one piece
   CHECK(chunk.add(1200, one, base + 5000, local, 100, 4) == 100);  // there only: two pieces
-  CHECK(chunk.num_reads() == 1);
+  CHECK(chunk.num_requests() == 1);
   // Another key, if only on one of the rails.
   CHECK(chunk.add(1300, two, base + 6000, local, 100, 4) == 100);
   CHECK(chunk.add(9000, two, base + 6100, local, 100, 4) == 100);  // a gap over there
-  CHECK(chunk.num_reads() == 3);
+  CHECK(chunk.num_requests() == 3);
   CHECK(chunk.nbytes() == 500);
   chunk.clear();
   for (uint32_t i = 0; i < 6; ++i)  // pieces beyond the device's limit begin another READ
     CHECK(chunk.add(1000 + 10 * i, one, base + 1000 * i, local, 10, 4) == 10);
-  CHECK(chunk.num_reads() == 2);
+  CHECK(chunk.num_requests() == 2);
   chunk.clear();
-  for (uint32_t i = 0; i < Chunk::kMaxReads; ++i)
+  for (uint32_t i = 0; i < Chunk::kMaxRequests; ++i)
     CHECK(chunk.add(1000 * i, one, base + 1000 * i, local, 10, 4) == 10);
   CHECK(chunk.add(900'000, one, base, local, 10, 4) == 0);
   chunk.clear();
@@ -202,4 +205,39 @@ TEST_CASE("nearness: what sysfs says of a device, and the node of memory that is
   std::filesystem::remove_all(folder);
   NodeOfMemory none;
   CHECK(none.node() == kNoNode);
+}
+
+TEST_CASE("locked memory: what to do is said where the limit is the cause, and only there") {
+  const auto says = [](const Memlock& memlock, uint64_t nbytes, const char* what) {
+    const std::string text = explain_memlock(memlock, nbytes);
+    CAPTURE(text);
+    return text.find(what) != std::string::npos;
+  };
+  const Memlock tight{.limit = 8 << 20, .pinned = 3 << 20};
+  for (const char* what :
+       {"is 8388608 bytes, of which 3145728 are pinned, and 6291456 more are wanted", "ulimit -l",
+        "LimitMEMLOCK=infinity", "--ulimit memlock=-1", "every rail pins anew"})
+    CHECK(says(tight, 6 << 20, what));
+  CHECK_FALSE(says(tight, 6 << 20, "the device has no room"));
+  // To the byte, and without an overflow.
+  CHECK(says(tight, 5 << 20, "within it: the device has no room"));
+  CHECK(says(tight, (5 << 20) + 1, "LimitMEMLOCK"));
+  CHECK(says(tight, ~uint64_t{0}, "LimitMEMLOCK"));
+  CHECK(says({.limit = 1 << 20, .pinned = 2 << 20}, 1, "LimitMEMLOCK"));
+  CHECK(says({.limit = 1 << 20, .pinned = {}}, 2 << 20, "is 1048576 bytes, and 2097152 more"));
+  CHECK(says({}, 1 << 20, "is none, so the device has no room"));
+  CHECK(says({.limit = 1 << 20, .pinned = {}, .may_exceed = true}, 2 << 20, "CAP_IPC_LOCK"));
+}
+
+TEST_CASE("locked memory: the limit is this process's") {
+  rlimit before{};
+  REQUIRE(::getrlimit(RLIMIT_MEMLOCK, &before) == 0);
+  const rlimit lower{std::min<rlim_t>(before.rlim_max, 5 << 20), before.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_MEMLOCK, &lower) == 0);
+  const Memlock now = memlock_now();
+  REQUIRE(::setrlimit(RLIMIT_MEMLOCK, &before) == 0);
+  REQUIRE(now.limit);
+  CHECK(*now.limit == lower.rlim_cur);
+  REQUIRE(now.pinned);  // VmPin, since Linux 3.2
+  CHECK(*now.pinned % 1024 == 0);
 }

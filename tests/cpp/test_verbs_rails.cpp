@@ -407,7 +407,8 @@ TEST_CASE("rails: chains go to the NIC at the memory's node, unless devices were
   remake(plan);
   {
     World w;
-    const std::string prefers = "'kv': " + w.ra->backing.text;
+    const std::string prefers =
+        "'kv': " + w.ra->backing.text + "; verbs " + w.ra->exposures[0]->text();
     CHECK(prefers.find(is_known ? "NUMA node, " + std::to_string(node) : "all are alike") !=
           std::string::npos);
     CHECK(w.a->explain(*w.to_b).find(prefers) != std::string::npos);

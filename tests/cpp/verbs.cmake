@@ -6,6 +6,10 @@ if(KVXFER_WITH_VERBS)
   add_test(NAME transfer_verbs COMMAND test_transfer)
   # From memory that no peer may read: in messages.
   add_test(NAME transfer_verbs_never COMMAND test_transfer)
+  # Regions that are still registered in the background when the first requests come.
+  add_test(NAME transfer_verbs_background COMMAND test_transfer)
+  set_tests_properties(transfer_verbs_background PROPERTIES TIMEOUT 300
+                       ENVIRONMENT "${on_fake};KVXFER_TEST_BACKGROUND=1")
   set_tests_properties(transfer_verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
   set_tests_properties(transfer_verbs_never PROPERTIES TIMEOUT 300
                        ENVIRONMENT "${on_fake};KVXFER_TEST_SHARE=never")
@@ -28,6 +32,14 @@ if(KVXFER_WITH_VERBS)
   # But for what is said of the only port.
   add_test(NAME verbs_two_rails COMMAND test_verbs "-tce=*port that goes down ends*")
   set_tests_properties(verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
+
+  add_executable(test_verbs_memory ${CMAKE_CURRENT_LIST_DIR}/test_verbs_memory.cpp $<TARGET_OBJECTS:doctest_main>)
+  target_include_directories(test_verbs_memory SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(test_verbs_memory PRIVATE kvxfer_engine fake_verbs)
+  add_test(NAME verbs_memory COMMAND test_verbs_memory)
+  set_tests_properties(verbs_memory PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+  add_test(NAME verbs_memory_two_rails COMMAND test_verbs_memory)
+  set_tests_properties(verbs_memory_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
   add_executable(test_verbs_rails ${CMAKE_CURRENT_LIST_DIR}/test_verbs_rails.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs_rails SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})

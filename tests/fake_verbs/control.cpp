@@ -138,6 +138,7 @@ FAKE_VERBS_EXPORT int64_t fake_verbs_count(const char* name) {
       {"windows", alive(&Context::windows)},
       {"cqs", alive(&Context::cqs)},
       {"locked_bytes", nic.locked_bytes},
+      {"registering", nic.num_registering},
   };
   for (const auto& [known, count] : counts)
     if (std::strcmp(known, name) == 0) return static_cast<int64_t>(count);

@@ -51,8 +51,8 @@ int fake_verbs_restore_device(const char* device);
 
 /* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
  * packets, retransmissions, failed_calls, timeouts, rnr_naks, completions, events, binds,
- * bytes_placed, dropped, duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes.
- */
+ * bytes_placed, dropped, duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes,
+ * registering (held by the plan). */
 int64_t fake_verbs_count(const char* name);
 
 #ifdef __cplusplus

@@ -75,7 +75,7 @@ void Nic::forked() {
 void Nic::set_plan(const Plan& next) {
   plan = next;
   random.seed(plan.seed);
-  wr_count_ = packet_count_ = polls = 0;
+  wr_count_ = packet_count_ = polls = num_registered = 0;
   calls_.clear();
   every_poll_counts.store(plan.remove != 0, std::memory_order_relaxed);
 }

@@ -93,6 +93,8 @@ class Nic {
   Statistics statistics;
   std::unordered_map<const void*, std::unique_ptr<Context>> contexts;
   uint64_t locked_bytes = 0;
+  uint64_t num_registered = 0;   // calls under this plan
+  uint64_t num_registering = 0;  // of which so many are held
   uint64_t polls = 0;
   std::atomic<bool> every_poll_counts{false};  // the plan has something to do at one of them
   // Asked for by a test, for the next request of a QP.

@@ -22,7 +22,7 @@ int fill_device(Context& context, ibv_device_attr* out) {
   *out = {};
   std::snprintf(out->fw_ver, sizeof out->fw_ver, "fake 1.0");
   out->node_guid = out->sys_image_guid = htobe64(context.of->guid);
-  out->max_mr_size = uint64_t{1} << 40;
+  out->max_mr_size = plan.max_mr_size;
   out->page_size_cap = ~uint64_t{0xfff};
   out->vendor_id = 0xfacade;
   out->max_qp = plan.max_qp;

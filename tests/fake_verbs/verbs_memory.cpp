@@ -37,6 +37,22 @@ struct Mapped {
   size_t nbytes = 0;
 };
 
+// Where the plan holds registrations, until there is another: what is pinned may take long.
+void wait_for_plan(Nic& nic) {
+  uint64_t number = 0;
+  for (bool held = false;;) {
+    {
+      const auto lock = nic.lock();
+      if (!held) number = ++nic.num_registered;
+      const bool holds = nic.plan.hold_reg != 0 && number >= nic.plan.hold_reg;
+      if (holds != held) holds ? ++nic.num_registering : --nic.num_registering;
+      held = holds;
+    }
+    if (!held) return;
+    ::usleep(1000);
+  }
+}
+
 ibv_mr* register_memory(const char* verb, ibv_pd* pd, void* address, size_t length, uint64_t iova,
                         unsigned access, Mapped mapped = {}) {
   Nic& nic = Nic::get();
@@ -44,9 +60,11 @@ ibv_mr* register_memory(const char* verb, ibv_pd* pd, void* address, size_t leng
   if (length == 0 || access & ~kKnownAccess ||
       (access & kNeedsLocalWrite && !(access & IBV_ACCESS_LOCAL_WRITE)))
     return fail_pointer<ibv_mr>(EINVAL);
+  wait_for_plan(nic);
   {
     const auto lock = nic.lock();
     if (const int err = nic.refuse(verb, *context.of)) return fail_pointer<ibv_mr>(err);
+    if (length > nic.plan.max_mr_size) return fail_pointer<ibv_mr>(EINVAL);
   }
   // Without the lock: it takes its time with large pools, as pinning does.
   if (const int err = mapped.at ? 0 : pin(address, length, access & IBV_ACCESS_LOCAL_WRITE))

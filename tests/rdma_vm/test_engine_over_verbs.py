@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's own tests over the verbs transport, in the guest, between processes on Soft-RoCE devices.
 
-The ordinary form is the conformance suite and one death on one device, and requests over a cable that loses packets and
-is cut; the slow form adds all tests of peers that die, both suites over such a cable, harmless faults, everything else
-that takes a transport, and the server.
+The ordinary form is the conformance suite and one death on one device, pushed writes under leases, and requests over a
+cable that loses packets and is cut; the slow form adds the whole suite with pushed writes, all tests of peers that die,
+both suites over such a cable, harmless faults, everything else that takes a transport, and the server.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def passed(
     options: tuple[str, ...] = (),
     linked: bool = False,
     way: str = "verbs",
+    only: str = "test",
     without: str = "no_such_test",
     timeout_s: float = 560,
 ) -> int:
@@ -64,7 +65,7 @@ def passed(
         "-o",
         "timeout=300",
         "-k",
-        f"([{way} or [{way}-) and not {without}",
+        f"([{way}] or [{way}-allocated or [{way}-registered) and ({only}) and not {without}",
     ]
     command = [*environment, sys.executable, "-m", "pytest", *pytest_options, *files]
     done = guest(*options, "--", *command, timeout_s=timeout_s)
@@ -81,6 +82,20 @@ def passed(
 
 def test_conformance_and_a_death_on_one_device(verbs: Guest) -> None:
     assert passed(verbs, CONFORMANCE, DEATH) >= 30
+
+
+def test_pushed_writes_on_one_device(verbs: Guest) -> None:
+    """Those under leases; Soft-RoCE has windows, though it does not check their bounds."""
+    assert passed(verbs, CONFORMANCE, way="verbs-push", only="lease or arrival") >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rails", ["1", "2"])
+def test_conformance_and_kills_with_pushed_writes(verbs: Guest, num_rails: str) -> None:
+    options = ("--rails", num_rails)
+    assert (
+        passed(verbs, CONFORMANCE, *KILLS, options=options, way="verbs-push", timeout_s=2400) >= 35
+    )
 
 
 @pytest.mark.slow

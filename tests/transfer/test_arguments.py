@@ -286,6 +286,7 @@ def test_bad_engines_are_refused() -> None:
         ("spin_us", -1, "spin_us"),
         ("spin_us", "20", "not '20'"),
         ("allow_ptrace", 1, "True or False"),
+        ("verbs_push", "yes", "verbs_push must be True or False, not 'yes'"),
         ("tls", ("a", "b", "c"), "TlsFiles"),
         ("verbs_device", "", "verbs_device"),
         ("verbs_device", "mlx5_0:x", "not 'mlx5_0:x'"),
@@ -322,16 +323,19 @@ def test_config_reaches_the_transports(tmp_path: Path) -> None:
         verbs_device="mlx5_0:2,mlx5_1",
         verbs_gid_index=3,
         verbs_queue_pairs=4,
+        verbs_push=True,
     ).native()
     assert (native.num_lanes, native.copy_threads, native.spin_ns) == (3, 2, 1500)
     assert native.allow_ptrace
     assert native.tls_certificate == native.tls_key == native.tls_authority == str(pem)
     assert (native.verbs_device, native.verbs_gid_index) == ("mlx5_0:2,mlx5_1", 3)
     assert native.verbs_queue_pairs == 4
+    assert native.verbs_push
     assert native.deadline_ns == 2_500_000_000
     default = EngineConfig(deadline_s=math.inf).native()
     assert (default.deadline_ns, default.verbs_device) == (2**63 - 1, "")
     assert default.verbs_gid_index == -1
+    assert not default.verbs_push  # memory is written by its owner alone, unless asked for
     assert (default.copy_threads, default.spin_ns, default.tls_key) == (-1, 20_000, "")
 
 

@@ -284,6 +284,19 @@ def test_cookie_that_others_can_read_is_refused(cookie_home: str) -> None:
         TransferEngine("a")
 
 
+@pytest.mark.parametrize("name", ["a\nERROR", "\x1b[31m", "nul\0", "del\x7f"])
+def test_names_with_control_characters_are_refused(pair: Pair, name: str) -> None:
+    """Peers put them into messages and logs as they are."""
+    with pytest.raises(InvalidArgumentError, match="engine name has a control character"):
+        TransferEngine(name)
+    with pytest.raises(InvalidArgumentError, match="region name has a control character"):
+        pair[0].allocate(10, name)
+    with pytest.raises(InvalidArgumentError, match="host:port"):
+        pair[0].connect(f"{name}:1")
+    with TransferEngine("knödel 团子") as engine:
+        assert engine.connect(pair[1].address).name == "b"
+
+
 @pytest.fixture
 def mute() -> Iterator[socket.socket]:
     """Takes connections, and never answers."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from transfer_peers import SECRET, TIMEOUT_S
 
 from kvxfer.errors import InvalidArgumentError, LeaseError, TransferTimeoutError
-from kvxfer.transfer import Peer, TransferEngine
+from kvxfer.transfer import Peer, Signal, TransferEngine
 
 Pair = tuple[TransferEngine, TransferEngine]
 
@@ -190,3 +191,74 @@ def test_daemon_threads_inside_the_engine_do_not_abort_the_exit(work: str) -> No
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([1.9], r"indices\[0\] must be an int, not 1.9"),
+        ([0, "1"], r"indices\[1\] must be an int, not '1'"),
+        ([True], r"indices\[0\] must be an int, not True"),
+        ([None], "must be an int, not None"),
+        ([[0], 1], "must be an int"),
+        ([1 << 70], "does not fit into 64 bits"),
+        ([2], "arrival index 2 is not below the lease's num_arrivals=2"),
+    ],
+)
+def test_indices_of_arrivals_are_taken_as_they_are(
+    pair: Pair, peer: Peer, indices: Any, message: str
+) -> None:
+    a, b = pair
+    target = b.allocate(64, "indexed")
+    lease = b.grant(target, 0, 64, ttl_s=TIMEOUT_S, num_arrivals=2)
+    while "indexed" not in peer.regions:
+        a.notify(peer, b"").wait(TIMEOUT_S)
+    region = a.allocate(64)
+    for index in range(2):
+        a.write(region, peer.regions["indexed"], 0, 0, 8, lease=lease.token, arrival=index).wait(
+            TIMEOUT_S
+        )
+    lease.wait_arrived([0, np.int32(1)], TIMEOUT_S)
+    with pytest.raises(InvalidArgumentError, match=message):
+        lease.wait_arrived(indices, TIMEOUT_S)
+
+
+def test_a_time_is_a_number(pair: Pair, peer: Peer) -> None:
+    xfer = pair[0].notify(peer, b"x")
+    for bad in ("1", b"1", [1], object()):
+        with pytest.raises(InvalidArgumentError, match="number of seconds or None, not"):
+            xfer.wait(bad)  # type: ignore[arg-type]
+    xfer.wait(np.float32(TIMEOUT_S))
+
+
+def test_buffers_of_a_region_share_no_memory(pair: Pair) -> None:
+    whole = np.zeros(100, np.uint8)
+    with pytest.raises(InvalidArgumentError, match="buffers 0 and 2 share memory"):
+        pair[0].register([whole[50:], np.zeros(4, np.uint8), whole[:51]])
+    pair[0].register([whole[50:], whole[:50]], "neighbours")
+
+
+def test_a_buffer_is_free_when_its_region_is_gone(pair: Pair) -> None:
+    memory = mmap.mmap(-1, 4096)
+    region = pair[0].register(memory, "mapped")
+    pair[0].deregister(region)
+    del region
+    memory.close()  # BufferError as long as anybody holds it
+    memory = mmap.mmap(-1, 4096)
+    with TransferEngine("closing") as engine:
+        region = engine.register(memory)
+    del region
+    memory.close()
+
+
+def test_what_was_held_when_its_engine_closed_names_no_transport(pair: Pair) -> None:
+    with TransferEngine("closing", secret=SECRET) as engine:
+        peer = engine.connect(pair[1].address)
+        xfer = engine.notify(peer, b"x", after=Signal())
+    assert (xfer.state, xfer.transport) == ("cancelled", None)
+    assert "over" not in str(xfer.error)
+
+
+def test_faulty_is_no_transport_to_ask_for() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"kvxfer\.testing\.faults\.Way"):
+        TransferEngine("a", transports=("faulty",))

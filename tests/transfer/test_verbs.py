@@ -155,6 +155,54 @@ def test_two_processes_stripe_over_two_rails(pair: tuple[TransferEngine, PeerPro
     assert min(pulled) >= NBYTES
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_writes_under_leases_are_pushed_where_both_sides_say_so(devices: int) -> None:
+    assert _VERBS is not None
+    way = replace(_VERBS, verbs_push=True, nic=f"devices={devices}")
+    size = 8 * NBYTES
+    target = PeerProcess("target", way)
+    try:
+        with way.engine("driver", SECRET) as engine:
+            target.call("add_region", "kv", size, "registered")
+            local = engine.allocate(size, "kv")
+            local.array[:] = np.random.default_rng(7).integers(0, 256, size, np.uint8)
+            peer = engine.connect(target.address)
+            number, token = target.call("grant", "kv", 0, size, ttl_s=600, num_arrivals=1)
+            xfer = engine.write(local, peer.regions["kv"], 0, 0, size, lease=token, arrival=0)
+            xfer.wait(TIMEOUT_S)
+            target.call("wait_arrived", number, 0)
+            assert target.call("bytes_of", "kv") == local.array.tobytes()
+            text = engine.explain(peer)
+            pushed = [int(each) for each in re.findall(r"(\d+) bytes pushed", text)]
+            assert len(pushed) == devices
+            assert sum(pushed) == size
+            assert "our writes are pushed where they have a lease" in text
+            assert target.call("revoke", number)
+            with pytest.raises(KvxferError, match="lease"):
+                engine.write(local, peer.regions["kv"], 0, 0, 4096, lease=token).wait(TIMEOUT_S)
+    finally:
+        target.close()
+        fake_verbs.set_plan("")
+
+
+def test_writes_are_pulled_where_the_owner_did_not_ask_for_pushes(
+    pair: tuple[TransferEngine, PeerProcess],
+) -> None:
+    assert _VERBS is not None
+    _, target = pair
+    target.call("add_region", "kv", NBYTES, "registered")
+    with replace(_VERBS, verbs_push=True).engine("pusher", SECRET) as engine:
+        local = engine.allocate(NBYTES, "kv")
+        local.array[:] = 7
+        peer = engine.connect(target.address)
+        _, token = target.call("grant", "kv", 0, NBYTES, ttl_s=600)
+        engine.write(local, peer.regions["kv"], 0, 0, NBYTES, lease=token).wait(TIMEOUT_S)
+        assert target.call("bytes_of", "kv") == local.array.tobytes()
+        text = engine.explain(peer)
+        assert "pulled by the peer: it gives no windows: the engine was made without" in text
+        assert "0 bytes pushed" in text
+
+
 @pytest.mark.parametrize("way", ["devices=2"], indirect=True)
 def test_a_region_of_many_pieces_has_keys_for_each_on_both_rails(
     pair: tuple[TransferEngine, PeerProcess],

@@ -75,6 +75,9 @@ void register_engine(py::module_& m) {
       .def_readwrite("verbs_device", &TransportConfig::verbs_device)
       .def_readwrite("verbs_gid_index", &TransportConfig::verbs_gid_index)
       .def_readwrite("verbs_queue_pairs", &TransportConfig::verbs_queue_pairs)
+      .def_readwrite("verbs_background_nbytes", &TransportConfig::verbs_background_nbytes)
+      .def_readwrite("verbs_part_nbytes", &TransportConfig::verbs_part_nbytes)
+      .def_readwrite("verbs_push", &TransportConfig::verbs_push)
       .def_readwrite("faults", &TransportConfig::faults);
 
   py::class_<EngineHandle> engine(m, "Engine");

@@ -31,6 +31,14 @@ namespace kvxfer::bindings {
 // Python's view of a region keeps the memory, not the engine, alive.
 struct RegionHandle {
   RegionPtr region;
+  explicit RegionHandle(RegionPtr r) : region(std::move(r)) {}
+  RegionHandle(const RegionHandle&) = default;
+  RegionHandle& operator=(const RegionHandle&) = default;
+  // If it was the last to know the region, the buffer is free at once, not at the next call.
+  ~RegionHandle() {
+    region.reset();
+    if (PyGILState_Check() != 0) empty_graveyard();
+  }
 };
 
 struct EngineHandle {
@@ -56,7 +64,11 @@ struct LeaseHandle {
 // Throws in a process that was forked from the one that made the thing.
 void check_process(const Birth& birth);
 
-using Timeout = std::optional<double>;
+// Seconds, or None.
+struct Timeout : std::optional<double> {
+  using std::optional<double>::optional;
+  using std::optional<double>::operator=;
+};
 int64_t deadline_of(const Timeout& timeout_s, const char* name = "timeout_s");
 
 pybind11::bytes to_bytes(ByteView bytes);
@@ -95,3 +107,20 @@ void register_engine(pybind11::module_& m);
 void register_bounds(pybind11::module_& m);  // of bench/
 
 }  // namespace kvxfer::bindings
+
+template <>
+struct pybind11::detail::type_caster<kvxfer::bindings::Timeout> {
+  PYBIND11_TYPE_CASTER(kvxfer::bindings::Timeout, const_name("float | None"));
+  bool load(handle source, bool) {
+    value.reset();
+    if (source.is_none()) return true;
+    value = PyFloat_AsDouble(source.ptr());
+    if (*value == -1 && PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      kvxfer::fail(kvxfer::Code::kInvalidArgument,
+                   "a time must be a number of seconds or None, not ",
+                   Py_TYPE(source.ptr())->tp_name);
+    }
+    return true;
+  }
+};

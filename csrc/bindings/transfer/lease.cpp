@@ -10,8 +10,8 @@ namespace {
 
 uint64_t check_index(const Lease& lease, int64_t index) {
   if (index < 0 || static_cast<uint64_t>(index) >= lease.num_arrivals)
-    fail(Code::kInvalidArgument, "arrival index ", index, " is not in 0 to ", lease.num_arrivals,
-         " - 1");
+    fail(Code::kInvalidArgument, "arrival index ", index,
+         " is not below the lease's num_arrivals=", lease.num_arrivals);
   return static_cast<uint64_t>(index);
 }
 

@@ -7,6 +7,54 @@ namespace py = pybind11;
 
 namespace kvxfer::bindings {
 
+namespace {
+
+const char* name_of(Exposure::State state) {
+  switch (state) {
+    case Exposure::State::kRunning:
+      return "running";
+    case Exposure::State::kDone:
+      return "done";
+    case Exposure::State::kFailed:
+      return "failed";
+    case Exposure::State::kDropped:
+      return "dropped";
+  }
+  return "unknown";
+}
+
+py::list registration(const RegionHandle& self) {
+  py::list out;
+  for (const ExposurePtr& each : self.region->exposures) {
+    const Exposure::State state = each->state();
+    const bool over = state != Exposure::State::kRunning;
+    out.append(py::make_tuple(each->transport, name_of(state), each->nbytes_done.load(),
+                              each->nbytes, over ? each->text() : std::string()));
+  }
+  return out;
+}
+
+void wait_registered(const RegionHandle& self, const Timeout& timeout_s) {
+  const int64_t deadline_ns = deadline_of(timeout_s);
+  const Region& region = *self.region;
+  for (const ExposurePtr& each : region.exposures) {
+    check_process(each->birth);
+    const Woken why = blocking(deadline_ns, [&](int64_t until_ns) { return each->wait(until_ns); });
+    if (why == Woken::kTimedOut)
+      raise(
+          make_exception(Code::kTimeout,
+                         cat(each->nbytes_done.load(), " of ", each->nbytes, " bytes of region '",
+                             region.name, "' are registered after ", *timeout_s, " s; it goes on"),
+                         0, each->transport, {}));
+    if (each->state() == Exposure::State::kDropped)
+      raise(Code::kInvalidArgument,
+            cat("region '", region.name, "' was deregistered before it was registered"));
+  }
+  check_reached(region);
+}
+
+}  // namespace
+
 void register_regions(py::module_& m) {
   py::class_<RegionHandle>(
       m, "Region", py::buffer_protocol(),
@@ -31,8 +79,13 @@ void register_regions(py::module_& m) {
           "GB/s at which the pages of allocated memory were filled.")
       .def_property_readonly(
           "backing", [](const RegionHandle& r) { return r.region->backing.text; },
-          "What allocated memory is made of, and which transports cannot reach the region, in "
-          "words.")
+          "What allocated memory is made of, in words.")
+      .def_property_readonly("registration", &registration,
+                             "A tuple for each transport that registers memory: its name, the "
+                             "state, the bytes that are registered, all of them, and in words "
+                             "what there is to say once it is over.")
+      .def("wait_registered", &wait_registered, py::arg("timeout_s"),
+           "Returns when no transport registers the region any more.")
       .def_property_readonly(
           "piece_offsets",
           [](const RegionHandle& r) {

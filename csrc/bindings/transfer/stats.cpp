@@ -41,7 +41,14 @@ py::dict stats(EngineHandle& self) {
     d["transport"] = transports_dict(peer.transports);
     peers[py::str(peer.incarnation)] = d;
   }
+  py::dict registration;
+  for (auto& [transport, r] : s.registration)
+    registration[py::str(transport)] =
+        py::dict(py::arg("regions") = r.regions, py::arg("running") = r.running,
+                 py::arg("failed") = r.failed, py::arg("nbytes") = r.nbytes,
+                 py::arg("nbytes_done") = r.nbytes_done);
   py::dict out;
+  out["registration"] = registration;
   out["peers"] = peers;
   out["transport"] = transports_dict(s.totals);
   out["transfers"] =

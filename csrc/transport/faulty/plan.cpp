@@ -121,6 +121,11 @@ Plan parse_plan(std::string_view text) {
     if (!seen.insert(key).second) refuse(word, "given twice");
     apply(plan, word, key, value);
   }
+  if (plan.text.empty())
+    fail(Code::kInvalidArgument,
+         "the transport 'faulty' is for tests and needs a plan of faults: "
+         "kvxfer.testing.faults.Way(name, 'faulty', 'wrap=tcp seed=1 drop=0.1').engine(...) makes "
+         "an engine with one");
   if (plan.wrap.empty() || plan.wrap == "faulty")
     fail(Code::kInvalidArgument, "faults: '", plan.text,
          "' does not say which transport to wrap; write wrap=tcp, for example");

@@ -32,6 +32,7 @@ class FaultyTransport final : public Transport, private Host {
   }
   void expose(const std::shared_ptr<Region>& region) override { below_->expose(region); }
   void withdraw(Region& region) noexcept override { below_->withdraw(region); }
+  void revoked(const Lease& lease) noexcept override { below_->revoked(lease); }
 
  private:
   Reactor& reactor() noexcept override { return host_->reactor(); }

@@ -9,6 +9,14 @@ namespace {
 constexpr size_t kMaxNameBytes = 256;
 }
 
+std::optional<Head> decode_handshake_head(ByteView bytes) {
+  const auto head = decode_head(bytes, kMaxHandshakeBytes);
+  if (!head || head->flags != 0 || head->body_nbytes != 0 || head->request != 0 ||
+      head->cancel_count != 0)
+    return {};
+  return head;
+}
+
 Bytes encode_hello(const Hello& hello) {
   return encode_frame({.type = Type::kHello}, [&](Writer& w) {
     w.u16(hello.min_version), w.u16(hello.max_version), w.u64(hello.features);
@@ -34,6 +42,7 @@ std::optional<Hello> decode_hello(ByteView control) {
   hello.self.host.net_ns = r.u64(), hello.self.host.pid_ns = r.u64();
   hello.self.host.uid = r.u32(), hello.self.host.pid = r.u32();
   if (!r.finished() || hello.min_version > hello.max_version || hello.num_lanes == 0) return {};
+  if (!is_printable(hello.self.name) || !is_printable(hello.self.address)) return {};
   return hello;
 }
 

@@ -17,6 +17,9 @@ inline constexpr std::string_view kAuthenticationFailed =
     "(without one, both must run as the same user with the same home)";
 inline constexpr uint32_t kMaxLanes = 8;  // bulk lanes, beside lane 0
 
+// As decode_head; in a handshake nothing else is said in a head than type and length.
+std::optional<Head> decode_handshake_head(ByteView bytes);
+
 struct Hello {
   uint16_t min_version = kVersion, max_version = kVersion;  // the answer: both are the choice
   uint64_t features = 0;

@@ -135,8 +135,8 @@ bool Incoming::read_frame() {
   for (;;) {
     if (have_ == buffer_.size()) {
       if (have_ > kHeadBytes) return true;
-      const auto head = decode_head(buffer_, kMaxHandshakeBytes);
-      if (!head || head->body_nbytes != 0) {
+      const auto head = decode_handshake_head(buffer_);
+      if (!head) {
         end("not a kvxfer handshake, or of another version", true);
         return false;
       }

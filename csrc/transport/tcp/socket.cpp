@@ -61,7 +61,7 @@ bool is_loopback(const sockaddr_storage& storage) {
 HostPort parse_address(const std::string& address) {
   const size_t colon = address.rfind(':');
   HostPort out;
-  bool ok = colon != std::string::npos;
+  bool ok = colon != std::string::npos && is_printable(address);
   if (ok) {
     out.host = address.substr(0, colon);
     if (out.host.size() >= 2 && out.host.front() == '[' && out.host.back() == ']')

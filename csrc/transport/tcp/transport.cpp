@@ -129,8 +129,8 @@ TcpTransport::Established TcpTransport::establish(const Dial& dial, const Patien
   auto read_frame = [&](Type expected) {
     frame.resize(kHeadBytes);
     read_exact(*lanes[0], frame, patience);
-    const auto head = decode_head(frame, kMaxHandshakeBytes);
-    if (!head || head->body_nbytes != 0)
+    const auto head = decode_handshake_head(frame);
+    if (!head)
       fail(Code::kTransport,
            "what listens there is not a kvxfer engine, or one of another version");
     frame.resize(kHeadBytes + head->control_nbytes);

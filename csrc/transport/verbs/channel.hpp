@@ -21,7 +21,18 @@
 namespace kvxfer::verbs {
 
 // What a completion belongs to: the kind in the upper byte of wr_id.
-enum class Work : uint8_t { kSend = 1, kReceive = 2, kRead = 3, kSendMarker = 4, kReadMarker = 5 };
+enum class Work : uint8_t {
+  kSend = 1,
+  kReceive = 2,
+  kRead = 3,
+  kSendMarker = 4,
+  kReadMarker = 5,
+  kWrite = 6,  // a chain of WRITEs
+  kWriteMarker = 7,
+  kWindow = 8,   // a bind, or an invalidation
+  kArrival = 9,  // the receive of a chain's immediate
+  kSinkMarker = 10,
+};
 constexpr uint64_t work_id(Work work, uint64_t number) {
   return uint64_t{static_cast<uint8_t>(work)} << 56 | (number & ((uint64_t{1} << 56) - 1));
 }

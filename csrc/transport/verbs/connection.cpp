@@ -19,22 +19,6 @@ constexpr int kMaxRounds = 16;
 constexpr size_t kMaxCompletions = 32;
 
 bool is_dead_chunk(const ChunkPtr& chunk) { return Incoming::is_dead(*chunk); }
-
-// Failures that one request's addresses or keys have caused; any other is the path's.
-bool is_requests_own(ibv_wc_status status) {
-  switch (status) {
-    case IBV_WC_LOC_LEN_ERR:
-    case IBV_WC_LOC_PROT_ERR:
-    case IBV_WC_LOC_QP_OP_ERR:
-    case IBV_WC_LOC_ACCESS_ERR:
-    case IBV_WC_REM_INV_REQ_ERR:
-    case IBV_WC_REM_ACCESS_ERR:
-    case IBV_WC_REM_OP_ERR:
-      return true;
-    default:
-      return false;
-  }
-}
 }  // namespace
 
 struct VerbsConnection::ChannelHandler final : FdHandler {
@@ -49,13 +33,19 @@ struct VerbsConnection::ChannelHandler final : FdHandler {
 };
 
 VerbsConnection::VerbsConnection(Host& host, const Devices& devices, bool by_nearness,
-                                 MemoryTable& memory)
+                                 MemoryTable& memory, std::string why_no_push)
     : Connection("verbs"),
       host_(host),
-      rails_(devices, by_nearness, Channel::num_entries(Channel::num_buffers(*devices[0]))),
+      why_no_push_(std::move(why_no_push)),
+      rails_(devices, by_nearness, Channel::num_entries(Channel::num_buffers(*devices[0])),
+             why_no_push_.empty()),
       channel_(devices[0], rails_[0].completions.get(), Channel::num_buffers(*devices[0])),
-      incoming_(channel_, rails_, memory, *this, host),
-      outgoing_(devices, channel_, rails_, memory, *this, host) {}
+      windows_(channel_, rails_, memory, *this, host,
+               [this](const Lease& lease, const Failure& failure) {
+                 incoming_.stop_pushes(lease, failure);
+               }),
+      incoming_(channel_, rails_, memory, windows_, *this, host),
+      outgoing_(devices, channel_, rails_, memory, *this, host, why_no_push_.empty()) {}
 
 VerbsConnection::~VerbsConnection() = default;
 
@@ -137,28 +127,35 @@ Cancelled VerbsConnection::cancel(const RequestPtr& request) noexcept {
   const Cancelled result = outgoing_.cancel(request, unanswered);
   if (unanswered && !answers_watched_.exchange(true, std::memory_order_relaxed))
     watch_answers(now_ns());
+  if (why_no_push_.empty()) host_.reactor().attend(self());  // its chains are not to be posted
   return result;
 }
 
 // ---------------------------------------------------------------- the progress thread
 
 bool VerbsConnection::take_completions(Rail& rail) {
-  ibv_wc completions[kMaxCompletions];
-  size_t n = 0;
-  while (n < kMaxCompletions && !rail.held.empty()) {
-    completions[n++] = rail.held.front();
-    rail.held.pop_front();
-  }
-  if (n == 0) {
+  if (rail.held.empty()) {
+    ibv_wc completions[kMaxCompletions];
     const int got = rail.completions.poll(completions);
     if (got < 0) {
       on_port_event(*rail.device, false, "ibv_poll_cq failed");
       return false;
     }
-    n = static_cast<size_t>(got);
+    rail.held.assign(completions, completions + got);
   }
-  for (size_t i = 0; i < n && !is_dead(); ++i) handle(rail, completions[i]);
+  // One by one out of the queue: whoever drains meanwhile takes what is his from the rest.
+  const size_t n = std::min(rail.held.size(), kMaxCompletions);
+  for (size_t i = 0; i < n && !is_dead() && !rail.held.empty(); ++i) {
+    const ibv_wc completion = rail.held.front();
+    rail.held.pop_front();
+    handle(rail, completion);
+  }
   if (std::exchange(rail.failed, false) && !is_dead()) break_pulls(rail, Why::kFailed);
+  if (rail.push && !is_dead()) {
+    if (std::exchange(rail.push->failed, false))
+      break_writer(rail, Why::kFailed, api().wc_status_str(rail.push->writes.first_error()));
+    if (std::exchange(rail.push->sink_failed, false)) replace_sink(rail);
+  }
   return n > 0;
 }
 
@@ -183,8 +180,15 @@ void VerbsConnection::handle(Rail& rail, const ibv_wc& completion) {
     }
     case Work::kRead:
       return on_read(rail, completion);
+    case Work::kWrite:
+      return on_written(rail, completion);
+    case Work::kWindow:
+    case Work::kArrival:
+    case Work::kSinkMarker:
+      return on_sink(rail, completion);
     case Work::kSendMarker:
     case Work::kReadMarker:
+    case Work::kWriteMarker:
       return;  // of a queue pair that is gone
   }
 }
@@ -234,12 +238,15 @@ void VerbsConnection::on_message(Type type, ByteView body) {
     case Type::kNewPuller:
     case Type::kSourceReady:
       return on_queue_pairs(type, body);
+    default:
+      sane = on_push_message(type, body);
+      break;
   }
   if (!sane) broken("a message that makes no sense");
 }
 
 void VerbsConnection::on_read(Rail& rail, const ibv_wc& completion) {
-  PullQueue::Outcome outcome = rail.pulls.on_completion(completion);
+  ChainQueue::Outcome outcome = rail.pulls.on_completion(completion);
   if (completion.status != IBV_WC_SUCCESS && outcome.is_mine) rail.failed = true;
   if (!outcome.done) return;
   // While the queue pair is being stopped, a flush may come before the NIC has put away what it was
@@ -286,6 +293,8 @@ bool VerbsConnection::step() {
     some |= incoming_.pull_one();
     some |= outgoing_.pull_one();
   }
+  if (why_no_push_.empty()) some |= step_pushes();
+  if (is_dead()) return true;
   bool any_in_flight = false;
   for (const auto& rail : rails_) {
     if (const int err = rail->pulls.post_error(); err != 0 && rail->pulls.is_open()) {
@@ -326,77 +335,6 @@ bool VerbsConnection::doze() {
   }
   // What came before it was armed rings no bell.
   return !step();
-}
-
-// Takes a rail's completions until these have come; what is not of its READs is kept for later.
-void VerbsConnection::drain(Rail& rail, std::initializer_list<uint64_t> markers) {
-  size_t missing = markers.size();
-  const int64_t until_ns = now_ns() + kFlushNs;
-  while (missing > 0 && now_ns() < until_ns) {
-    ibv_wc completions[kMaxCompletions];
-    const int n = rail.completions.poll(completions);
-    if (n < 0) return;
-    if (n == 0) std::this_thread::yield();
-    for (int i = 0; i < n; ++i) {
-      const ibv_wc& each = completions[i];
-      if (std::find(markers.begin(), markers.end(), each.wr_id) != markers.end())
-        --missing;
-      else if (work_of(each.wr_id) == Work::kRead)
-        on_read(rail, each);
-      else
-        rail.held.push_back(each);
-    }
-  }
-}
-
-void VerbsConnection::control_failed(const ibv_wc& completion) {
-  const bool lost = completion.status == IBV_WC_RETRY_EXC_ERR;
-  die({.code = lost ? Code::kPeerDisconnected : Code::kTransport,
-       .text = cat("the control queue pair on ", rails_[0].device->name(), " failed: ",
-                   api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
-                   ")", lost ? ": the peer's host or the network does not answer" : "")});
-}
-
-void VerbsConnection::broken(const char* what) {
-  die({.code = Code::kTransport, .text = cat("the peer broke the verbs protocol: ", what)});
-}
-
-// ERR first, so that everything posted comes back; then destroyed, after which neither NIC touches
-// our memory; then the requests end.
-void VerbsConnection::die(const Failure& cause) {
-  {
-    std::lock_guard lock(mutex_);
-    if (dead_.exchange(true, std::memory_order_relaxed)) return;
-  }
-  host_.reactor().cancel(gates_timer_);
-  const bool control_marked = channel_.stop();
-  for (const auto& rail : rails_) {
-    if (rail->token != 0) host_.reactor().remove(rail->token, rail->completions.fd());
-    host_.reactor().cancel(rail->retry);
-    if (rail->source) (void)stop_qp(rail->source.get());
-    rail->stopping = true;
-    const bool marked = rail->pulls.stop();
-    const uint64_t last_message = work_id(Work::kSendMarker, 0), last_read = rail->pulls.marker();
-    if (rail->number == 0 && control_marked)
-      marked ? drain(*rail, {last_message, last_read}) : drain(*rail, {last_message});
-    else if (marked)
-      drain(*rail, {last_read});
-  }
-  channel_.destroy();
-  for (const auto& rail : rails_) {
-    close_pulls(*rail);
-    rail->drop_source();
-    rail->held.clear();
-    rail->in_use.store(false, std::memory_order_relaxed);
-  }
-  incoming_.clear();
-  outgoing_.end_all(cause);
-  host_.lost(*this, cause);
-}
-
-void VerbsConnection::close(const Failure& cause) noexcept {
-  if (host_.reactor().on_thread()) return die(cause);
-  host_.reactor().post([self = self(), cause] { self->die(cause); });
 }
 
 }  // namespace kvxfer::verbs

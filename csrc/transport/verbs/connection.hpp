@@ -3,6 +3,8 @@
 // One verbs connection: messages over a control queue pair on its first rail (Channel), and READs
 // over the pull and source queue pairs of all its rails (rail.hpp).
 //
+// Where both engines push, writes under leases go through windows instead (push_pairs.cpp).
+//
 // A rail that fails is stopped, what it had in flight is posted on others, and it is used again
 // when a READ has come over fresh queue pairs (replace.cpp). The connection ends with its control
 // queue pair, or when no rail is left. docs/verbs.md has the protocol and what each completion
@@ -33,8 +35,12 @@ struct Ends {
 
 class VerbsConnection final : public Connection, public Pollable {
  public:
-  // Over these devices, in this order. Throws.
-  VerbsConnection(Host& host, const Devices& devices, bool by_nearness, MemoryTable& memory);
+  // Over these devices, in this order. `why_no_push`: why it neither pushes nor gives windows, or
+  // empty. Throws.
+  VerbsConnection(Host& host, const Devices& devices, bool by_nearness, MemoryTable& memory,
+                  std::string why_no_push);
+  // Whether devices have completion queues that are long enough for pushes; or why not.
+  static std::string refuse_push(const Devices& devices);
   ~VerbsConnection() override;
   Ends ends() const;  // as they were in the beginning, but for what concerns the word
   // `control`: the first route, with longer timeouts. Throws.
@@ -50,6 +56,7 @@ class VerbsConnection final : public Connection, public Pollable {
   Status post(const RequestPtr& request) noexcept override;
   Cancelled cancel(const RequestPtr& request) noexcept override;
   void close(const Failure& cause) noexcept override;
+  void lease_closed() noexcept;     // of any peer; any thread
   void join() noexcept override {}  // only the progress thread, which the engine joins, works here
   std::shared_ptr<Pollable> pollable() noexcept override { return self(); }
   bool poll() override;
@@ -63,6 +70,10 @@ class VerbsConnection final : public Connection, public Pollable {
     uint64_t chains = 0, nbytes = 0;
     uint32_t puller = 0;  // number of the queue pair that reads now
     bool in_use = false;
+    // What we have pushed; numbers of the queue pairs that push, and that take the peer's.
+    uint64_t chains_pushed = 0, nbytes_pushed = 0;
+    uint32_t pusher = 0, sink = 0;
+    bool pushing = false;
   };
   std::vector<Carried> carried() const;
 
@@ -108,13 +119,37 @@ class VerbsConnection final : public Connection, public Pollable {
   void on_new_source(Rail& rail, const QpHead& head);
   void on_new_puller(Rail& rail, const QpHead& head);
   void check_answers() noexcept;
+  void check_pushes();
   void check_gates();
   void watch_answers(int64_t when_ns);
   void watch_gates();
 
+  // push_pairs.cpp
+  bool on_push_message(Type type, ByteView body);
+  void on_written(Rail& rail, const ibv_wc& completion);
+  void on_sink(Rail& rail, const ibv_wc& completion);
+  bool step_pushes();
+  bool make_sinks(std::string& why_not);
+  void replace_sink(Rail& rail);
+  void stop_sink(Rail& rail);
+  void stop_writer(Rail& rail);
+  void break_writer(Rail& rail, Why why, const std::string& what);
+  void ask_for_sink(Rail& rail);
+  void note_break(Rail& rail, const std::string& what);
+  void tell_credit(Rail& rail, Type type, const std::vector<uint32_t>& held);
+  bool on_ask_window(ByteView body);
+  bool on_new_sink(ByteView body);
+  bool on_new_pusher(ByteView body);
+  bool on_sink_ready(ByteView body);
+  void look_at_windows();
+  void on_push_port(Rail& rail, bool up);
+  void stop_pushes();  // the connection dies
+
   Host& host_;
+  const std::string why_no_push_;
   Rails rails_;
   Channel channel_;
+  Windows windows_;
   Incoming incoming_;
   Outgoing outgoing_;
   uint64_t peer_word_ = 0;
@@ -124,10 +159,13 @@ class VerbsConnection final : public Connection, public Pollable {
   std::mutex mutex_;  // dead_ changes under it, so that close() and start() agree
   std::atomic<bool> dead_{false};
   std::atomic<bool> answers_watched_{false};  // check_answers() is due
+  // A lease has ended, of which there may be a window. Written by who ended it, before it wakes the
+  // progress thread, which reads it: relaxed would do, since the gate itself is what is looked at.
+  std::atomic<bool> look_at_gates_{false};
 
   // Progress thread only.
-  bool gates_watched_ = false;
-  Reactor::TimerId gates_timer_ = Reactor::kNoTimer;
+  bool gates_watched_ = false, windows_watched_ = false;
+  Reactor::TimerId gates_timer_ = Reactor::kNoTimer, windows_timer_ = Reactor::kNoTimer;
   Bytes body_;
 };
 

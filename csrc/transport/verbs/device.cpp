@@ -3,7 +3,6 @@
 #include "transport/verbs/device.hpp"
 
 #include <fcntl.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -14,6 +13,7 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "transport/verbs/memlock.hpp"
 #include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
@@ -211,17 +211,10 @@ MrPtr Device::register_memory(void* base, size_t nbytes, int access,
   if (mr) return mr;
   const int err = errno;
   std::string hint;
-  if (err == ENOMEM || err == EPERM) {
-    rlimit limit{};
-    ::getrlimit(RLIMIT_MEMLOCK, &limit);
-    hint = limit.rlim_cur == RLIM_INFINITY
-               ? "; the locked-memory limit is none: the device has no room, or memory is short"
-               : cat("; the locked-memory limit is ", limit.rlim_cur,
-                     " bytes for all that this user pins: raise it (ulimit -l, "
-                     "LimitMEMLOCK=, --ulimit memlock=-1)");
-  } else if (err == EFAULT || err == EOPNOTSUPP) {
+  if (err == ENOMEM || err == EPERM || err == EAGAIN)
+    hint = "; " + explain_memlock(memlock_now(), nbytes);
+  else if (err == EFAULT || err == EOPNOTSUPP)
     hint = "; memory of a GPU or of a device file cannot be registered by its address";
-  }
   throw Error(Code::kRegistration,
               cat("ibv_reg_mr(", what, ", ", nbytes, " bytes, access ", access, ") on ", name_,
                   " failed: ", errno_text(err), hint),
@@ -229,14 +222,18 @@ MrPtr Device::register_memory(void* base, size_t nbytes, int access,
 }
 
 Registration::Registration(Devices devices, void* base, size_t nbytes, int access,
-                           const std::string& what)
+                           const std::string& what, const Step& step)
     : devices_(std::move(devices)) {
   for (const auto& device : devices_) {
     // One that is there twice has several queue pairs.
-    if (device->is_lost() || lkeys_[device->index()] != 0) continue;
-    mrs_.push_back(device->register_memory(base, nbytes, access, what));
-    lkeys_[device->index()] = mrs_.back()->lkey;
-    rkeys_[device->index()] = mrs_.back()->rkey;
+    if (!device->is_lost() && lkeys_[device->index()] == 0) {
+      const int allowed = device->has_windows() ? access : access & ~IBV_ACCESS_MW_BIND;
+      mrs_.push_back(device->register_memory(base, nbytes, allowed, what));
+      by_device_[device->index()] = mrs_.back().get();
+      lkeys_[device->index()] = mrs_.back()->lkey;
+      rkeys_[device->index()] = mrs_.back()->rkey;
+    }
+    if (step) step(nbytes);
   }
 }
 

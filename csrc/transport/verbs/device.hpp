@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -41,6 +42,10 @@ class Device {
   const PortAddress& address() const noexcept { return address_; }
   size_t index() const noexcept { return index_; }  // in what open_all() gave
   int node() const noexcept { return node_; }       // NUMA node, or kNoNode
+  // Of type 2B, which belong to one queue pair.
+  bool has_windows() const noexcept {
+    return (limits_.device_cap_flags & IBV_DEVICE_MEM_WINDOW_TYPE_2B) != 0 && limits_.max_mw > 0;
+  }
   // Whether new connections may use it. Written by the thread that hears of events; relaxed: who
   // comes too late finds a port that does not answer.
   bool is_up() const noexcept { return up_.load(std::memory_order_relaxed) && !is_lost(); }
@@ -76,14 +81,21 @@ using Keys = std::array<uint32_t, kMaxRails>;
 // Memory that is registered with every device, and stays so until this goes.
 class Registration {
  public:
-  // Throws RegistrationError. What a device that was lost would have is 0.
-  Registration(Devices devices, void* base, size_t nbytes, int access, const std::string& what);
+  // Told of the bytes that each device has registered, or need not; may throw, which undoes all.
+  using Step = std::function<void(uint64_t nbytes)>;
+  // Throws RegistrationError. What a device that was lost would have is 0. The right to bind
+  // windows is left out where a device has none.
+  Registration(Devices devices, void* base, size_t nbytes, int access, const std::string& what,
+               const Step& step = {});
   const Keys& lkeys() const noexcept { return lkeys_; }
   const Keys& rkeys() const noexcept { return rkeys_; }  // by Device::index() as well
+  // Null where that device was lost.
+  ibv_mr* on(const Device& device) const noexcept { return by_device_[device.index()]; }
 
  private:
   const Devices devices_;
   Keys lkeys_{}, rkeys_{};
+  std::array<ibv_mr*, kMaxRails> by_device_{};
   std::vector<MrPtr> mrs_;
 };
 

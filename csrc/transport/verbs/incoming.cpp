@@ -51,6 +51,8 @@ void Incoming::left(const JobPtr& job) {
 void Incoming::settle(const JobPtr& job) {
   if (job->num_inside > 0) return;
   if (!job->stopping) {
+    if (job->pushed && job->announced == job->nbytes && arrived_[job->ticket.slot].is_complete())
+      job->done = job->nbytes;
     if (job->done == job->nbytes && !job->granted) finish(job);
     return;
   }
@@ -81,7 +83,7 @@ void Incoming::finish(const JobPtr& job) {
 bool Incoming::take(const JobPtr& job, const std::vector<Segment>& segments,
                     const KeyRowsPtr& rows) {
   uint64_t sum = 0;  // at most some thousand x 2^32: no overflow
-  const bool pulled = job->op == Op::kWrite && !job->staged;
+  const bool pulled = job->op == Op::kWrite && !job->staged && !job->pushed;
   targets_.clear();
   for (const Segment& segment : segments) {
     if (pulled && (!rows || segment.row >= rows->size())) return false;
@@ -98,6 +100,11 @@ bool Incoming::take(const JobPtr& job, const std::vector<Segment>& segments,
   job->num_segments += segments.size();
   if (job->granted) {
     grant(*job, segments);
+    return true;
+  }
+  if (job->pushed) {
+    ask(*job);
+    settle(job);
     return true;
   }
   for (const Segment& segment : segments) job->window.push_back({segment, rows});
@@ -142,18 +149,32 @@ bool Incoming::on_request(ByteView body) {
   job->op = static_cast<Op>(head.op);
   job->nbytes = head.nbytes;
   job->staged = (head.flags & kStaged) != 0;
+  job->pushed = (head.flags & kPushed) != 0;
+  if (job->pushed && (job->op != Op::kWrite || job->staged || job->nbytes == 0 ||
+                      head.lease.id == 0 || !rails_[0].push))
+    return false;
   job->arrival.has_notify = (head.flags & kHasNotify) != 0;
   job->arrival.has_arrival = (head.flags & kHasArrival) != 0;
   job->arrival.notify.assign(notify.begin(), notify.end());
   job->arrival.arrival = head.arrival;
   job->arrival.nbytes = head.nbytes;
   jobs_[head.ticket.slot] = job;
+  // Its first chains may have come before it.
+  const uint32_t generation = head.ticket.generation % Immediate::kGenerations;
+  if (arrived_[head.ticket.slot].generation != generation)
+    arrived_[head.ticket.slot].begin(generation);
   if (job->op != Op::kNotify || head.lease.id != 0) {
     const Access access{job->op, head.region, head.lease, job->arrival.number()};
     if (auto failure = host_.admit(connection_, access, job->landing)) {
       stop(job, std::move(failure));
       return true;
     }
+  }
+  if (job->pushed) {
+    if (windows_.is_open(head.lease.id)) return take(job, segments_, rows);
+    stop(job, Failure{.code = Code::kTransport,
+                      .text = "its lease has no window that it could be pushed through"});
+    return true;
   }
   if (job->nbytes > 0) job->memory = memory_.find(job->landing.region->id);
   if (job->op == Op::kWrite && job->nbytes > 0 && !job->staged && !job->memory) {
@@ -194,6 +215,7 @@ bool Incoming::on_abort(ByteView body) {
 void Incoming::clear() {
   again_.clear();
   jobs_.assign(kNumSlots, nullptr);
+  arrived_.assign(kNumSlots, {});
   pulling_.clear();
   serving_.clear();
   accepted_late_.clear();

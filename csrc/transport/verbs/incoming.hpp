@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // The peer's requests, judged and then carried out by us, who own the memory: a write is pulled
-// out of the initiator's memory by RDMA READs, a read is granted. Progress thread only.
+// out of the initiator's memory by RDMA READs, or comes through a window; a read is granted.
+// Progress thread only.
 //
 // Gates are entered when a chain is posted and left at its completion, so revoking waits for our
 // own NIC and nobody else; where it does not answer, Connection stops the queue pair.
@@ -17,6 +18,7 @@
 #include "transport/verbs/key_rows.hpp"
 #include "transport/verbs/memory.hpp"
 #include "transport/verbs/rail.hpp"
+#include "transport/verbs/windows.hpp"
 
 namespace kvxfer::verbs {
 
@@ -28,6 +30,7 @@ struct Job {
   RegionMemoryPtr memory;  // of landing.region; kept from leaving while the NIC may need it
   bool staged = false;     // its bytes come, or go, in messages
   bool granted = false;    // a read that the peer pulls
+  bool pushed = false;     // a write whose bytes come through a window
   uint64_t nbytes = 0;
   uint64_t announced = 0;     // bytes of all segments that came
   uint64_t done = 0;          // bytes that landed, or were sent
@@ -46,15 +49,33 @@ struct Job {
 };
 using JobPtr = std::shared_ptr<Job>;
 
+// Which chains of a pushed write have landed: a bitmap, so that one that is told twice counts once.
+// One for each slot, since an immediate may overtake the request that it belongs to.
+struct Arrived {
+  uint32_t generation = 0;  // modulo Immediate::kGenerations
+  std::vector<uint64_t> chains;
+  uint32_t num = 0, total = 0;  // total: 0 as long as the last one has not come
+
+  void begin(uint32_t of_generation) noexcept;
+  void add(const Immediate& immediate);
+  bool has(uint32_t chain) const noexcept {
+    return chain / 64 < chains.size() && (chains[chain / 64] >> (chain % 64) & 1) != 0;
+  }
+  bool is_complete() const noexcept { return total > 0 && num == total; }
+};
+
 class Incoming {
  public:
-  Incoming(Channel& channel, Rails& rails, MemoryTable& memory, Connection& connection, Host& host)
+  Incoming(Channel& channel, Rails& rails, MemoryTable& memory, const Windows& windows,
+           Connection& connection, Host& host)
       : channel_(channel),
         rails_(rails),
         memory_(memory),
+        windows_(windows),
         connection_(connection),
         host_(host),
         jobs_(kNumSlots),
+        arrived_(kNumSlots),
         rows_(rails) {}
 
   // False: the peer broke the protocol, and its connection must end.
@@ -77,6 +98,10 @@ class Incoming {
   static bool waits_for_gate(const Chunk& chunk, int64_t ns) noexcept;
   // READs of requests that have been stopped may still store: nothing else may begin.
   bool held_back() const noexcept { return num_dead_inside_ > 0; }
+  // Pushed writes: a chain has landed; which of these have; a lease's are over.
+  void on_arrival(const Immediate& immediate);
+  std::vector<uint32_t> held(const std::vector<uint32_t>& immediates) const;
+  void stop_pushes(const Lease& lease, const Failure& failure);
   // Notifications that a caller has brought in who was lent the work: told when it comes back.
   void tell_late();
   void clear();  // when the NIC touches nothing any more
@@ -99,10 +124,12 @@ class Incoming {
   Channel& channel_;
   Rails& rails_;
   MemoryTable& memory_;
+  const Windows& windows_;
   Connection& connection_;
   Host& host_;
 
-  std::vector<JobPtr> jobs_;  // by slot; null: it is free
+  std::vector<JobPtr> jobs_;      // by slot; null: it is free
+  std::vector<Arrived> arrived_;  // by slot
   std::deque<JobPtr> pulling_, serving_;
   std::deque<ChunkPtr> again_;    // flushed, to be posted before anything else
   uint32_t num_dead_inside_ = 0;  // chunks in flight of requests that have been stopped

@@ -92,8 +92,8 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
     devices.push_back(devices_[pair.local]);
     routes.push_back(route_to(*devices.back(), pair.path, remote[pair.remote], num_pairs));
   }
-  auto connection =
-      std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(), memory_);
+  auto connection = std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(),
+                                                      memory_, why_no_push(devices));
   connection->note_unpaired(unpaired);
   const Ends ends = connection->ends();
   Bytes question;
@@ -214,8 +214,8 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
   std::vector<Route> routes;
   for (size_t i = 0; i < pairs.size(); ++i)
     routes.push_back(route_to(*devices[i], pairs[i].path, remotes[i], num_ports));
-  auto connection =
-      std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(), memory_);
+  auto connection = std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(),
+                                                      memory_, why_no_push(devices));
   connection->connect(routes, route_to(*devices[0], pairs[0].path, remotes[0], 1), theirs,
                       session.peer.incarnation);
   const Ends ends = connection->ends();

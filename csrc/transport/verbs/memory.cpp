@@ -9,69 +9,202 @@
 #include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
+namespace {
+
+// Thrown between two calls of the device: nobody wants the region any more.
+struct Stopped {};
+
+// No right to write for anybody but this process's own NICs; a peer's writes need a window.
+int access_to(const Region& region, bool windows) {
+  return (region.writable ? IBV_ACCESS_LOCAL_WRITE : 0) |
+         (region.shareable ? IBV_ACCESS_REMOTE_READ : 0) |
+         (windows && region.writable && region.shareable ? IBV_ACCESS_MW_BIND : 0);
+}
+
+}  // namespace
 
 WordMemory::WordMemory(const Devices& devices, std::shared_ptr<ExportedWords> words)
     : words_(std::move(words)),
       registration_(devices, const_cast<std::byte*>(words_->base()), ExportedWords::kBytes,
                     IBV_ACCESS_REMOTE_READ, "the words of leases and regions") {}
 
-RegionMemory::RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words,
-                           const Region& region)
+RegionMemory::RegionMemory(std::shared_ptr<WordMemory> words, const Region& region,
+                           uint64_t max_part, bool windows)
     : words_(std::move(words)),
+      name_(region.name),
       readable_(region.shareable),
-      pieces_(region.pieces),
-      keep_(region.keep) {
-  // No right to write for anybody but this process's own NICs: memory is written only by its owner.
-  const int access = (region.writable ? IBV_ACCESS_LOCAL_WRITE : 0) |
-                     (region.shareable ? IBV_ACCESS_REMOTE_READ : 0);
-  NodeOfMemory nodes;
-  for (size_t i = 0; i < pieces_.size(); ++i) {
-    const std::string what = pieces_.size() == 1
-                                 ? cat("region '", region.name, "'")
-                                 : cat("piece ", i, " of region '", region.name, "'");
-    registrations_.push_back(
-        std::make_unique<Registration>(devices, pieces_[i].base, pieces_[i].nbytes, access, what));
-    nodes.look_at(pieces_[i].base, pieces_[i].nbytes);  // pinned by now, so its pages are there
-  }
-  node_ = nodes.node();
+      shares_(!region.shareable || !region.require_lease),
+      access_(access_to(region, windows)),
+      keep_(region.keep),
+      node_(kNoNode) {
+  for (const Piece& piece : region.pieces)
+    for (uint64_t skip = 0; skip < piece.nbytes; skip += max_part)
+      parts_.push_back(
+          {piece.base + skip, piece.offset + skip, std::min(max_part, piece.nbytes - skip)});
 }
 
 RegionMemory::~RegionMemory() = default;
 
-RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexcept {
-  size_t i = 0;
-  if (pieces_.size() > 1) {
-    const auto after =
-        std::upper_bound(pieces_.begin(), pieces_.end(), offset,
-                         [](uint64_t value, const Piece& piece) { return value < piece.offset; });
-    i = static_cast<size_t>(after - pieces_.begin()) - 1;
+Range RegionMemory::range_of(size_t part) const noexcept {
+  return {parts_[part].base, parts_[part].nbytes, access_};
+}
+
+void RegionMemory::complete(const Devices& devices, RangeCache& cache,
+                            const Registration::Step& step) {
+  NodeOfMemory nodes;
+  registrations_.reserve(parts_.size());  // so that what was taken is always known to leave()
+  try {
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const Piece& part = parts_[i];
+      RegistrationPtr registration = shares_ ? cache.take(range_of(i)) : nullptr;
+      if (registration) {
+        registrations_.push_back(std::move(registration));
+        step(part.nbytes * devices.size());
+      } else {
+        const std::string what = parts_.size() == 1 ? cat("region '", name_, "'")
+                                                    : cat("part ", i, " of region '", name_, "'");
+        registrations_.push_back(std::make_shared<const Registration>(
+            devices, part.base, part.nbytes, access_, what, step));
+        if (shares_) cache.put(range_of(i), registrations_.back());
+      }
+      nodes.look_at(part.base, part.nbytes);  // pinned by now, so its pages are there
+    }
+  } catch (...) {
+    leave(cache);
+    registrations_.clear();
+    throw;
   }
-  const Piece& piece = pieces_[i];
-  const uint64_t skip = offset - piece.offset;
-  return {piece.base + skip,
-          static_cast<uint32_t>(std::min({nbytes, piece.nbytes - skip, uint64_t{kMaxRunBytes}})),
+  node_ = nodes.node();
+}
+
+void RegionMemory::leave(RangeCache& cache) noexcept {
+  if (!shares_) return;
+  for (size_t i = 0; i < registrations_.size(); ++i) cache.leave(range_of(i), registrations_[i]);
+}
+
+size_t RegionMemory::part_at(uint64_t offset) const noexcept {
+  if (parts_.size() == 1) return 0;
+  const auto after =
+      std::upper_bound(parts_.begin(), parts_.end(), offset,
+                       [](uint64_t value, const Piece& part) { return value < part.offset; });
+  return static_cast<size_t>(after - parts_.begin()) - 1;
+}
+
+RegionMemory::Hull RegionMemory::hull(uint64_t offset, uint64_t nbytes) const noexcept {
+  const size_t i = part_at(offset);
+  const Piece& part = parts_[i];
+  const uint64_t skip = offset - part.offset;
+  if (nbytes > part.nbytes - skip) return {};
+  return {part.base + skip, registrations_[i].get()};
+}
+
+RegionMemory::Run RegionMemory::at(uint64_t offset, uint64_t nbytes) const noexcept {
+  const size_t i = part_at(offset);
+  const Piece& part = parts_[i];
+  const uint64_t skip = offset - part.offset;
+  return {part.base + skip,
+          static_cast<uint32_t>(std::min({nbytes, part.nbytes - skip, uint64_t{kMaxRunBytes}})),
           registrations_[i].get()};
 }
 
-void MemoryTable::add(const Region& region) {
-  std::shared_ptr<WordMemory> words;
-  if (const auto& exported = region.gate.word().words()) {
-    std::lock_guard lock(words_mutex_);
-    words = words_.lock();
-    if (!words) words_ = words = std::make_shared<WordMemory>(devices_, exported);
+// Registers one region, here and now or on the registrar's thread.
+class MemoryTable::Adding final : public Registrar::Job {
+ public:
+  Adding(MemoryTable& table, uint64_t region, std::shared_ptr<RegionMemory> memory,
+         ExposurePtr exposure, Describe describe)
+      : table_(table),
+        region_(region),
+        memory_(std::move(memory)),
+        exposure_(std::move(exposure)),
+        describe_(std::move(describe)) {}
+
+  void run(const std::atomic<bool>& stop) noexcept override {
+    try {
+      memory_->complete(table_.devices_, table_.cache_, [&](uint64_t nbytes) {
+        exposure_->nbytes_done.fetch_add(nbytes, std::memory_order_relaxed);
+        if (stop.load(std::memory_order_relaxed)) throw Stopped{};
+      });
+      std::string text = describe_(*memory_);
+      table_.show(region_, std::move(memory_));
+      exposure_->end(Exposure::State::kDone, std::move(text));
+    } catch (const Stopped&) {
+      drop();
+    } catch (const Error& error) {
+      const uint64_t done = exposure_->nbytes_done.exchange(0, std::memory_order_relaxed);
+      exposure_->end(Exposure::State::kFailed,
+                     done == 0 ? std::string(error.what())
+                               : cat(error.what(), "; it came after ", done, " of ",
+                                     exposure_->nbytes, " bytes, which were given back"),
+                     error.err);
+    } catch (const std::exception& error) {  // no memory for a list
+      exposure_->end(Exposure::State::kFailed, error.what());
+    }
   }
-  auto memory = std::make_shared<const RegionMemory>(devices_, words, region);
+  void drop() noexcept override {
+    exposure_->nbytes_done.store(0, std::memory_order_relaxed);
+    exposure_->end(Exposure::State::kDropped);
+  }
+
+ private:
+  MemoryTable& table_;
+  const uint64_t region_;
+  std::shared_ptr<RegionMemory> memory_;
+  const ExposurePtr exposure_;
+  const Describe describe_;
+};
+
+void MemoryTable::open(Devices devices, uint64_t background, uint64_t max_part, bool windows) {
+  windows_ = windows;
+  devices_ = std::move(devices);
+  background_ = background;
+  max_part_ = max_part;
+  for (const auto& device : devices_)
+    if (const uint64_t limit = device->limits().max_mr_size; limit > 0)
+      max_part_ = std::min(max_part_, limit);
+}
+
+std::shared_ptr<WordMemory> MemoryTable::words_of(const Region& region) {
+  const auto& exported = region.gate.word().words();
+  if (!exported) return nullptr;
+  std::lock_guard lock(words_mutex_);
+  auto words = words_.lock();
+  if (!words) words_ = words = std::make_shared<WordMemory>(devices_, exported);
+  return words;
+}
+
+void MemoryTable::add(Region& region, Describe describe) {
+  const auto exposure =
+      std::make_shared<Exposure>("verbs", region.nbytes * uint64_t{devices_.size()});
+  region.exposures.push_back(exposure);
+  std::shared_ptr<RegionMemory> memory;
+  try {
+    memory = std::make_shared<RegionMemory>(words_of(region), region, max_part_, windows_);
+  } catch (const Error& error) {
+    return exposure->end(Exposure::State::kFailed, error.what(), error.err);
+  }
+  auto job =
+      std::make_unique<Adding>(*this, region.id, std::move(memory), exposure, std::move(describe));
+  if (exposure->nbytes > background_) return registrar_.submit(region.id, std::move(job));
+  const std::atomic<bool> never{false};
+  job->run(never);
+}
+
+void MemoryTable::show(uint64_t region, std::shared_ptr<RegionMemory> memory) {
   std::lock_guard lock(mutex_);
-  regions_[region.id] = std::move(memory);
+  regions_[region] = std::move(memory);
 }
 
 void MemoryTable::remove(uint64_t region) noexcept {
-  RegionMemoryPtr last;  // deregistered after the lock
-  std::lock_guard lock(mutex_);
-  if (auto it = regions_.find(region); it != regions_.end()) {
+  registrar_.drop(region);             // from here on nobody shows it
+  std::shared_ptr<RegionMemory> last;  // deregistered after the lock
+  {
+    std::lock_guard lock(mutex_);
+    const auto it = regions_.find(region);
+    if (it == regions_.end()) return;
     last = std::move(it->second);
     regions_.erase(it);
   }
+  last->leave(cache_);
 }
 
 RegionMemoryPtr MemoryTable::find(uint64_t region) const noexcept {
@@ -81,9 +214,13 @@ RegionMemoryPtr MemoryTable::find(uint64_t region) const noexcept {
 }
 
 void MemoryTable::clear() noexcept {
-  std::unordered_map<uint64_t, RegionMemoryPtr> last;
-  std::lock_guard lock(mutex_);
-  last.swap(regions_);
+  registrar_.stop();
+  std::unordered_map<uint64_t, std::shared_ptr<RegionMemory>> last;
+  {
+    std::lock_guard lock(mutex_);
+    last.swap(regions_);
+  }
+  for (const auto& [region, memory] : last) memory->leave(cache_);
 }
 
 }  // namespace kvxfer::verbs

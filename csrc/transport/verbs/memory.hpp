@@ -1,8 +1,10 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// Registered memory: what the NICs may touch of our regions, and the cache of it by region.
+// Registered memory: what the NICs may touch of our regions, and the table of it by region.
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -11,6 +13,8 @@
 
 #include "transport/region.hpp"
 #include "transport/verbs/device.hpp"
+#include "transport/verbs/range_cache.hpp"
+#include "transport/verbs/registrar.hpp"
 
 namespace kvxfer::verbs {
 
@@ -31,13 +35,22 @@ class WordMemory {
 // Longer runs are cut here, so that a length fits a work request of any device.
 inline constexpr uint32_t kMaxRunBytes = 1u << 30;
 
-// A region's registrations, one a piece. Immutable; alive as long as a request of ours or of a peer
-// needs it, so that a region that leaves never breaks a queue pair.
+// A region's registrations, one a piece, or a part of a long one. Immutable once it is complete;
+// alive as long as a request of ours or of a peer needs it, so that a region that leaves never
+// breaks a queue pair.
 class RegionMemory {
  public:
-  // Throws RegistrationError.
-  RegionMemory(const Devices& devices, std::shared_ptr<WordMemory> words, const Region& region);
+  // Nothing is registered yet. `max_part`: bytes of one registration; `windows`: they
+  // may be bound to it.
+  RegionMemory(std::shared_ptr<WordMemory> words, const Region& region, uint64_t max_part,
+               bool windows);
   ~RegionMemory();
+
+  // Registers every part, or takes it from the cache. Throws RegistrationError or what `step`
+  // throws, and then nothing is left of it.
+  void complete(const Devices& devices, RangeCache& cache, const Registration::Step& step);
+  // The region goes, or does not come: nobody else is given what it has.
+  void leave(RangeCache& cache) noexcept;
 
   struct Run {
     std::byte* base;
@@ -46,6 +59,13 @@ class RegionMemory {
   };
   // The first contiguous part of [offset, offset + nbytes), which the caller has checked.
   Run at(uint64_t offset, uint64_t nbytes) const noexcept;
+  // All of [offset, offset + nbytes), which the caller has checked, where it lies in one piece;
+  // else `registration` is null.
+  struct Hull {
+    std::byte* base = nullptr;
+    const Registration* registration = nullptr;
+  };
+  Hull hull(uint64_t offset, uint64_t nbytes) const noexcept;
   // False: no peer may read it (share="never"); its bytes go through messages.
   bool readable() const noexcept { return readable_; }
   // Null where there are none.
@@ -53,11 +73,16 @@ class RegionMemory {
   int node() const noexcept { return node_; }  // where its pages are, or kNoNode
 
  private:
+  Range range_of(size_t part) const noexcept;
+  size_t part_at(uint64_t offset) const noexcept;
+
   const std::shared_ptr<WordMemory> words_;
-  const bool readable_;
-  const std::vector<Piece> pieces_;
-  const std::shared_ptr<void> keep_;  // what the pieces lie in
-  std::vector<std::unique_ptr<Registration>> registrations_;
+  const std::string name_;
+  const bool readable_, shares_;
+  const int access_;
+  std::vector<Piece> parts_;
+  const std::shared_ptr<void> keep_;  // what the parts lie in
+  std::vector<RegistrationPtr> registrations_;
   int node_;
 };
 using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
@@ -65,19 +90,34 @@ using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
 // By region. Any thread.
 class MemoryTable {
  public:
-  void open(Devices devices) { devices_ = std::move(devices); }
-  void add(const Region& region);  // throws RegistrationError
+  // `background`: with more bytes to register than that, over all devices, a region is registered
+  // by a thread of the table. `windows`: they may be bound to what is added.
+  void open(Devices devices, uint64_t background, uint64_t max_part, bool windows);
+  // Small ones are registered when this returns, or have failed; see region.exposures. `describe`
+  // has the words about one that is done.
+  using Describe = std::function<std::string(const RegionMemory&)>;
+  void add(Region& region, Describe describe);
   // Nothing that is asked for from here on gets it; registrations go with the last that uses them.
+  // Waits for at most one call of the device that registers a part of it.
   void remove(uint64_t region) noexcept;
+  // Null: it is not registered, or not yet.
   RegionMemoryPtr find(uint64_t region) const noexcept;
-  void clear() noexcept;
+  void clear() noexcept;  // and nothing comes any more
 
  private:
+  class Adding;
+  std::shared_ptr<WordMemory> words_of(const Region& region);
+  void show(uint64_t region, std::shared_ptr<RegionMemory> memory);
+
   Devices devices_;
+  uint64_t background_ = 0, max_part_ = 0;
+  RangeCache cache_;
+  bool windows_ = false;
   mutable std::mutex mutex_;  // not held while memory is registered, which may take seconds
-  std::unordered_map<uint64_t, RegionMemoryPtr> regions_;
+  std::unordered_map<uint64_t, std::shared_ptr<RegionMemory>> regions_;
   std::mutex words_mutex_;
   std::weak_ptr<WordMemory> words_;
+  Registrar registrar_;  // last: its jobs use what is above
 };
 
 }  // namespace kvxfer::verbs

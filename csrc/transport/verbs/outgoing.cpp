@@ -4,7 +4,6 @@
 #include "transport/verbs/outgoing.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "common/clock.hpp"
@@ -12,7 +11,7 @@
 namespace kvxfer::verbs {
 
 Outgoing::Outgoing(const Devices& devices, Channel& channel, Rails& rails, MemoryTable& memory,
-                   Connection& connection, Host& host)
+                   Connection& connection, Host& host, bool push)
     : channel_(channel),
       rails_(rails),
       memory_(memory),
@@ -22,13 +21,14 @@ Outgoing::Outgoing(const Devices& devices, Channel& channel, Rails& rails, Memor
       words_registration_(devices, words_.data(), words_.size() * sizeof(words_[0]),
                           IBV_ACCESS_LOCAL_WRITE, "words of reads"),
       flights_(kNumSlots),
-      rows_(rails) {}
+      rows_(rails),
+      push_(push) {}
 
 // What the owner must know of the next bytes: for a pulled write, where they are as well.
 void Outgoing::next_segments(const Request& request, Flight& flight, std::vector<Segment>& out) {
   out.clear();
   rows_.clear();
-  const bool pulled = request.op == Op::kWrite && flight.memory;
+  const bool pulled = request.op == Op::kWrite && flight.memory && !flight.window;
   while (out.size() < kMaxSegments && !rows_.full() && flight.span < request.spans.size()) {
     const Span& span = request.spans[flight.span];
     Segment segment{0, span.remote + flight.offset, 0, 0};
@@ -62,42 +62,70 @@ uint64_t Outgoing::span_of(const Request& request, const RegionMemory* memory,
   return kNoSpan;
 }
 
+// How its bytes go: through this window, if it may be null and they fit in; or else as they can.
+void Outgoing::route(const Request& request, Flight& flight, std::shared_ptr<PushWindow> window) {
+  if (window && window->state == PushWindow::State::kOpen &&
+      fits(request, *flight.memory, *window)) {
+    flight.window = std::move(window);
+    return;
+  }
+  flight.window = nullptr;
+  if (flight.memory && request.op == Op::kWrite && !flight.memory->readable())
+    flight.memory = nullptr;
+  flight.staged = request.nbytes > 0 && !flight.memory;
+}
+
+// The request and its first segments. `may_wait`: where there is no room it is sent later.
+Sent Outgoing::send_request(Ticket ticket, const Request& request, Flight& flight, bool may_wait) {
+  RequestHead head;
+  head.ticket = ticket;
+  head.op = static_cast<uint32_t>(request.op);
+  head.notify_nbytes = static_cast<uint32_t>(request.notify.size());
+  head.nbytes = request.nbytes;
+  head.region = request.remote;
+  head.lease = request.lease;
+  head.arrival = request.arrival;
+  if (request.has_notify) head.flags |= kHasNotify;
+  if (request.has_arrival) head.flags |= kHasArrival;
+  if (flight.staged) head.flags |= kStaged;
+  if (flight.window) head.flags |= kPushed;
+  next_segments(request, flight, segments_);
+  head.num_segments = static_cast<uint32_t>(segments_.size());
+  head.num_rows = rows_.num();
+  const auto parts = {view_of(head), ByteView(request.notify), rows_.bytes(),
+                      view_of(std::span<const Segment>(segments_))};
+  if (!may_wait) return channel_.try_message(Type::kRequest, parts);
+  channel_.message(Type::kRequest, parts);
+  return Sent::kSent;
+}
+
 Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   RegionMemoryPtr memory;
   if (request->nbytes > 0 && request->local) memory = memory_.find(request->local->id);
-  if (memory && request->op == Op::kWrite && !memory->readable()) memory = nullptr;
-  RequestHead head;
-  head.op = static_cast<uint32_t>(request->op);
-  head.notify_nbytes = static_cast<uint32_t>(request->notify.size());
-  head.nbytes = request->nbytes;
-  head.region = request->remote;
-  head.lease = request->lease;
-  head.arrival = request->arrival;
-  if (request->has_notify) head.flags |= kHasNotify;
-  if (request->has_arrival) head.flags |= kHasArrival;
-  if (request->nbytes > 0 && !memory) head.flags |= kStaged;
-  needs_pump = request->op == Op::kWrite && request->nbytes > 0 && !memory;
 
   std::lock_guard lock(mutex_);
   if (dead_) return {Code::kPeerDisconnected};
-  if (flights_.full()) {
+  if (flights_.full() || num_dead_inside_ > 0) {
     room_wanted_.store(true, std::memory_order_relaxed);
     return {Code::kAgain};
   }
   const uint32_t slot = flights_.next();
   Flight& flight = flights_[slot];
-  head.ticket = {slot, flight.generation + 1};
+  const Ticket ticket{slot, flight.generation + 1};
   flight.memory = memory;
-  flight.staged = (head.flags & kStaged) != 0;
-  next_segments(*request, flight, segments_);
-  head.num_segments = static_cast<uint32_t>(segments_.size());
-  head.num_rows = rows_.num();
+  std::shared_ptr<PushWindow> window = memory ? window_of(*request) : nullptr;
+  if (window && window->state == PushWindow::State::kAsked) {
+    window->waiting.push_back(ticket);
+    flight.window = std::move(window);
+    flight.unsent = true;
+    ++flight.generation;
+    flights_.occupy(request);
+    return {};
+  }
+  route(*request, flight, std::move(window));
   // Before the attempt: room comes with a completion, and whoever sees that looks at this.
   const bool wanted = room_wanted_.exchange(true, std::memory_order_relaxed);
-  const Sent sent =
-      channel_.try_message(Type::kRequest, {view_of(head), request->notify, rows_.bytes(),
-                                            view_of(std::span<const Segment>(segments_))});
-  if (sent != Sent::kSent) {
+  if (send_request(ticket, *request, flight, false) != Sent::kSent) {
     flights_.reset(slot);
     // A channel that is broken ends the connection, and that every request.
     return {Code::kAgain};
@@ -105,7 +133,8 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   room_wanted_.store(wanted, std::memory_order_relaxed);
   ++flight.generation;
   flights_.occupy(request);
-  if (needs_pump) queue(pumping_, head.ticket, flight);
+  needs_pump = flight.window || (flight.staged && request->op == Op::kWrite);
+  if (needs_pump) queue(flight.window ? pushing_ : pumping_, ticket, flight);
   return {};
 }
 
@@ -113,6 +142,7 @@ void Outgoing::queue(std::deque<Ticket>& where, Ticket ticket, Flight& flight) {
   if (std::exchange(flight.queued, true)) return;
   where.push_back(ticket);
   if (&where == &pumping_) any_pumping_.store(true, std::memory_order_relaxed);
+  if (&where == &pushing_) any_pushing_.store(true, std::memory_order_relaxed);
 }
 
 Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept {
@@ -121,7 +151,19 @@ Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept
   if (!slot) return {Agreement::kEnding, true};
   Flight& flight = flights_[*slot];
   Cancelled result;
-  if (request->op == Op::kRead) {
+  if (flight.unsent) {
+    std::erase_if(flight.window->waiting, [&](const Ticket& each) { return each.slot == *slot; });
+    --flight.generation;  // nobody was told of it, and immediates count them
+    flights_.release(*slot);
+    return {Agreement::kStopped, true};
+  }
+  if (flight.window) {
+    result.agreement = flight.accepted ? Agreement::kAlreadyAccepted : Agreement::kUnknown;
+    result.quiesced = flight.num_inside == 0;
+    unanswered = !result.quiesced;
+    if (!flight.is_dead()) num_dead_inside_ += flight.num_inside;
+    if (flight.accepted) connection_.counters.carried(Op::kWrite, request->nbytes);
+  } else if (request->op == Op::kRead) {
     // Its destination is ours: what we throw away can never be accepted.
     result.agreement = Agreement::kStopped;
     result.quiesced = !flight.inside && flight.num_inside == 0;
@@ -141,16 +183,17 @@ Cancelled Outgoing::cancel(const RequestPtr& request, bool& unanswered) noexcept
 bool Outgoing::room_wanted() noexcept {
   if (!room_wanted_.load(std::memory_order_relaxed)) return false;
   std::lock_guard lock(mutex_);
-  return !flights_.full() && room_wanted_.exchange(false, std::memory_order_relaxed);
+  return !flights_.full() && num_dead_inside_ == 0 &&
+         room_wanted_.exchange(false, std::memory_order_relaxed);
 }
 
-int64_t Outgoing::unanswered_since() noexcept {
+int64_t Outgoing::unanswered_since(bool pushed) noexcept {
   std::lock_guard lock(mutex_);
   int64_t since = kNever;
-  if (source_gone_) return since;
+  if (source_gone_ && !pushed) return since;
   for (const Flight& flight : flights_)
     if (flight.request && flight.cancelled && flight.unquiet && flight.request->op == Op::kWrite &&
-        !flight.staged)
+        !flight.staged && (flight.window != nullptr) == pushed)
       since = std::min(since, flight.cancelled_ns);
   return since;
 }
@@ -162,7 +205,7 @@ void Outgoing::source_gone() {
     source_gone_ = true;
     for (Flight& flight : flights_)
       if (flight.request && flight.cancelled && flight.request->op == Op::kWrite &&
-          !flight.staged && std::exchange(flight.unquiet, false))
+          !flight.staged && !flight.window && std::exchange(flight.unquiet, false))
         quiet.push_back(flight.request);
   }
   for (const RequestPtr& request : quiet) host_.quiesced(*request);
@@ -201,6 +244,7 @@ bool Outgoing::on_outcome(ByteView body) {
   const ByteView text = reader.take(reader.remaining());
   if (!reader.ok() || head.ticket.slot >= kNumSlots) return false;
   Completion completion;
+  bool pushed = false;
   {
     std::lock_guard lock(mutex_);
     Flight* flight = flights_.find(head.ticket);
@@ -215,15 +259,27 @@ bool Outgoing::on_outcome(ByteView body) {
     }
     if (!completion.ok) {
       Failure& failure = completion.failure;
-      if (head.span != kNoSpan) failure.span = span_of(request, flight->memory.get(), head.span);
+      if (head.span != kNoSpan)
+        failure.span = span_of(request, flight->window ? nullptr : flight->memory.get(), head.span);
+    }
+    if (flight->window) {
+      flight->answered = true;
+      flight->accepted = completion.ok;
+      if (!completion.ok && !flight->failure) {
+        if (!flight->cancelled) num_dead_inside_ += flight->num_inside;
+        flight->failure = std::move(completion.failure);
+      }
+    } else if (!completion.ok) {
+      Failure& failure = completion.failure;
       if (flight->num_inside > 0) {  // a read: it ends when our NIC is through
         flight->over = true;
         if (!flight->failure) flight->failure = std::move(failure);
         return true;
       }
     }
+    pushed = flight->window != nullptr;
   }
-  end(head.ticket, std::move(completion));
+  pushed ? settle_push(head.ticket) : end(head.ticket, std::move(completion));
   return true;
 }
 
@@ -255,88 +311,12 @@ bool Outgoing::on_more(ByteView body) {
   return true;
 }
 
-// ---------------------------------------------------------------- bytes in messages
-
-bool Outgoing::on_use_messages(ByteView body) {
-  std::lock_guard lock(mutex_);
-  Ticket ticket;
-  Flight* flight;
-  if (!on_part(body, ticket, flight)) return false;
-  if (flight == nullptr) return true;
-  if (flight->request->op != Op::kWrite || flight->request->nbytes == 0 ||
-      std::exchange(flight->staged, true))
-    return false;
-  queue(pumping_, ticket, *flight);
-  return true;
-}
-
-RequestPtr Outgoing::enter(Ticket ticket) noexcept {
-  std::lock_guard lock(mutex_);
-  Flight* flight = flights_.find(ticket);
-  if (flight == nullptr || flight->cancelled) return nullptr;
-  flight->inside = true;
-  return flight->request;
-}
-
-void Outgoing::leave(Ticket ticket, Request& request) noexcept {
-  bool report;
-  {
-    std::lock_guard lock(mutex_);
-    Flight* flight = flights_.find(ticket);
-    flight->inside = false;
-    // cancel() came meanwhile and said "not quiesced".
-    report = flight->num_inside == 0 && std::exchange(flight->unquiet, false);
-  }
-  if (report) host_.quiesced(request);
-}
-
-bool Outgoing::pump() {
-  if (!any_pumping_.load(std::memory_order_relaxed) || !channel_.is_wide()) return false;
-  Ticket ticket;
-  uint64_t announced = 0;
-  {
-    std::lock_guard lock(mutex_);
-    any_pumping_.store(!pumping_.empty(), std::memory_order_relaxed);
-    if (pumping_.empty()) return false;
-    ticket = pumping_.front();
-    pumping_.pop_front();
-    if (Flight* flight = flights_.find(ticket)) {
-      flight->queued = false;
-      announced = flight->announced;
-    }
-  }
-  const RequestPtr request = enter(ticket);
-  if (!request) return true;  // ended or cancelled: forgotten
-  Flight& flight = flights_[ticket.slot];
-  bytes_.resize(kMaxDataBytes);
-  uint32_t filled = 0;
-  while (filled < kMaxDataBytes && flight.moved < announced) {
-    const Span& span = request->spans[flight.next_span];
-    // Not beyond what was announced, though a span may be announced in parts.
-    const uint64_t n = std::min({uint64_t{kMaxDataBytes} - filled, announced - flight.moved,
-                                 span.nbytes - flight.next_offset});
-    request->local->resolve(span.local + flight.next_offset, n,
-                            [&](const std::byte* from, size_t size) {
-                              std::memcpy(bytes_.data() + filled, from, size);
-                              filled += static_cast<uint32_t>(size);
-                            });
-    flight.moved += n;
-    flight.next_offset += n;
-    if (flight.next_offset == span.nbytes) ++flight.next_span, flight.next_offset = 0;
-  }
-  if (filled > 0)
-    channel_.message(Type::kWriteData,
-                     {view_of(DataHead{ticket, filled, 0}), ByteView(bytes_).first(filled)});
-  {
-    std::lock_guard lock(mutex_);
-    if (flight.moved < flight.announced) queue(pumping_, ticket, flight);
-  }
-  leave(ticket, *request);
-  return true;
-}
-
 void Outgoing::end_all(const Failure& cause) {
-  std::vector<std::pair<RequestPtr, bool>> left;  // and whether it is only to be quiesced
+  struct Left {
+    RequestPtr request;
+    bool quiesce, unsent;  // it is only to be quiesced; the owner knew nothing of it
+  };
+  std::vector<Left> left;
   {
     std::lock_guard lock(mutex_);
     dead_ = true;
@@ -344,24 +324,28 @@ void Outgoing::end_all(const Failure& cause) {
       Flight& flight = flights_[slot];
       if (!flight.request) continue;
       if (!flight.cancelled)
-        left.emplace_back(flight.request, false);
+        left.push_back({flight.request, false, flight.unsent});
       else if (flight.unquiet)
-        left.emplace_back(flight.request, true);
+        left.push_back({flight.request, true, false});
       flights_.release(slot);
     }
     pumping_.clear();
+    pushing_.clear();
+    windows_.clear();
+    num_dead_inside_ = 0;
   }
+  push_again_.clear();
   pulling_.clear();
   again_.clear();
   words_due_.clear();
-  for (auto& [request, quiesce] : left) {
+  for (auto& [request, quiesce, unsent] : left) {
     if (quiesce) {
       host_.quiesced(*request);
       continue;
     }
     // Nobody knows whether the owner had accepted a write; what a read would have shown is ours.
     host_.ended(connection_, request,
-                {.ok = false, .failure = cause, .agreed = request->op == Op::kRead});
+                {.ok = false, .failure = cause, .agreed = request->op == Op::kRead || unsent});
   }
 }
 

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // Our own requests on a connection: a write says where its bytes are and waits for the owner's
-// verdict; a read is granted, pulled by our NIC, and judged by the owner's words.
+// verdict, or is pushed through the window of its lease; a read is granted, pulled by our NIC, and
+// judged by the owner's words.
 #pragma once
 
 #include <array>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "transport/flights.hpp"
@@ -18,6 +20,7 @@
 #include "transport/verbs/channel.hpp"
 #include "transport/verbs/key_rows.hpp"
 #include "transport/verbs/memory.hpp"
+#include "transport/verbs/push_window.hpp"
 #include "transport/verbs/rail.hpp"
 #include "transport/verbs/records.hpp"
 
@@ -25,12 +28,14 @@ namespace kvxfer::verbs {
 
 class Outgoing {
  public:
+  // `push`: windows are asked for.
   Outgoing(const Devices& devices, Channel& channel, Rails& rails, MemoryTable& memory,
-           Connection& connection, Host& host);
+           Connection& connection, Host& host, bool push);
 
   // Any thread.
   Status post(const RequestPtr& request, bool& needs_pump) noexcept;
-  // `unanswered`: its source may be read until the owner answers, or the source goes.
+  // `unanswered`: its source may be read until the owner answers, our NIC is through, or the queue
+  // pair goes.
   Cancelled cancel(const RequestPtr& request, bool& unanswered) noexcept;
   bool room_wanted() noexcept;  // true once, when a post was turned away and there may be room now
 
@@ -44,9 +49,9 @@ class Outgoing {
   bool pull_one();  // one chain of one read
   void on_landed(ChunkPtr chunk, std::optional<Failure> failure);
   void on_flushed(ChunkPtr chunk);
-  // Whether a cancelled write has waited for the owner's answer since before `ns`; when the first
-  // of those that wait was cancelled, or kNever.
-  int64_t unanswered_since() noexcept;
+  // When the first of the cancelled writes that are not quiet was cancelled, or kNever: of those
+  // that the peer's NIC reads, or of those that ours pushes.
+  int64_t unanswered_since(bool pushed) noexcept;
   // The peer's NIC reads nothing of ours until source_there(): what was cancelled is quiesced.
   void source_gone();
   void source_there() noexcept;
@@ -57,12 +62,34 @@ class Outgoing {
   const Keys& scratch_lkeys() const noexcept { return words_registration_.lkeys(); }
   void end_all(const Failure& cause);  // when neither NIC touches our memory any more
 
+  // Pushed writes (outgoing_push.cpp). Progress thread.
+  bool on_window(ByteView body);
+  bool on_window_key(ByteView body);
+  bool on_no_window(ByteView body);
+  bool on_revoke(ByteView body);
+  bool push_one();                 // one chain of one write
+  void on_pushed(ChunkPtr chunk);  // it is through, or nobody wants it any more
+  // Its queue pair is gone, and whether it has landed is for the owner to say.
+  void on_doubt(Rail& rail, ChunkPtr chunk, ibv_wc_status status);
+  // The owner has the bytes of these (their immediates), and not of the others.
+  void on_known(Rail& rail, const std::vector<uint32_t>& held);
+  // What is in doubt of requests that are over: our memory is quiet, though nothing may begin yet.
+  void bury(Rail& rail);
+  bool is_dead_push(const Chunk& chunk) noexcept;
+  void forget_keys(const Rail& rail);  // its sink is gone
+  void give_up_pushing(const Failure& why);
+  std::string push_text() const;  // any thread: whether writes are pushed, or why not
+
  private:
   struct Flight {
     RequestPtr request;  // null: the slot is free
     uint32_t generation = 0;
-    RegionMemoryPtr memory;  // what the NICs may touch of it; may be null
-    bool staged = false;     // the bytes go in messages
+    RegionMemoryPtr memory;              // what the NICs may touch of it; may be null
+    bool staged = false;                 // the bytes go in messages
+    std::shared_ptr<PushWindow> window;  // through which they are pushed; null: they are not
+    bool unsent = false;                 // waits for that window; the owner knows nothing of it
+    bool accepted = false;               // a pushed one: the owner's word
+    uint32_t num_chains = 0;             // of a pushed one, cut so far
     bool inside = false;     // the progress thread copies from or to its memory right now
     bool cancelled = false;  // the engine ended it; the slot waits for the owner's word
     bool unquiet = false;    // and Host::quiesced is due
@@ -87,7 +114,11 @@ class Outgoing {
     bool over = false;      // ends, with `failure` or well, when our NIC is through with it
     bool answered = false;  // the owner has said its last word
     std::optional<Failure> failure;
+    // Nobody wants it any more, though chains of it may be under way.
+    bool is_dead() const noexcept { return cancelled || failure; }
   };
+  Sent send_request(Ticket ticket, const Request& request, Flight& flight, bool may_wait);
+  void route(const Request& request, Flight& flight, std::shared_ptr<PushWindow> window);
   bool on_part(ByteView body, Ticket& ticket, Flight*& flight) noexcept;  // mutex_ held
   void next_segments(const Request& request, Flight& flight, std::vector<Segment>& out);
   void send_part(Ticket ticket, Flight& flight);
@@ -104,6 +135,17 @@ class Outgoing {
   std::optional<Failure> judge(const Flight& flight, uint32_t slot) const;
   void end(Ticket ticket, Completion completion);
   bool is_wanted(const Chunk& chunk) noexcept;
+
+  // Pushed writes; mutex_ held unless said.
+  std::shared_ptr<PushWindow> window_of(const Request& request);
+  bool fits(const Request& request, const RegionMemory& memory, const PushWindow& window) const;
+  void open_if_ready(PushWindow& window);
+  void release_waiting(PushWindow& window);
+  void kill(Ticket ticket, Flight& flight, Failure failure);
+  void chain_left(const Chunk& chunk);
+  void cut_push(const Request& request, Flight& flight, Chunk& chunk);
+  bool push_again();                // not held
+  void settle_push(Ticket ticket);  // not held
   void chunk_left(Ticket ticket);
   void settle(Ticket ticket);
 
@@ -116,18 +158,25 @@ class Outgoing {
   std::vector<std::array<uint64_t, 2>> words_;
   const Registration words_registration_;
 
-  std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
+  mutable std::mutex mutex_;  // over all below, but for the progress thread's part of a Flight
   Flights<Flight> flights_;
-  std::deque<Ticket> pumping_;
+  std::deque<Ticket> pumping_, pushing_;
   std::vector<Segment> segments_;  // scratch
   KeyRowsOut rows_;
-  std::atomic<bool> any_pumping_{false}, room_wanted_{false};
+  std::atomic<bool> any_pumping_{false}, any_pushing_{false}, room_wanted_{false};
   bool dead_ = false, source_gone_ = false;
+  const bool push_;
+  std::string no_push_;  // why no window is asked for any more; or empty
+  std::string refusal_;  // why the owner gave no window for the last lease that it gave none for
+  std::unordered_map<uint64_t, std::shared_ptr<PushWindow>> windows_;  // by lease
+  // Chains of pushed requests that are over, posted or in doubt: nothing else may begin.
+  uint32_t num_dead_inside_ = 0;
 
   // Progress thread only.
   std::deque<Ticket> pulling_;
-  std::deque<ChunkPtr> again_;    // flushed, to be posted before anything else
-  std::deque<Ticket> words_due_;  // reads of which every chain has been posted
+  std::deque<ChunkPtr> again_;       // flushed, to be posted before anything else
+  std::deque<Ticket> words_due_;     // reads of which every chain has been posted
+  std::deque<ChunkPtr> push_again_;  // known not to have landed
   Bytes bytes_;
 };
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "transport/verbs/push_window.hpp"
+
 namespace kvxfer::verbs {
 namespace {
 
@@ -16,13 +18,14 @@ uint8_t reads_of(int limit) { return static_cast<uint8_t>(std::clamp(limit, 1, i
 
 }  // namespace
 
-Rail::Rail(const std::shared_ptr<Device>& of, size_t nth, uint32_t more_entries)
+Rail::Rail(const std::shared_ptr<Device>& of, size_t nth, uint32_t more_entries, bool with_push)
     : number(nth),
       device(of),
-      completions(of, PullQueue::num_entries(PullQueue::depth(*of)) + more_entries),
+      completions(of, Rails::num_entries(*of, more_entries, with_push)),
       pulls(of, completions.get(), nth),
       served(reads_of(of->limits().max_qp_rd_atom)),
       issued(reads_of(of->limits().max_qp_init_rd_atom)) {
+  if (with_push) push = std::make_unique<PushEnds>(of, completions.get(), nth);
   make_source();
   end.pull = pulls.open();
   puller.store(end.pull.number, std::memory_order_relaxed);
@@ -64,30 +67,52 @@ int64_t Rail::pause_ns() const noexcept {
   return std::min(kFirstPauseNs << doublings, kLongestPauseNs);
 }
 
-Rails::Rails(const Devices& devices, bool by_nearness, uint32_t more_entries)
+uint32_t Rails::num_entries(const Device& device, uint32_t more_entries, bool push) noexcept {
+  return ChainQueue::num_entries(ChainQueue::depth(device)) + more_entries +
+         (push ? PushEnds::num_entries(device) : 0);
+}
+
+Rails::Rails(const Devices& devices, bool by_nearness, uint32_t more_entries, bool push)
     : by_nearness_(by_nearness) {
   for (const auto& device : devices) {
     // Messages go over the first one.
     rails_.push_back(
-        std::make_unique<Rail>(device, rails_.size(), rails_.empty() ? more_entries : 0));
+        std::make_unique<Rail>(device, rails_.size(), rails_.empty() ? more_entries : 0, push));
     const uint32_t sge = rails_.back()->pulls.max_sge();
     max_sge_ = rails_.size() == 1 ? sge : std::min(max_sge_, sge);
   }
 }
 
-Rail* Rails::pick(int node) const noexcept {
+// `usable`, `has_room`: of a rail; `chains`: its queue that they would go through.
+template <typename Usable, typename HasRoom, typename Chains>
+Rail* Rails::least_busy(int node, Usable usable, HasRoom has_room, Chains chains) const noexcept {
   const auto is_near = [&](const Rail& rail) { return rail.device->node() == node; };
   const bool any_near =
       by_nearness_ && node >= 0 && std::ranges::any_of(rails_, [&](const auto& rail) {
-        return rail->pulls.is_ready() && is_near(*rail);
+        return usable(*rail) && is_near(*rail);
       });
   Rail* best = nullptr;
   for (const auto& rail : rails_) {
-    if (!rail->pulls.has_room() || (any_near && !is_near(*rail))) continue;
-    if (best == nullptr || rail->pulls.nbytes_in_flight() < best->pulls.nbytes_in_flight())
+    if (!usable(*rail) || !has_room(*rail) || (any_near && !is_near(*rail))) continue;
+    if (best == nullptr || chains(*rail).nbytes_in_flight() < chains(*best).nbytes_in_flight())
       best = rail.get();
   }
   return best;
+}
+
+Rail* Rails::pick(int node) const noexcept {
+  return least_busy(
+      node, [](const Rail& rail) { return rail.pulls.is_ready(); },
+      [](const Rail& rail) { return rail.pulls.has_room(); },
+      [](const Rail& rail) -> const ChainQueue& { return rail.pulls; });
+}
+
+Rail* Rails::pick_push(int node, const PushWindow& window) const noexcept {
+  return least_busy(
+      node,
+      [&](const Rail& rail) { return rail.push->writes.is_ready() && window.has_key[rail.number]; },
+      [](const Rail& rail) { return rail.push->has_room(); },
+      [](const Rail& rail) -> const ChainQueue& { return rail.push->writes; });
 }
 
 bool Rails::any_room() const noexcept {

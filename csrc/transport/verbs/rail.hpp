@@ -3,9 +3,10 @@
 // A rail of a connection: one port of ours joined to one of the peer's. It has two queue pairs over
 // a completion queue of its own:
 //
-//   pull     our RDMA READs of the peer's memory (PullQueue)
+//   pull     our RDMA READs of the peer's memory (ChainQueue)
 //   source   answers the peer's READs of ours: no work of ours is ever posted on it
 //
+// Where writes are pushed it has two more (push_ends.hpp).
 // Which rail takes a chain is decided when the chain is posted (Rails::pick). replace.cpp has what
 // is done when one fails. Progress thread only, but for what is said to be for reports.
 #pragma once
@@ -18,8 +19,9 @@
 #include <vector>
 
 #include "transport/reactor.hpp"
+#include "transport/verbs/chain_queue.hpp"
 #include "transport/verbs/completion_queue.hpp"
-#include "transport/verbs/pull_queue.hpp"
+#include "transport/verbs/push_ends.hpp"
 
 namespace kvxfer::verbs {
 
@@ -32,8 +34,8 @@ struct RailEnd {
 };
 
 struct Rail {
-  // `more_entries` of the completion queue, beside those for READs. Throws.
-  Rail(const std::shared_ptr<Device>& device, size_t number, uint32_t more_entries);
+  // `more_entries` of the completion queue, beside those for READs and pushes. Throws.
+  Rail(const std::shared_ptr<Device>& device, size_t number, uint32_t more_entries, bool push);
   ~Rail();
   void connect(const Route& route, const RailEnd& remote);  // throws
   // Nothing is read from it any more.
@@ -47,8 +49,9 @@ struct Rail {
   const size_t number;  // the same on both sides
   const std::shared_ptr<Device> device;
   CompletionQueue completions;
-  PullQueue pulls;
+  ChainQueue pulls;
   QpPtr source;
+  std::unique_ptr<PushEnds> push;  // null: this connection pushes nothing
   Route route;
   RailEnd end;     // ours, as it was in the beginning
   RailEnd remote;  // likewise
@@ -82,7 +85,9 @@ class Rails {
   static constexpr uint32_t kMaxBreaks = 4;
 
   // `by_nearness`: chains prefer devices at the memory's node; else all are alike. Throws.
-  Rails(const Devices& devices, bool by_nearness, uint32_t more_entries);
+  Rails(const Devices& devices, bool by_nearness, uint32_t more_entries, bool push);
+  // What the completion queue of such a rail has.
+  static uint32_t num_entries(const Device& device, uint32_t more_entries, bool push) noexcept;
   size_t size() const noexcept { return rails_.size(); }
   Rail& operator[](size_t number) const noexcept { return *rails_[number]; }
   auto begin() const noexcept { return rails_.begin(); }
@@ -92,6 +97,8 @@ class Rails {
   // use at all. Null: none has room.
   Rail* pick(int node) const noexcept;
   bool any_room() const noexcept;
+  // The same for chains of a write through this window: of the rails on which it has a key.
+  Rail* pick_push(int node, const PushWindow& window) const noexcept;
   bool any_left() const noexcept;
   uint32_t max_sge() const noexcept { return max_sge_; }  // of a READ on any of them
   // The keys of this memory on each rail, as the peer gets to know them.
@@ -101,6 +108,9 @@ class Rails {
   void recycle(ChunkPtr chunk);
 
  private:
+  template <typename Usable, typename HasRoom, typename Chains>
+  Rail* least_busy(int node, Usable usable, HasRoom has_room, Chains chains) const noexcept;
+
   std::vector<std::unique_ptr<Rail>> rails_;
   const bool by_nearness_;
   uint32_t max_sge_ = 0;

@@ -14,12 +14,15 @@
 
 namespace kvxfer::verbs {
 
-inline constexpr uint32_t kVersion = 2;
+inline constexpr uint32_t kVersion = 3;
 inline constexpr uint32_t kNumSlots = kMaxInFlight;   // of requests, per direction
 inline constexpr uint32_t kMaxSegments = 1024;        // per message
 inline constexpr uint32_t kMaxDataBytes = 32 * 1024;  // of memory, in one message
 inline constexpr uint32_t kMaxMessageBytes = 96 * 1024;
-inline constexpr uint32_t kMaxKeyRows = 256;  // per message
+inline constexpr uint32_t kMaxKeyRows = 256;   // per message
+inline constexpr uint32_t kMaxExtents = 4096;  // per message
+// Of a lease whose writes are pushed: the writer keeps them all.
+inline constexpr uint64_t kMaxLeaseExtents = 65536;
 
 enum class Type : uint32_t {
   kCredit = 1,       // nothing but what every message carries: how many receives are posted
@@ -37,12 +40,25 @@ enum class Type : uint32_t {
   kNewPuller = 13,   // QpHead: and this one reads it
   kSourceReady = 14,  // QpHead: it is connected
   kUseMessages = 15,  // PartHead of the owner: send the bytes of your write, I cannot pull them
+  // Pushed writes.
+  kAskWindow = 16,   // AskWindowHead: a window for the writes of this lease
+  kWindow = 17,      // WindowHead of the owner, extents: what it covers, and the lease's spans
+  kWindowKey = 18,   // WindowKeyHead of the owner: its key on a rail
+  kNoWindow = 19,    // NoWindowHead of the owner, text: there is none, or no longer
+  kRevoke = 20,      // WindowId of the owner: post nothing more through it
+  kDrained = 21,     // WindowId: nothing of mine goes through it any more
+  kPushBroken = 22,  // QpHead: my queue pair that writes your memory has failed; replace its sink
+  kNewSink = 23,     // QpHead of the owner: writes come in by this one, or not at all (number 0)
+  kNewPusher = 24,   // QpHead, immediates (u32): this one writes; of these I do not know
+  kSinkReady = 25,   // SinkHead of the owner, immediates (u32): of these I have the bytes
+  kPushCredit = 26,  // SinkHead of the owner: how many receives it has posted
 };
 
 enum Flag : uint32_t {
   kHasNotify = 1,
   kHasArrival = 2,
   kStaged = 4,  // a write: its bytes come in messages; a read: they must, it cannot be pulled
+  kPushed = 8,  // a write: its bytes come through the window of its lease
 };
 
 struct RequestHead {
@@ -102,6 +118,68 @@ struct QpHead {
   uint32_t epoch = 0;
   uint32_t number = 0, psn = 0;  // kNewSource: number 0, there is none for now
 };
+
+struct AskWindowHead {
+  RegionRef region;
+  LeaseRef lease;
+};
+
+using WindowId = uint64_t;  // the lease's: there is one for each lease of a connection
+
+struct WindowHead {
+  WindowId window = 0;
+  uint64_t address = 0, offset = 0, nbytes = 0;  // of the hull: here, in the region, how long
+  uint32_t num_extents = 0;                      // that follow in this message
+  uint32_t total_extents = 0;
+};
+
+struct WindowKeyHead {
+  WindowId window = 0;
+  uint32_t rail = 0, epoch = 0;  // of the sink that it is bound on
+  uint32_t key = 0;
+  uint32_t reserved = 0;
+};
+
+struct NoWindowHead {
+  WindowId window = 0;
+  uint32_t code = 0;  // of the owner's verdict on its writes; 0: they can be pulled
+  int32_t err = 0;
+  uint32_t never = 0;  // no lease of this connection has one
+  uint32_t reserved = 0;
+};
+
+struct SinkHead {
+  uint32_t rail = 0, epoch = 0;
+  uint32_t ready = 0;   // 0: there is no queue pair
+  uint32_t posted = 0;  // receives, since that sink was made
+};
+
+// What a chain's last WRITE tells: slot (10 bits) | generation (7) | whether it is the request's
+// last chain (1) | chain (14).
+inline constexpr uint32_t kMaxChains = 1u << 14;
+struct Immediate {
+  uint32_t slot = 0, generation = 0, chain = 0;
+  bool last = false;
+
+  static constexpr uint32_t kGenerations = 128;
+  static_assert(kNumSlots <= 1024);
+  uint32_t pack() const noexcept {
+    return slot << 22 | (generation % kGenerations) << 15 | (last ? 1u << 14 : 0) | chain;
+  }
+  static Immediate unpack(uint32_t bits) noexcept {
+    return {bits >> 22, bits >> 15 & (kGenerations - 1), bits & (kMaxChains - 1),
+            (bits >> 14 & 1) != 0};
+  }
+};
+
+// The u32 that are the rest of a message, at most so many.
+inline bool read_numbers(Reader& reader, size_t most, std::vector<uint32_t>& out) {
+  const size_t count = reader.remaining() / sizeof(uint32_t);
+  if (count > most || reader.remaining() % sizeof(uint32_t) != 0) return false;
+  out.clear();
+  for (size_t i = 0; i < count; ++i) out.push_back(reader.u32());
+  return reader.finished();
+}
 
 // Key rows: for each piece of registered memory that a message names, its key on every rail of the
 // connection (u32), in their order.

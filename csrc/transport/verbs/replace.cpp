@@ -235,6 +235,12 @@ bool VerbsConnection::on_queue_pair_event(const Device& device, uint32_t number,
       host_.reactor().attend(self());  // for what was held while it flushed
     } else if (rail->source && rail->source->qp_num == number) {
       if (rail->serving) replace_source(*rail);
+    } else if (rail->push && rail->push->writes.is_mine(number)) {
+      break_writer(*rail, Why::kFailed, event);
+      host_.reactor().attend(self());
+    } else if (rail->push && rail->push->sink.is_mine(number)) {
+      replace_sink(*rail);
+      host_.reactor().attend(self());
     } else {
       continue;
     }
@@ -254,10 +260,12 @@ void VerbsConnection::on_port_event(const Device& device, bool up, const std::st
       rail->num_breaks = 0;
       replace_source(*rail);
       ask_for_source(*rail);
+      if (rail->push) on_push_port(*rail, true);
     } else {
       host_.reactor().cancel(std::exchange(rail->retry, Reactor::kNoTimer));
       withdraw_source(*rail);
       stop_pulls(*rail);
+      if (rail->push && !is_dead()) on_push_port(*rail, false);
       if (is_dead() || end_if_none_left(*rail)) return;
     }
     host_.reactor().attend(self());
@@ -277,15 +285,20 @@ void VerbsConnection::check_answers() noexcept {
   // First the flag: who cancels from here on watches anew.
   answers_watched_.store(false, std::memory_order_relaxed);
   if (is_dead()) return;
-  const int64_t since_ns = outgoing_.unanswered_since();
-  if (since_ns == kNever) return;
-  if (now_ns() - since_ns >= kAnswerNs) {
-    // On whichever rail it is read: from all of them it is taken away.
+  const int64_t now = now_ns();
+  const auto is_late = [&](int64_t since_ns) {
+    return since_ns != kNever && now - since_ns >= kAnswerNs;
+  };
+  // On whichever rail it is read: from all of them it is taken away.
+  if (is_late(outgoing_.unanswered_since(false)))
     for (const auto& rail : rails_)
       if (rail->serving) replace_source(*rail);
-    return;
-  }
-  if (!answers_watched_.exchange(true, std::memory_order_relaxed)) watch_answers(since_ns);
+  if (is_late(outgoing_.unanswered_since(true))) check_pushes();
+  if (is_dead()) return;
+  const int64_t since_ns =
+      std::min(outgoing_.unanswered_since(false), outgoing_.unanswered_since(true));
+  if (since_ns != kNever && !answers_watched_.exchange(true, std::memory_order_relaxed))
+    watch_answers(since_ns);
 }
 
 void VerbsConnection::watch_gates() {

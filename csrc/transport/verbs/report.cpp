@@ -13,13 +13,25 @@ std::vector<VerbsConnection::Carried> VerbsConnection::carried() const {
                    rail->num_bytes.load(std::memory_order_relaxed),
                    rail->puller.load(std::memory_order_relaxed),
                    rail->in_use.load(std::memory_order_relaxed)});
+  for (size_t i = 0; i < out.size() && why_no_push_.empty(); ++i) {
+    const PushEnds& push = *rails_[i].push;
+    out[i].chains_pushed = push.num_chains.load(std::memory_order_relaxed);
+    out[i].nbytes_pushed = push.num_bytes.load(std::memory_order_relaxed);
+    out[i].pusher = push.writer.load(std::memory_order_relaxed);
+    out[i].sink = push.sink_number.load(std::memory_order_relaxed);
+    out[i].pushing = push.in_use.load(std::memory_order_relaxed);
+  }
   return out;
 }
 
 std::string VerbsConnection::describe() const {
-  std::string out = cat("verbs: ", rails_.size(),
-                        " rail(s), messages over the first; the owner pulls: no region is remotely "
-                        "writable");
+  std::string out = cat("verbs: ", rails_.size(), " rail(s), messages over the first; ");
+  if (why_no_push_.empty())
+    out += cat("our writes are ", outgoing_.push_text(), "; the peer's may be pushed through ",
+               windows_.num(), " window(s) of ours, one for each lease");
+  else
+    out +=
+        cat("the owner pulls: no region is remotely writable; nothing is pushed: ", why_no_push_);
   for (const auto& rail : rails_) {
     const Route& route = rail->route;
     const int node = rail->device->node();
@@ -30,6 +42,10 @@ std::string VerbsConnection::describe() const {
                " ms; ", rail->in_use.load(std::memory_order_relaxed) ? "in use" : "not in use",
                ", ", rail->num_bytes.load(std::memory_order_relaxed), " bytes pulled, ",
                rail->num_replaced.load(std::memory_order_relaxed), " queue pair(s) replaced");
+    if (!rail->push) continue;
+    out += cat("; ", rail->push->num_bytes.load(std::memory_order_relaxed), " bytes pushed, ",
+               rail->push->num_replaced.load(std::memory_order_relaxed),
+               " queue pair(s) of pushes replaced");
   }
   return out + unpaired_;
 }

@@ -15,7 +15,7 @@ namespace {
 constexpr uint8_t kRetries = 6;  // 7, the most there is, is "for ever" on Soft-RoCE
 
 std::string refusal_of(const Device& device) {
-  if (Channel::num_buffers(device) > 0 && PullQueue::depth(device) > 0) return {};
+  if (Channel::num_buffers(device) > 0 && ChainQueue::depth(device) > 0) return {};
   return cat(device.name(), " has send queues of ", device.limits().max_qp_wr,
              " work requests, which are too short");
 }
@@ -54,7 +54,8 @@ std::string VerbsTransport::detail() const {
 
 void VerbsTransport::start(Host& host) {
   host_ = &host;
-  memory_.open(devices_);
+  memory_.open(devices_, config_.verbs_background_nbytes, config_.verbs_part_nbytes,
+               config_.verbs_push);
   word_->incarnation = host.self().incarnation;
   for (const auto& device : devices_)
     tokens_.push_back(host.reactor().add(device->context()->async_fd, EPOLLIN,
@@ -71,12 +72,13 @@ void VerbsTransport::stop() noexcept {
 }
 
 void VerbsTransport::expose(const std::shared_ptr<Region>& region) {
-  memory_.add(*region);
-  if (devices_.size() == 1 || !config_.verbs_device.empty()) return;  // nothing to choose from
-  const int node = memory_.find(region->id)->node();
-  region->backing.text +=
-      cat(region->backing.text.empty() ? "" : "; ", "verbs prefers NICs at its NUMA node, ",
-          node < 0 ? "which is unknown: all are alike" : cat(node));
+  const bool chooses = devices_.size() > 1 && config_.verbs_device.empty();
+  memory_.add(*region, [chooses](const RegionMemory& memory) {
+    const int node = memory.node();
+    return chooses ? cat("prefers NICs at its NUMA node, ",
+                         node < 0 ? "which is unknown: all are alike" : cat(node))
+                   : std::string();
+  });
 }
 
 std::vector<PortAddress> VerbsTransport::own_addresses() const {
@@ -91,6 +93,17 @@ std::vector<PortAddress> VerbsTransport::own_addresses() const {
                     [&](const Gid& gid) { return gid.index != config_.verbs_gid_index; });
   }
   return out;
+}
+
+std::string VerbsTransport::why_no_push(const Devices& devices) const {
+  if (!config_.verbs_push) return "the engine was made without EngineConfig(verbs_push=True)";
+  return VerbsConnection::refuse_push(devices);
+}
+
+// Nothing but windows keeps a gate of ours from being quiet for longer than a chain takes.
+void VerbsTransport::revoked(const Lease&) noexcept {
+  if (!config_.verbs_push) return;
+  for (const auto& connection : alive()) connection->lease_closed();
 }
 
 std::string VerbsTransport::unusable() const {

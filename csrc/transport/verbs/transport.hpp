@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // RDMA verbs: RC queue pairs that are set up inside an authenticated session. Bytes are pulled by
-// the NIC of whoever owns their destination, so no region is remotely writable.
+// the NIC of whoever owns their destination, so no region is remotely writable; or, where both
+// engines want it, writes under a lease are pushed through a window that is the lease's.
 #pragma once
 
 #include <map>
@@ -32,6 +33,7 @@ class VerbsTransport final : public Transport {
   Bytes answer(const Session& session, ByteView question) override;
   void expose(const std::shared_ptr<Region>& region) override;
   void withdraw(Region& region) noexcept override { memory_.remove(region.id); }
+  void revoked(const Lease& lease) noexcept override;
 
  private:
   struct EventHandler;
@@ -47,6 +49,8 @@ class VerbsTransport final : public Transport {
                  size_t num_ports) const;
   // By Device::index(); without anything where it cannot be used now.
   std::vector<PortAddress> own_addresses() const;
+  // Why a connection over these devices pushes nothing and gives no windows; or empty.
+  std::string why_no_push(const Devices& devices) const;
   std::string unusable() const;  // why no new connection can be made; or empty
   std::string join(const Session& session, Reader& question, Bytes& reply);
   std::string commit(const Session& session);

@@ -154,6 +154,7 @@ class Worker:
         )
         try:
             region = engine.allocate(layout.nbytes, name="kv", require_lease=True)
+            region.wait_registered()  # a pool that cannot be reached is no worker
             model_id = model_identity(args.model_dir, cfg, dtype)
             endpoint = Endpoint(engine, region, layout, model_id=model_id)
             views = torch_views(layout.views(region.array), dtype)

@@ -48,6 +48,7 @@ class Way:
             process, from the moment an engine is made.
         copy_threads: None: by the CPUs that there are.
         verbs_devices: of the engine that is called "driver", and of every other; None: by rule.
+        verbs_push: writes under leases are pushed.
         reason: why it cannot be gone here.
     """
 
@@ -57,6 +58,7 @@ class Way:
     nic: str = ""
     copy_threads: int | None = None
     verbs_devices: tuple[str, str] | None = None
+    verbs_push: bool = False
     reason: str | None = None
 
     def engine(self, name: str, secret: bytes, **options: Any) -> TransferEngine:
@@ -65,7 +67,10 @@ class Way:
         if self.verbs_devices is not None:
             device = self.verbs_devices[0 if name == "driver" else 1]
         config = _FaultyConfig(
-            faults=self.faults, copy_threads=self.copy_threads, verbs_device=device
+            faults=self.faults,
+            copy_threads=self.copy_threads,
+            verbs_device=device,
+            verbs_push=self.verbs_push,
         )
         on_fake = self.below == "verbs"
         with fake_verbs.in_use() if on_fake else nullcontext():
@@ -95,7 +100,7 @@ def ways() -> list[Way]:
     """Every transport that is compiled in, and each again with harmless faults.
 
     Verbs goes over real NICs where there are some, else over software ones, of which there are two
-    in one of the ways.
+    in some of the ways; it pulls, and in other ways it pushes what may be pushed.
     ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
     """
     named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
@@ -106,7 +111,17 @@ def ways() -> list[Way]:
             for name, reason in probe_transports()
         ]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
-    on_software = [way for way in plain if way.name == "verbs" and not fake_verbs.real_devices()]
-    nics = {"verbs-rough": f"seed=1 {HARMLESS_NIC}", "verbs-two-rails": "devices=2"}
-    more = [replace(way, name=name, nic=nic) for way in on_software for name, nic in nics.items()]
-    return plain + pooled + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
+    verbs = [way for way in plain if way.name == "verbs"]
+    pushing = [replace(way, name="verbs-push", verbs_push=True) for way in verbs]
+    rough = f"seed=1 {HARMLESS_NIC}"
+    nics = [("rough", rough, verbs), ("two-rails", "devices=2", verbs)]
+    nics += [("two-rough-rails", f"devices=2 {rough}", pushing)]
+    more = [
+        replace(way, name=f"{way.name}-{name}", nic=nic)
+        for name, nic, among in nics
+        for way in among
+        if not fake_verbs.real_devices()
+    ]
+    return (
+        plain + pooled + pushing + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
+    )

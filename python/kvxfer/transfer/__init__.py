@@ -17,7 +17,7 @@ from kvxfer._transfer import (
 )
 from kvxfer.transfer.config import EngineConfig, TlsFiles
 from kvxfer.transfer.engine import Notification, PeerEvent, TransferEngine
-from kvxfer.transfer.region import Lease, Region
+from kvxfer.transfer.region import Lease, Region, Registration
 
 __all__ = [
     "MAX_NOTIFICATION_NBYTES",
@@ -28,6 +28,7 @@ __all__ = [
     "Peer",
     "PeerEvent",
     "Region",
+    "Registration",
     "RemoteRegion",
     "Signal",
     "TlsFiles",

@@ -43,7 +43,8 @@ class TlsFiles:
             if not isinstance(value, str | os.PathLike) or not str(value):
                 raise InvalidArgumentError(f"tls.{name} must be a path, not {value!r}")
             if not Path(value).is_file():
-                raise InvalidArgumentError(f"tls.{name}: there is no file {os.fspath(value)!r}")
+                what = "it is no file:" if Path(value).exists() else "there is no file"
+                raise InvalidArgumentError(f"tls.{name}: {what} {os.fspath(value)!r}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class EngineConfig:
         verbs_queue_pairs: for READs between two ports that are joined; a device allows some 16 READs
             in flight on each, so more of them help small blocks over a long round trip. Each counts
             as a rail, of which a connection has eight at most; the connecting side's value counts.
+        verbs_background_nbytes: a region with more bytes to register (its size times the rails) is
+            registered in the background (``region.registration``, ``region.wait_registered()``), a
+            smaller one before ``register()`` or ``allocate()`` returns. 0: all in the background.
+        verbs_push: where both engines say so, writes under a lease go by RDMA WRITE, through a memory
+            window that is bound for the lease and invalidated when it ends; else their bytes are
+            pulled by whoever owns the destination, so that no memory is remotely writable at all
+            (docs/verbs.md). ``explain()`` says what is pushed, or why not.
     """
 
     deadline_s: float = DEFAULT_DEADLINE_S
@@ -78,6 +86,8 @@ class EngineConfig:
     verbs_device: str | None = None
     verbs_gid_index: int | None = None
     verbs_queue_pairs: int = 1
+    verbs_background_nbytes: int = 256 << 20
+    verbs_push: bool = False
 
     def __post_init__(self) -> None:
         _check_number("deadline_s", self.deadline_s, 0, math.inf)
@@ -85,10 +95,11 @@ class EngineConfig:
         if self.copy_threads is not None:
             _check_int("copy_threads", self.copy_threads, 0, _MAX_COPY_THREADS)
         _check_number("spin_us", self.spin_us, 0, _MAX_SPIN_US)
-        if not isinstance(self.allow_ptrace, bool):
-            raise InvalidArgumentError(
-                f"allow_ptrace must be True or False, not {self.allow_ptrace!r}"
-            )
+        for name in ("allow_ptrace", "verbs_push"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(
+                    f"{name} must be True or False, not {getattr(self, name)!r}"
+                )
         if self.tls is not None and not isinstance(self.tls, TlsFiles):
             raise InvalidArgumentError(f"tls must be a TlsFiles, not {self.tls!r}")
         if self.verbs_device is not None and not (
@@ -101,6 +112,7 @@ class EngineConfig:
         if self.verbs_gid_index is not None:
             _check_int("verbs_gid_index", self.verbs_gid_index, 0, 255)
         _check_int("verbs_queue_pairs", self.verbs_queue_pairs, 1, _MAX_RAILS)
+        _check_int("verbs_background_nbytes", self.verbs_background_nbytes, 0, 2**63 - 1)
 
     def native(self) -> _transfer.TransportConfig:
         """The same for the C++ side."""
@@ -116,6 +128,8 @@ class EngineConfig:
         out.verbs_device = self.verbs_device or ""
         out.verbs_gid_index = -1 if self.verbs_gid_index is None else self.verbs_gid_index
         out.verbs_queue_pairs = self.verbs_queue_pairs
+        out.verbs_background_nbytes = self.verbs_background_nbytes
+        out.verbs_push = self.verbs_push
         if self.tls is not None:
             out.tls_certificate = os.fspath(self.tls.certificate)
             out.tls_key = os.fspath(self.tls.key)

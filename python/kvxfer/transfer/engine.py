@@ -120,7 +120,10 @@ class TransferEngine:
     def allocate(
         self, nbytes: int, name: str | None = None, *, require_lease: bool = False
     ) -> Region:
-        """Zeroed memory that peers on this host may map to read; only this process can write it."""
+        """Zeroed memory that peers on this host may map to read; only this process can write it.
+
+        As for ``register``, much of it is registered in the background.
+        """
         core = self._core.allocate(
             nbytes, name=self._region_name(name), require_lease=require_lease, shareable=True
         )
@@ -138,7 +141,14 @@ class TransferEngine:
         """Memory that exists: buffer protocol or DLPack, C-contiguous, on the CPU.
 
         A list of buffers becomes one region with one offset space (``region.piece_offsets``). The
-        buffers are kept alive until the region is deregistered or the engine closed.
+        buffers are kept alive until the region is deregistered or the engine closed, and its last
+        ``Region`` and transfer are gone. No two of them may share memory.
+
+        Where a transport has to register much (verbs pins memory), that goes on in the background:
+        ``region.registration``, ``region.wait_registered()``. The region can be used at once.
+
+        Raises:
+            RegistrationError: a transport that ``transports=`` names cannot register it.
         """
         if share not in ("auto", "never"):
             raise InvalidArgumentError(f'share must be "auto" or "never", not {share!r}')
@@ -152,7 +162,10 @@ class TransferEngine:
 
     @checked
     def deregister(self, region: Region, timeout_s: float | None = 5.0) -> None:
-        """Returns when no peer can reach the memory any more. Refused while own transfers use it."""
+        """Returns when no peer can reach the memory any more. Refused while own transfers use it.
+
+        One that is being registered is stopped first, which takes at most one call of a device.
+        """
         self._core.deregister(own(region), timeout_s)
 
     def _region_name(self, name: str | None) -> str:
@@ -166,6 +179,8 @@ class TransferEngine:
     @checked
     def connect(self, address: str, timeout_s: float = 5.0) -> Peer:
         """The peer that listens at ``address``; the same object when it is connected already.
+
+        Who listens there is found out by a handshake each time. Ctrl-C and ``close()`` end the waiting.
 
         Raises:
             TransportError: nobody listens, or the secrets differ.
@@ -365,7 +380,11 @@ class TransferEngine:
         return self._config.deadline_s if deadline_s is None else deadline_s
 
     def notifications(self) -> list[Notification]:
-        """Messages that came since the last call."""
+        """Messages that came since the last call.
+
+        Of each peer at most 256 wait here unread, ``MAX_NOTIFICATION_NBYTES`` at most; further ones wait at the peer,
+        and end by their deadlines. So who has many peers, and never asks, holds that much of each.
+        """
         return [Notification(*each) for each in self._core.notifications()]
 
     # ------------------------------------------------------------------ leases and arrivals
@@ -432,6 +451,8 @@ class TransferEngine:
         ``quarantine``: of now: ``nbytes`` that an ended transfer or lease may still touch, and
             ``age_s``, the seconds since the oldest of these ended.
         ``refused``: ``{reason: count}`` of the peers' requests that this engine refused.
+        ``registration``: of now, ``{transport: {"regions", "running", "failed", "nbytes", "nbytes_done"}}``
+            of the transports that register memory; see ``region.registration``.
         ``late_events``: ends that came for a transfer which had ended otherwise.
         ``late_writes_refused``: requests that came with a lease, or landed in a region, that was not
             open any more.

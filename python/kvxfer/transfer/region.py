@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,10 +14,35 @@ import numpy.typing as npt
 from kvxfer import _transfer
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["BlockIds", "Int64Array", "Lease", "Region", "own", "theirs"]
+__all__ = ["BlockIds", "Int64Array", "Lease", "Region", "Registration", "own", "theirs"]
 
 Int64Array = npt.NDArray[np.int64]
 BlockIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+def _int64(name: str, values: Sequence[int]) -> Int64Array:
+    """Whole numbers as they are: NumPy would cut 1.9 to 1, and take "1" for 1."""
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise InvalidArgumentError(f"{name}[{i}] must be an int, not {value!r}")
+        if not -(1 << 63) <= value < 1 << 63:
+            raise InvalidArgumentError(f"{name}[{i}] = {value} does not fit into 64 bits")
+    return np.array(values, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How far a transport is with a region that it has to register (verbs pins memory, for each rail).
+
+    ``state``: ``"running"``; ``"done"``; ``"failed"``, and ``reason`` says why; or ``"dropped"``: the
+    region was deregistered, or the engine closed, before it was done.
+    ``nbytes_done`` of ``nbytes``: the region's bytes, counted once for each rail.
+    """
+
+    state: str
+    nbytes_done: int
+    nbytes: int
+    reason: str | None
 
 
 class Region:
@@ -63,6 +89,27 @@ class Region:
     def backing(self) -> str:
         """What allocated memory is made of, in words, and why not of huge pages; else empty."""
         return self._core.backing
+
+    @property
+    def registration(self) -> dict[str, Registration]:
+        """By transport, those that register memory. Until it is done they move the bytes otherwise:
+        verbs in messages, slower.
+        """
+        return {
+            transport: Registration(state, done, nbytes, text if state == "failed" else None)
+            for transport, state, done, nbytes, text in self._core.registration
+        }
+
+    def wait_registered(self, timeout_s: float | None = None) -> None:
+        """Returns when no transport registers the region any more; ``registration`` says how it went.
+
+        Raises:
+            RegistrationError: a transport that ``transports=`` names could not. ``write``, ``read`` and
+                ``grant`` of the region raise it too.
+            TransferTimeoutError: not within ``timeout_s``; it goes on.
+            InvalidArgumentError: the region was deregistered meanwhile.
+        """
+        self._core.wait_registered(timeout_s)
 
     @cached_property
     def array(self) -> npt.NDArray[np.uint8]:
@@ -121,7 +168,7 @@ class Lease:
             LeaseError: the lease ended, so the rest will never arrive.
         """
         if isinstance(indices, (list, tuple, range)):
-            indices = np.array(indices, dtype=np.int64)
+            indices = _int64("indices", indices)
         self._core.wait_arrived(indices, timeout_s)  # type: ignore[arg-type]
 
     def extend(self, ttl_s: float) -> None:

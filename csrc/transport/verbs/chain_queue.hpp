@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// RDMA READs from the peer's memory into ours, as chains of work requests with one doorbell each.
-// Progress thread only.
+// Chains of work requests with one doorbell each: RDMA READs of the peer's memory into ours, or
+// WRITEs of ours into a window of the peer's. Progress thread only.
 //
 // The last of a chain alone is signalled; a queue pair completes in order, so its completion is
 // that of the chain. After an error every work request comes back, and the chain with the last.
@@ -18,32 +18,37 @@
 namespace kvxfer::verbs {
 
 struct Job;
+struct PushWindow;
 
 // What one chain does; made by who needs the bytes, handed back when the NIC is through with it. It
 // knows the keys of every rail, so any of them can carry it, and another one after a failure.
 class Chunk {
  public:
-  static constexpr uint32_t kMaxReads = 64;
+  static constexpr uint32_t kMaxRequests = 64;
   static constexpr uint64_t kMaxBytes = uint64_t{1} << 20;  // gates are held for one at a time
 
   void clear() noexcept;
   // How much of `nbytes` was taken: less than all when the chain is full. `lkeys` outlives it.
-  uint32_t add(uint64_t from, const Keys& rkeys, std::byte* to, const Keys& lkeys, uint32_t nbytes,
-               uint32_t max_sge);
+  // `rkeys` are not looked at where there is a window.
+  uint32_t add(uint64_t remote, const Keys& rkeys, std::byte* local, const Keys& lkeys,
+               uint32_t nbytes, uint32_t max_sge);
   uint64_t nbytes() const noexcept { return nbytes_; }
-  size_t num_reads() const noexcept { return reads_.size(); }
+  size_t num_requests() const noexcept { return ops_.size(); }
 
   // Whose it is: an incoming write, or (null) the read of ours that the ticket names.
   std::shared_ptr<Job> job;
   Ticket ticket;
   bool words = false;  // the look at the words behind a read
   bool probe = false;  // nobody's: whether the rail works at all
+  // Of a write: what it goes through, and what its last request tells the owner.
+  std::shared_ptr<PushWindow> window;
+  uint32_t immediate = 0;
   int64_t posted_ns = 0;
 
  private:
-  friend class PullQueue;
-  struct Read {
-    uint64_t from = 0;
+  friend class ChainQueue;
+  struct Op {
+    uint64_t remote = 0;
     uint64_t nbytes = 0;
     Keys rkeys{};
     uint32_t first_sge = 0, num_sge = 0;
@@ -53,20 +58,23 @@ class Chunk {
     uint32_t nbytes = 0;
     const Keys* lkeys = nullptr;
   };
-  std::vector<Read> reads_;
+  std::vector<Op> ops_;
   std::vector<Piece> pieces_;
   uint64_t nbytes_ = 0;
 };
 using ChunkPtr = std::unique_ptr<Chunk>;
 
-class PullQueue {
+// Whether one request's addresses or keys have caused it; any other failure is the path's.
+bool is_requests_own(ibv_wc_status status) noexcept;
+
+class ChainQueue {
  public:
   static uint32_t depth(const Device& device) noexcept;
   static uint32_t num_entries(uint32_t depth) noexcept { return depth + 1; }
 
-  // `rail`: which of the remote keys are its.
-  PullQueue(std::shared_ptr<Device> device, ibv_cq* cq, size_t rail);
-  ~PullQueue();
+  // `rail`: which of the remote keys are its. `work`: kRead or kWrite.
+  ChainQueue(std::shared_ptr<Device> device, ibv_cq* cq, size_t rail, Work work = Work::kRead);
+  ~ChainQueue();
 
   // A fresh queue pair, not connected yet, after close(); throws.
   QpEnd open();
@@ -97,9 +105,11 @@ class PullQueue {
   ibv_wc_status first_error() const noexcept { return first_error_; }
   uint32_t vendor_error() const noexcept { return vendor_error_; }
 
-  // To ERR with a marker behind: Work::kReadMarker comes last. False: none will come.
+  // To ERR with a marker behind, which comes last. False: none will come.
   bool stop() noexcept;
-  uint64_t marker() const noexcept { return work_id(Work::kReadMarker, epoch_); }
+  uint64_t marker() const noexcept {
+    return work_id(work_ == Work::kRead ? Work::kReadMarker : Work::kWriteMarker, epoch_);
+  }
   // Destroys the queue pair, after which the NIC touches nothing: what was in flight, in order.
   std::deque<ChunkPtr> close() noexcept;
 
@@ -110,13 +120,14 @@ class PullQueue {
   // A quarter of a second of a slow link and far more than any fast one needs.
   static constexpr uint64_t kMaxBytesInFlight = uint64_t{8} << 20;
   uint64_t id(uint64_t sequence, bool last) const noexcept {
-    return work_id(Work::kRead, uint64_t{epoch_ & 0xff} << 48 |
-                                    (sequence & ((uint64_t{1} << 47) - 1)) << 1 | (last ? 1 : 0));
+    return work_id(work_, uint64_t{epoch_ & 0xff} << 48 |
+                              (sequence & ((uint64_t{1} << 47) - 1)) << 1 | (last ? 1 : 0));
   }
 
   const std::shared_ptr<Device> device_;
   ibv_cq* const cq_;
   const size_t rail_;
+  const Work work_;
   const uint32_t depth_;
   QpShape shape_;
   QpPtr qp_;
@@ -125,7 +136,7 @@ class PullQueue {
   bool ready_ = false;
   std::deque<ChunkPtr> in_flight_;
   uint64_t next_ = 0;  // sequence number of the next chunk
-  size_t num_reads_ = 0;
+  size_t num_requests_ = 0;
   uint64_t nbytes_ = 0;
   ibv_wc_status chain_status_ = IBV_WC_SUCCESS;  // of in_flight_.front() so far
   ibv_wc_status first_error_ = IBV_WC_SUCCESS;
