@@ -140,8 +140,8 @@ TEST_CASE("push: chains that have landed are not posted again for those that hav
     same &= all_equal(w.at_b(static_cast<size_t>(2 * i * kBlock)), kBlock, 0x11);
   CHECK(same);
   CHECK(lease->num_arrived.load() == 1);
-  // Of the first two chains 100 packets or all; then what is missing, 192 or 128, and some messages.
-  // With the first chain again it were 64 more, 356 or 320.
+  // Of the first two chains 100 packets or all; then what is missing, 192 or 128, and some
+  // messages. With the first chain again it were 64 more, 356 or 320.
   const int64_t total = fake_verbs_count("bytes_placed") - placed;
   CHECK(total >= kCount * kBlock);
   CHECK(total < 310 * kBlock);
