@@ -38,7 +38,7 @@ ByteView control_of(const Bytes& frame) { return ByteView(frame).subspan(kHeadBy
 
 void stripe(const std::string& name, Op op, size_t num_targets, bool uniform, ByteView notify) {
   StripeHead s;
-  s.access = {op, {7, {}}, {9, {}}};
+  s.access = {op, {7, {}}, {9, {}}, {}};
   s.has_notify = !notify.empty();
   s.access.arrival = 0;
   for (size_t i = 0; i < num_targets; ++i)

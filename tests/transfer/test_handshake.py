@@ -293,7 +293,7 @@ def test_names_with_control_characters_are_refused(pair: Pair, name: str) -> Non
         pair[0].allocate(10, name)
     with pytest.raises(InvalidArgumentError, match="host:port"):
         pair[0].connect(f"{name}:1")
-    with TransferEngine("knödel 团子") as engine:
+    with TransferEngine("knödel 团子", secret=SECRET) as engine:
         assert engine.connect(pair[1].address).name == "b"
 
 

@@ -67,7 +67,6 @@ void check_process(const Birth& birth);
 // Seconds, or None.
 struct Timeout : std::optional<double> {
   using std::optional<double>::optional;
-  using std::optional<double>::operator=;
 };
 int64_t deadline_of(const Timeout& timeout_s, const char* name = "timeout_s");
 
@@ -114,7 +113,7 @@ struct pybind11::detail::type_caster<kvxfer::bindings::Timeout> {
   bool load(handle source, bool) {
     value.reset();
     if (source.is_none()) return true;
-    value = PyFloat_AsDouble(source.ptr());
+    value.emplace(PyFloat_AsDouble(source.ptr()));
     if (*value == -1 && PyErr_Occurred() != nullptr) {
       PyErr_Clear();
       kvxfer::fail(kvxfer::Code::kInvalidArgument,

@@ -49,7 +49,7 @@ bool Windows::on_ask(ByteView body, const std::string& why_not) {
   auto window = std::make_shared<Window>();
   window->lease = lease;
   Landing& landing = window->landing;
-  if (auto failure = host_.admit(connection_, {Op::kWrite, head.region, head.lease}, landing)) {
+  if (auto failure = host_.admit(connection_, {Op::kWrite, head.region, head.lease, {}}, landing)) {
     connection_.counters.refused.fetch_add(1, std::memory_order_relaxed);
     refuse({lease, static_cast<uint32_t>(failure->code), failure->err}, failure->text);
     return true;
