@@ -59,9 +59,12 @@ bool is_loopback(const sockaddr_storage& storage) {
 }  // namespace
 
 HostPort parse_address(const std::string& address) {
+  if (!is_printable(address))
+    fail(Code::kInvalidArgument,
+         "the address has a control character; expected \"host:port\", for IPv6 \"[::1]:port\"");
   const size_t colon = address.rfind(':');
   HostPort out;
-  bool ok = colon != std::string::npos && is_printable(address);
+  bool ok = colon != std::string::npos;
   if (ok) {
     out.host = address.substr(0, colon);
     if (out.host.size() >= 2 && out.host.front() == '[' && out.host.back() == ']')
