@@ -62,7 +62,7 @@ def faulty_pair(below: Way, plan: str) -> Iterator[Pair]:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ("", "which transport to wrap"),
+        ("", "needs a plan of faults"),
         ("seed=3", "which transport to wrap"),
         ("wrap=faulty", "which transport to wrap"),
         ("wrap=carrier_pigeon", "no transport 'carrier_pigeon'"),

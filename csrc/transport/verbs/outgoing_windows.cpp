@@ -30,10 +30,11 @@ std::shared_ptr<PushWindow> Outgoing::window_of(const Request& request) {
   return window;
 }
 
-// Whether all of it lies in the lease's spans, as the owner has told them, and its chains can be
-// numbered. What does not is pulled: then the owner says what is wrong with it.
+// Whether the lease allows all of it, as the owner has told its spans and arrivals, and its chains
+// can be numbered. What does not is pulled: then the owner says what is wrong with it.
 bool Outgoing::fits(const Request& request, const RegionMemory& memory,
                     const PushWindow& window) const {
+  if (request.has_arrival && request.arrival >= window.num_arrivals) return false;
   uint64_t num_runs = 0;
   for (const Span& span : request.spans) {
     if (!window.covers(span.remote, span.nbytes)) return false;
@@ -83,6 +84,7 @@ bool Outgoing::on_window(ByteView body) {
     window.address = head.address;
     window.offset = head.offset;
     window.nbytes = head.nbytes;
+    window.num_arrivals = head.num_arrivals;
     window.num_extents = head.total_extents;
   }
   if (head.num_extents > window.num_extents - window.extents.size()) return false;

@@ -30,6 +30,7 @@ struct PushWindow {
   uint64_t address = 0, offset = 0, nbytes = 0;  // of the hull: over there, in the region, how long
   std::vector<Extent> extents;                   // of the lease, sorted
   uint64_t num_extents = 0;                      // that it has in all; 0: not known yet
+  uint64_t num_arrivals = 0;                     // of the lease
   std::array<bool, kMaxRails> has_key{};
   Keys keys{};
   uint32_t num_inside = 0;     // chains that are posted, in doubt, or to be posted again

@@ -129,6 +129,7 @@ using WindowId = uint64_t;  // the lease's: there is one for each lease of a con
 struct WindowHead {
   WindowId window = 0;
   uint64_t address = 0, offset = 0, nbytes = 0;  // of the hull: here, in the region, how long
+  uint64_t num_arrivals = 0;                     // of the lease
   uint32_t num_extents = 0;                      // that follow in this message
   uint32_t total_extents = 0;
 };

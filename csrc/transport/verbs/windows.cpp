@@ -88,6 +88,7 @@ void Windows::tell(const Window& window) {
                           reinterpret_cast<uint64_t>(window.hull.base),
                           window.offset,
                           window.nbytes,
+                          window.landing.lease->num_arrivals,
                           static_cast<uint32_t>(part.size()),
                           static_cast<uint32_t>(extents.size())};
     channel_.message(Type::kWindow, {view_of(head), view_of(part)});
