@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transfer_peers import SECRET, TIMEOUT_S, PeerProcess
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, run_with_fake_verbs
 
 from kvxfer.errors import KvxferError
 from kvxfer.testing import fake_verbs
@@ -44,21 +41,6 @@ def pair(way: Way) -> Iterator[tuple[TransferEngine, PeerProcess]]:
         yield engine, peer
     peer.close()
     fake_verbs.set_plan("")
-
-
-def run_python(code: str, **environment: str) -> str:
-    """The output of a process of its own, which sees other devices."""
-    path, _ = fake_verbs.library()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "KVXFER_LIBIBVERBS": str(path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 PROBE = """
@@ -235,19 +217,19 @@ def test_doctor_names_every_rail_and_its_node(tmp_path: Path) -> None:
     for device, node in (("fake0", "1"), ("fake1", "-1")):
         (tmp_path / device / "device").mkdir(parents=True)
         (tmp_path / device / "device" / "numa_node").write_text(f"{node}\n")
-    text = run_python(DOCTOR, KVXFER_FAKE_VERBS=f"devices=2 sysfs={tmp_path}")
+    text = run_with_fake_verbs(DOCTOR, KVXFER_FAKE_VERBS=f"devices=2 sysfs={tmp_path}")
     assert text.strip() == ("works here: fake0:1 (NUMA node 1), fake1:1 (NUMA node unknown)")
 
 
 def test_reason_says_what_is_missing() -> None:
-    assert run_python(PROBE).strip() == "None"
-    assert "no RDMA device" in run_python(PROBE, KVXFER_FAKE_VERBS="devices=0")
-    assert "active" in run_python(PROBE, KVXFER_FAKE_VERBS="down=0")
-    assert "no GID" in run_python(PROBE, KVXFER_FAKE_VERBS="gids=none")
-    refused = run_python(PROBE, KVXFER_FAKE_VERBS="fail=open_device@1:ENOSPC")
+    assert run_with_fake_verbs(PROBE).strip() == "None"
+    assert "no RDMA device" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="devices=0")
+    assert "active" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="down=0")
+    assert "no GID" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="gids=none")
+    refused = run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="fail=open_device@1:ENOSPC")
     assert "ibv_open_device(fake0)" in refused
     assert "No space left on device" in refused
-    missing = run_python(PROBE, KVXFER_LIBIBVERBS="/nowhere/libibverbs.so")
+    missing = run_with_fake_verbs(PROBE, KVXFER_LIBIBVERBS="/nowhere/libibverbs.so")
     assert "/nowhere/libibverbs.so" in missing
 
 
@@ -267,10 +249,10 @@ with TransferEngine("a", transports=("verbs",), secret=b"a secret for tests") as
 
 
 def test_memory_limit_is_explained() -> None:
-    text = run_python(LOCKED, KVXFER_FAKE_VERBS=f"memlock={8 << 20}")
+    text = run_with_fake_verbs(LOCKED, KVXFER_FAKE_VERBS=f"memlock={8 << 20}")
     assert "ibv_reg_mr" in text
     assert "ulimit -l" in text or "locked-memory limit" in text
-    assert "registered" in run_python(LOCKED)
+    assert "registered" in run_with_fake_verbs(LOCKED)
 
 
 CONNECT = """
@@ -286,11 +268,11 @@ with engine("a") as a, engine("b") as b:
 
 def test_device_and_address_are_chosen_by_rule_or_by_name() -> None:
     two = {"KVXFER_FAKE_VERBS": "devices=2 gids=ll1,ll2,v4r1,v4r2,v6r2"}
-    assert "fake0:1" in run_python(CONNECT.format(""), **two)
-    chosen = run_python(CONNECT.format("verbs_device='fake1'"), **two)
+    assert "fake0:1" in run_with_fake_verbs(CONNECT.format(""), **two)
+    chosen = run_with_fake_verbs(CONNECT.format("verbs_device='fake1'"), **two)
     assert "fake1:1" in chosen
     assert "10.77.1.1" in chosen
-    index = run_python(CONNECT.format("verbs_gid_index=1"), **two)
+    index = run_with_fake_verbs(CONNECT.format("verbs_gid_index=1"), **two)
     assert "fe80" in index
     down = {"KVXFER_FAKE_VERBS": "devices=2 down=0"}
-    assert "fake1:1" in run_python(CONNECT.format(""), **down)
+    assert "fake1:1" in run_with_fake_verbs(CONNECT.format(""), **down)

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from transfer_peers import SECRET, TIMEOUT_S
+from transfer_peers import SECRET, TIMEOUT_S, run_with_fake_verbs
 
 from kvxfer.errors import InvalidArgumentError, RegistrationError, TransferTimeoutError
 from kvxfer.testing import fake_verbs
@@ -156,20 +154,6 @@ def test_transports_that_register_nothing_have_nothing_to_wait_for() -> None:
         assert a.stats()["registration"] == {}
 
 
-def run_python(code: str, **environment: str) -> str:
-    path, _ = fake_verbs.library()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
-        env={**os.environ, "KVXFER_LIBIBVERBS": str(path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 FORK = """
 import os, sys
 import numpy as np
@@ -211,7 +195,7 @@ print(region.registration["verbs"].state, late.registration["verbs"].state)
 
 
 def test_a_fork_and_a_close_while_memory_is_registered() -> None:
-    assert run_python(FORK).split() == ["done", "dropped"]
+    assert run_with_fake_verbs(FORK).split() == ["done", "dropped"]
 
 
 LIMITED = """
@@ -230,7 +214,7 @@ with TransferEngine("a", transports=("verbs",), secret=b"a secret for tests") as
 
 
 def test_the_error_has_the_limit_of_this_process_and_what_was_wanted() -> None:
-    text = run_python(LIMITED, KVXFER_FAKE_VERBS=f"memlock={4 << 20}")
+    text = run_with_fake_verbs(LIMITED, KVXFER_FAKE_VERBS=f"memlock={4 << 20}")
     assert "region 'pool', 67108864 bytes" in text
     assert "(ulimit -l) of this process is 3145728 bytes, of which" in text
     root = os.geteuid() == 0
@@ -247,6 +231,6 @@ print(next(check.detail for check in examine() if check.name == "locked memory")
 
 
 def test_doctor_says_how_much_memory_may_be_locked() -> None:
-    text = run_python(DOCTOR.format(limit=2 << 20))
+    text = run_with_fake_verbs(DOCTOR.format(limit=2 << 20))
     assert "2097152 bytes" in text
     assert "LimitMEMLOCK=infinity" in text

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kvxfer.errors import KvxferError
+from kvxfer.testing import fake_verbs
 from kvxfer.testing.faults import Way
 from kvxfer.transfer import TransferEngine
 
@@ -37,6 +40,21 @@ def wait_for(engine: TransferEngine, look: Callable[[], Any], timeout_s: float =
         left = deadline - time.monotonic()
         assert left > 0, f"nothing true within {timeout_s} s"
         select.select([engine.fileno()], [], [], left)
+
+
+def run_with_fake_verbs(code: str, **environment: str) -> str:
+    """The output of a process of its own, which sees other devices."""
+    path, _ = fake_verbs.library()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KVXFER_LIBIBVERBS": str(path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def take_notifications(
