@@ -16,7 +16,7 @@ import pytest
 from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, wait_for
 
 from kvxfer.testing.faults import Way
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import Region, TransferEngine
 
 POOL = Path("/proc/sys/vm/nr_hugepages")
 
@@ -28,34 +28,60 @@ def _meminfo(key: str) -> int:
     return 0
 
 
-@pytest.fixture
-def huge_page_nbytes() -> Iterator[int]:
-    """A pool with 16 free huge pages, for as long as the test runs.
+class HugePages:
+    """The machine's pool of huge pages, filled for as long as a test runs."""
 
-    The pool is the machine's: a suite that ran beside this one took the pages away, so they take turns.
-    """
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes  # of one page
+        self._before = int(POOL.read_text())
+        self._refill()
+
+    def allocate(self, engine: TransferEngine, nbytes: int, name: str) -> Region:
+        """Memory of huge pages; fails where the engine refuses some that are free.
+
+        Other processes take them: the C++ tests of a run beside this one did, between filling and allocating.
+        """
+        for _ in range(20):
+            region = engine.allocate(nbytes, name)
+            if region.page_nbytes == self.nbytes:
+                return region
+            engine.deregister(region)
+            self._refill()
+        assert self._num_free() * self.nbytes < nbytes, region.backing
+        pytest.skip(f"other processes take the huge pages away: {region.backing}")
+
+    def _num_free(self) -> int:
+        return _meminfo("HugePages_Free") - _meminfo("HugePages_Rsvd")
+
+    def _refill(self) -> None:
+        missing = 16 - self._num_free()
+        if missing <= 0:
+            return
+        wanted = int(POOL.read_text()) + missing
+        try:
+            POOL.write_text(str(wanted))
+        except OSError as error:
+            pytest.skip(f"vm.nr_hugepages cannot be raised: {error}")
+        if int(POOL.read_text()) < wanted:
+            self.give_back()
+            pytest.skip("the kernel found no contiguous memory for 16 huge pages")
+
+    def give_back(self) -> None:
+        if int(POOL.read_text()) != self._before:
+            POOL.write_text(str(self._before))
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[HugePages]:
+    """Suites that run beside each other take turns: each leaves the pool as it was."""
     size = _meminfo("Hugepagesize") * 1024
     if size == 0:
         pytest.skip("this kernel has no huge pages")
     with POOL.open() as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        yield from _filled_pool(size)
-
-
-def _filled_pool(size: int) -> Iterator[int]:
-    missing = 16 - (_meminfo("HugePages_Free") - _meminfo("HugePages_Rsvd"))
-    before = int(POOL.read_text())
-    if missing > 0:
-        try:
-            POOL.write_text(str(before + missing))
-        except OSError as error:
-            pytest.skip(f"vm.nr_hugepages cannot be raised: {error}")
-        if int(POOL.read_text()) < before + missing:
-            POOL.write_text(str(before))
-            pytest.skip("the kernel found no contiguous memory for 16 huge pages")
-    yield size
-    if missing > 0:
-        POOL.write_text(str(before))
+        pages = HugePages(size)
+        yield pages
+        pages.give_back()
 
 
 @pytest.fixture
@@ -88,19 +114,19 @@ def test_an_empty_pool_is_a_reason(local_engine: TransferEngine) -> None:
 
 
 def test_huge_pages_are_used_shared_and_given_back(
-    huge_page_nbytes: int, way: Way, engine: TransferEngine, own_peer: PeerProcess
+    huge_pages: HugePages, way: Way, engine: TransferEngine, own_peer: PeerProcess
 ) -> None:
     """The names are this test's own: a region of an earlier test stays mapped for as long as anybody
     holds a view of it, and a raised exception holds what its frames held until the cycle is collected."""
-    nbytes = 2 * huge_page_nbytes + 12_345  # rounded up to three pages
-    region = engine.allocate(nbytes, "huge-ours")
-    assert region.page_nbytes == huge_page_nbytes
+    nbytes = 2 * huge_pages.nbytes + 12_345  # rounded up to three pages
+    region = huge_pages.allocate(engine, nbytes, "huge-ours")
+    assert region.page_nbytes == huge_pages.nbytes, region.backing
     assert "no huge pages" not in region.backing
     assert region.nbytes == nbytes
 
     own_peer.call("add_region", "huge-theirs", nbytes, "allocated")
     peer = engine.connect(own_peer.address)
-    assert f"our region 'huge-ours': {huge_page_nbytes // 1024} KiB pages" in engine.explain(peer)
+    assert f"our region 'huge-ours': {huge_pages.nbytes // 1024} KiB pages" in engine.explain(peer)
     region.array[:] = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
     engine.write(region, peer.regions["huge-theirs"], 0, 0, nbytes).wait(TIMEOUT_S)
     assert own_peer.call("bytes_of", "huge-theirs") == region.array.tobytes()
@@ -123,10 +149,10 @@ def test_huge_pages_are_used_shared_and_given_back(
 
 
 def test_nobody_else_can_write_or_cut_huge_pages(
-    huge_page_nbytes: int, local_engine: TransferEngine
+    huge_pages: HugePages, local_engine: TransferEngine
 ) -> None:
-    region = local_engine.allocate(huge_page_nbytes, "sealed")
-    assert region.page_nbytes == huge_page_nbytes
+    region = huge_pages.allocate(local_engine, huge_pages.nbytes, "sealed")
+    assert region.page_nbytes == huge_pages.nbytes, region.backing
     region.array[:] = 3
     fds = []
     for name in os.listdir("/proc/self/fd"):
@@ -135,8 +161,8 @@ def test_nobody_else_can_write_or_cut_huge_pages(
                 fds.append(int(name))
     assert len(fds) == 1
     with pytest.raises(PermissionError):
-        mmap.mmap(fds[0], huge_page_nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        mmap.mmap(fds[0], huge_pages.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     with pytest.raises(PermissionError):
         os.ftruncate(fds[0], 0)
-    with mmap.mmap(fds[0], huge_page_nbytes, mmap.MAP_SHARED, mmap.PROT_READ) as view:
+    with mmap.mmap(fds[0], huge_pages.nbytes, mmap.MAP_SHARED, mmap.PROT_READ) as view:
         assert view[:1] == b"\x03"
