@@ -35,10 +35,11 @@ MAY_IMPORT_TORCH = {"kernels/triton", "kernels/torch_ops", "server", "testing"}
 
 INCLUDE_EDGES: dict[str, set[str]] = {
     "common": set(),
-    "transport": {"common"},
-    "engine": {"transport", "common"},
+    "cuda_driver": {"common"},
+    "transport": {"cuda_driver", "common"},
+    "engine": {"transport", "cuda_driver", "common"},
     "kernels": {"common"},
-    "bindings": {"engine", "transport", "kernels", "common"},
+    "bindings": {"engine", "transport", "cuda_driver", "kernels", "common"},
 }
 # Siblings do not know each other, but for one that is the other with a step done differently.
 SIBLING_EDGES = {("cma", "shm")}

@@ -2,7 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/buffer.hpp"
 
+#include <pybind11/stl.h>
+
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -57,13 +60,17 @@ struct One {
   Piece piece;
   bool writable;
   py::object keep;
+  bool is_on_gpu = false;
 };
+
+constexpr const char* kGpuByInterface =
+    "; memory of a GPU is taken from what has __cuda_array_interface__, all else must be host "
+    "memory";
 
 One from_tensor(const DlTensor& t, bool writable, py::object keep, const std::string& what) {
   if (t.device.device_type != kDlCpu)
-    raise(Code::kInvalidArgument, what + " is on device type " +
-                                      std::to_string(t.device.device_type) +
-                                      "; only host memory can be registered by this build");
+    raise(Code::kInvalidArgument,
+          what + " is on device type " + std::to_string(t.device.device_type) + kGpuByInterface);
   if (!contiguous(t)) not_contiguous(what);
   uint64_t count = 1;
   for (int32_t i = 0; i < t.ndim; ++i) count *= static_cast<uint64_t>(t.shape[i]);
@@ -76,8 +83,8 @@ One from_tensor(const DlTensor& t, bool writable, py::object keep, const std::st
 One take_dlpack(const py::object& source, const std::string& what) {
   const auto device = source.attr("__dlpack_device__")().cast<py::tuple>();
   if (device[0].cast<int>() != kDlCpu)  // before __dlpack__, which would synchronise a stream
-    raise(Code::kInvalidArgument, what + " is on device " + std::string(py::str(device)) +
-                                      "; only host memory can be registered by this build");
+    raise(Code::kInvalidArgument,
+          what + " is on device " + std::string(py::str(device)) + kGpuByInterface);
   py::object capsule;
   try {
     capsule = source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
@@ -116,12 +123,63 @@ One take_buffer(const py::object& source, const std::string& what) {
           std::move(view)};
 }
 
+// The object's word for being a GPU's memory: a dict with shape, typestr, data (pointer, read-only)
+// and perhaps strides in bytes; or null. What makes it fail is told with what can be done: torch
+// has no name for fp8 there, and gives none of a tensor that requires grad.
+py::object cuda_array_interface(const py::object& source, const std::string& what) {
+  PyObject* const raw = PyObject_GetAttrString(source.ptr(), "__cuda_array_interface__");
+  if (raw != nullptr) return py::reinterpret_steal<py::object>(raw);
+  py::error_already_set error;
+  if (error.matches(PyExc_AttributeError)) return {};
+  if (!error.matches(PyExc_Exception)) throw error;  // Ctrl-C is not its fault
+  raise(Code::kInvalidArgument, cat(what, ".__cuda_array_interface__ failed: ", error.what(),
+                                    "; pass the bytes: tensor.detach().view(torch.uint8)"));
+}
+
+One take_cuda(const py::object& interface, const py::object& source, const std::string& what) {
+  std::vector<int64_t> shape, strides;
+  std::string type;
+  uintptr_t address = 0;
+  bool read_only = false;
+  try {
+    const auto dict = interface.cast<py::dict>();
+    const auto data = dict["data"].cast<py::tuple>();
+    address = data[0].cast<uintptr_t>();
+    read_only = data[1].cast<bool>();
+    shape = dict["shape"].cast<std::vector<int64_t>>();
+    type = dict["typestr"].cast<std::string>();
+    if (dict.contains("strides") && !dict["strides"].is_none())
+      strides = dict["strides"].cast<std::vector<int64_t>>();
+  } catch (const std::exception& error) {
+    raise(Code::kInvalidArgument,
+          cat(what, ".__cuda_array_interface__ is not what it should be: ", error.what()));
+  }
+  // "<f4": order, kind, bytes of one element.
+  int64_t expected = type.size() > 2 ? std::strtoll(type.c_str() + 2, nullptr, 10) : 0;
+  if (expected <= 0 || type[1] == 'O')
+    raise(Code::kInvalidArgument, cat(what, " has a typestr of no known size: '", type, "'"));
+  if (!strides.empty() && strides.size() != shape.size())
+    raise(Code::kInvalidArgument,
+          cat(what, " has ", shape.size(), " dimensions and ", strides.size(), " strides"));
+  for (size_t i = shape.size(); i-- > 0;) {
+    if (!strides.empty() && shape[i] != 1 && strides[i] != expected) not_contiguous(what);
+    expected *= shape[i];
+  }
+  return {{reinterpret_cast<std::byte*>(address), 0, static_cast<uint64_t>(expected)},
+          !read_only,
+          source,
+          true};
+}
+
 One take_one(const py::object& source, const std::string& what) {
   if (PyObject_CheckBuffer(source.ptr())) return take_buffer(source, what);
+  if (const py::object interface = cuda_array_interface(source, what); interface)
+    return take_cuda(interface, source, what);
   if (py::hasattr(source, "__dlpack__") && py::hasattr(source, "__dlpack_device__"))
     return take_dlpack(source, what);
-  raise(Code::kInvalidArgument,
-        what + " of type " + type_name(source) + " has neither the buffer protocol nor __dlpack__");
+  raise(Code::kInvalidArgument, what + " of type " + type_name(source) +
+                                    " has neither the buffer protocol nor __dlpack__ nor "
+                                    "__cuda_array_interface__");
 }
 
 }  // namespace
@@ -131,6 +189,13 @@ Buffers take_buffers(const py::object& source) {
   py::list keep;
   auto add = [&](const py::object& each, const std::string& what) {
     One one = take_one(each, what);
+    if (!out.pieces.empty() && one.is_on_gpu != out.is_on_gpu)
+      raise(Code::kInvalidArgument,
+            cat(what,
+                one.is_on_gpu ? " is a GPU's memory, those before it are the host's"
+                              : " is host memory, those before it are a GPU's",
+                "; a region is all of one kind: register one for each"));
+    out.is_on_gpu = one.is_on_gpu;
     out.pieces.push_back(one.piece);
     out.writable = out.writable && one.writable;
     keep.append(one.keep);
@@ -144,6 +209,13 @@ Buffers take_buffers(const py::object& source) {
     add(source, "the buffer");
   }
   out.keep = bury_later(std::move(keep));
+  return out;
+}
+
+Buffers take_host_buffers(const py::object& source) {
+  Buffers out = take_buffers(source);
+  if (out.is_on_gpu)
+    raise(Code::kInvalidArgument, "this is a GPU's memory, and the CPU has to touch it here");
   return out;
 }
 

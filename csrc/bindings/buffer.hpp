@@ -17,10 +17,14 @@ namespace kvxfer::bindings {
 struct Buffers {
   std::vector<Piece> pieces;
   bool writable = true;
+  bool is_on_gpu = false;  // by their own word; the engine asks CUDA
   std::shared_ptr<void> keep;
 };
-// One object or a sequence of them: buffer protocol or DLPack on the CPU, C-contiguous.
+// One object or a sequence of them, C-contiguous: buffer protocol or DLPack on the CPU, or
+// __cuda_array_interface__; not both kinds at once.
 Buffers take_buffers(const pybind11::object& source);
+// Likewise, without a GPU's.
+Buffers take_host_buffers(const pybind11::object& source);
 
 // Engine threads never touch the interpreter: what they drop last lies here until the next call
 // that holds the GIL.

@@ -5,6 +5,8 @@
 namespace kvxfer {
 namespace {
 constexpr uint8_t kRegionAdded = 1, kRegionRemoved = 2, kCredit = 3, kAttach = 4;
+constexpr uint8_t kWritable = 1, kOnGpu = 2;   // of a region; after kOnGpu its ordinal
+constexpr uint32_t kMaxDevices = 1024;         // of one machine
 constexpr uint32_t kTokenMagic = 0x314c'564b;  // "KVL1"
 constexpr size_t kMaxOffers = 16, kMaxOfferBytes = 2048;
 constexpr size_t kMaxTransportBytes = 32, kMaxAttachBytes = 4096;
@@ -15,7 +17,9 @@ Bytes encode(const Control& message) {
   Writer w(out);
   if (auto* added = std::get_if<RegionAdded>(&message)) {
     w.u8(kRegionAdded), w.u64(added->ref.id), w.put(added->ref.key), w.u64(added->nbytes);
-    w.u8(added->writable), w.text(added->name);
+    const bool on_gpu = added->device != kHostMemory;
+    w.u8((added->writable ? kWritable : 0) | (on_gpu ? kOnGpu : 0)), w.text(added->name);
+    if (on_gpu) w.u32(static_cast<uint32_t>(added->device));
   } else if (auto* removed = std::get_if<RegionRemoved>(&message)) {
     w.u8(kRegionRemoved), w.u64(removed->id);
   } else if (auto* attach = std::get_if<Attach>(&message)) {
@@ -34,8 +38,14 @@ std::optional<Control> decode_control(ByteView payload) {
     case kRegionAdded: {
       RegionAdded added;
       added.ref.id = r.u64(), added.ref.key = r.get<Key>(), added.nbytes = r.u64();
-      added.writable = r.u8() != 0, added.name = r.text(kMaxNameBytes);
-      if (!is_printable(added.name)) return {};
+      const uint8_t flags = r.u8();
+      added.writable = (flags & kWritable) != 0, added.name = r.text(kMaxNameBytes);
+      if (!is_printable(added.name) || (flags & ~(kWritable | kOnGpu)) != 0) return {};
+      if ((flags & kOnGpu) != 0) {
+        const uint32_t device = r.u32();
+        if (device >= kMaxDevices) return {};
+        added.device = static_cast<int>(device);
+      }
       out = std::move(added);
       break;
     }

@@ -19,6 +19,7 @@ struct RegionAdded {
   uint64_t nbytes = 0;
   bool writable = true;
   std::string name;
+  int device = kHostMemory;
 };
 struct RegionRemoved {
   uint64_t id = 0;

@@ -44,6 +44,7 @@ struct RegionOptions {
   std::string name;
   bool require_lease = false;
   bool shareable = true;
+  bool is_on_gpu = false;  // the pieces are a GPU's memory, as CUDA addresses it
 };
 
 // A lease that knows its engine, for its timer and for telling the application that it is quiet.
@@ -184,6 +185,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   RegionPtr add_region(RegionPtr region);
   void check_new_region(const Region& region) const;  // mutex_ held
   void expose(const RegionPtr& region);
+  void check_gpu_reached(const Region& region) const;
   void withdraw(Region& region) noexcept;
   bool allows(std::string_view transport) const;
   PeerPtr peer_for(const PeerIdentity& identity);  // mutex_ held

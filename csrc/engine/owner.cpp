@@ -77,6 +77,12 @@ std::optional<Failure> Engine::judge(Connection& from, const Access& access,
   if (access.op == Op::kWrite && !region.writable)
     return Failure{.code = Code::kRemoteAccess,
                    .text = cat("region '", region.name, "' is read-only")};
+  // The initiator knows this, and has refused it before; one that has not sends no byte either.
+  if (region.is_on_gpu() && !from.reaches_gpus())
+    return Failure{
+        .code = Code::kRemoteAccess,
+        .text = cat("region '", region.name, "' is memory of ", device_text(region.device),
+                    ", and ", from.transport(), " copies by the CPU")};
   out.region = it->second;
   return {};
 }

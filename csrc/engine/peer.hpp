@@ -23,9 +23,15 @@ struct RemoteRegion {
   std::string name;
   uint64_t nbytes = 0;
   bool writable = true;
+  int device = kHostMemory;
   std::weak_ptr<Peer> peer;
 };
 using RemoteRegionPtr = std::shared_ptr<RemoteRegion>;
+
+// Why this connection does not carry the request, whose far end is `target` if it has one; or
+// empty.
+std::optional<std::string> refusal_of(const Connection& connection, const Request& request,
+                                      const RemoteRegion* target);
 
 // One authenticated session: the control connection and every transport that attached to it. Two
 // engines that connect to each other at the same moment get two, and both keep the same order.

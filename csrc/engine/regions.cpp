@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/random.hpp"
+#include "cuda_driver/memory.hpp"
 #include "engine/engine.hpp"
 #include "engine/memory.hpp"
 
@@ -31,6 +32,20 @@ static void check_apart(const std::vector<Piece>& pieces) {
       fail(Code::kInvalidArgument, "buffers ", std::min(order[i - 1], order[i]), " and ",
            std::max(order[i - 1], order[i]), " share memory; a region has each byte once");
   }
+}
+
+// The GPU that all of it lies in.
+static int device_of(const std::vector<Piece>& pieces) {
+  int out = kHostMemory;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const std::string what = pieces.size() == 1 ? "the buffer" : cat("buffer ", i);
+    const int device = cuda_driver::look_at(pieces[i].base, pieces[i].nbytes, what).device;
+    if (i > 0 && device != out)
+      fail(Code::kInvalidArgument, "buffer 0 is memory of ", device_text(out), ", and buffer ", i,
+           " of ", device_text(device), "; a region lies in one GPU: register one for each");
+    out = device;
+  }
+  return out;
 }
 
 void check_reached(const Region& region) {
@@ -73,6 +88,13 @@ RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
   }
   if (pieces.empty()) fail(Code::kInvalidArgument, "a region needs at least one buffer");
   check_apart(pieces);
+  if (options.is_on_gpu) {
+    if (!options.shareable)
+      fail(Code::kInvalidArgument, "region '", options.name,
+           "' is a GPU's memory and has share=\"never\": its bytes would go in messages, which the "
+           "CPU copies and cannot reach them");
+    region->device = device_of(pieces);
+  }
   region->pieces = std::move(pieces);
   return add_region(std::move(region));
 }
@@ -94,11 +116,33 @@ void Engine::expose(const RegionPtr& region) {
     for (auto& [name, transport] : transports_) transport->expose(region);
     for (const ExposurePtr& exposure : region->exposures)
       exposure->required = !options_.transports.empty();
+    if (region->is_on_gpu()) check_gpu_reached(*region);
     check_reached(*region);
   } catch (...) {
     withdraw(*region);
     throw;
   }
+}
+
+// Where no transport takes it, nothing could ever be done with it: that is an error now, not at
+// the first transfer.
+void Engine::check_gpu_reached(const Region& region) const {
+  std::string reasons;
+  int err = 0;
+  for (const ExposurePtr& exposure : region.exposures) {
+    if (exposure->state() == Exposure::State::kDone) return;
+    reasons += cat("; ", exposure->transport, ": ", exposure->text());
+    err = exposure->err();
+  }
+  if (region.exposures.empty() && !allows("verbs"))
+    reasons = "; verbs, which could, is left out by transports=";
+  for (const std::string& reason : not_here_)
+    if (reason.starts_with("verbs:")) reasons += cat("; ", reason);
+  throw Error(Code::kRegistration,
+              cat("region '", region.name, "' is memory of ", device_text(region.device),
+                  ", which no transport of this engine reaches: the others copy by the CPU",
+                  reasons, ". Or copy it to host memory, and register that"),
+              err, region.exposures.empty() ? "" : region.exposures.front()->transport);
 }
 
 void Engine::withdraw(Region& region) noexcept {
@@ -119,8 +163,8 @@ RegionPtr Engine::add_region(RegionPtr region) {
     std::lock_guard lock(mutex_);
     check_new_region(*region);  // two of one name at once: the second is turned away
     regions_.emplace(region->id, region);
-    broadcast(
-        RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name});
+    broadcast(RegionAdded{
+        {region->id, region->key}, region->nbytes, region->writable, region->name, region->device});
   } catch (...) {
     withdraw(*region);
     throw;

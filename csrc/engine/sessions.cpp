@@ -50,8 +50,11 @@ LinkPtr Engine::open_link(const std::shared_ptr<tcp::TcpConnection>& connection,
 
 void Engine::announce(Link& link) {
   for (auto& [id, region] : regions_)
-    link.control->send_control(encode(
-        RegionAdded{{region->id, region->key}, region->nbytes, region->writable, region->name}));
+    link.control->send_control(encode(RegionAdded{{region->id, region->key},
+                                                  region->nbytes,
+                                                  region->writable,
+                                                  region->name,
+                                                  region->device}));
   link.control->send_ready();
   link.announced = true;
 }
@@ -115,6 +118,7 @@ bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {
     region->name = added->name;
     region->nbytes = added->nbytes;
     region->writable = added->writable;
+    region->device = added->device;
     region->peer = peer;
     std::lock_guard lock(peer->mutex);
     auto it = peer->regions.find(added->name);

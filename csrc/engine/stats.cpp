@@ -32,7 +32,7 @@ std::string path_of(const Link& link, const Request& request) {
   if (link.data.empty()) return "nothing: no transport that we may use joins us";
   std::string refusals;
   for (auto& connection : link.data) {
-    const auto refusal = connection->refuses(request);
+    const auto refusal = refusal_of(*connection, request, nullptr);
     if (!refusal)
       return cat(connection->transport(), refusals.empty() ? "" : cat(" (not ", refusals, ")"));
     refusals += cat(refusals.empty() ? "" : "; not ", connection->transport(), ": ", *refusal);
@@ -40,19 +40,25 @@ std::string path_of(const Link& link, const Request& request) {
   return cat("nothing (not ", refusals, ")");
 }
 
-std::string paths_of(const Link& link) {
+std::string paths_of(const Link& link, bool has_gpu_memory) {
+  enum class Kind { kAllocated, kRegistered, kGpu };
   std::string out;
   for (const Op op : {Op::kWrite, Op::kRead})
-    for (const bool allocated : {true, false}) {
+    for (const auto& [kind, words] : {std::pair{Kind::kAllocated, "allocated memory"},
+                                      {Kind::kRegistered, "registered memory"},
+                                      {Kind::kGpu, "a GPU's memory"}}) {
+      if (kind == Kind::kGpu && !has_gpu_memory) continue;
       Request request;
       request.op = op;
       request.local = std::make_shared<Region>();
       request.local->nbytes = request.nbytes = 4096;
       request.local->pieces = {{nullptr, 0, 4096}};
       request.spans = {{0, 0, 4096, 0}};
-      if (allocated) request.local->memfd = Fd(::memfd_create("kvxfer:explain", MFD_CLOEXEC));
-      out += cat("  ", op == Op::kWrite ? "write from " : "read into ",
-                 allocated ? "allocated" : "registered", " memory: ", path_of(link, request), "\n");
+      if (kind == Kind::kAllocated)
+        request.local->memfd = Fd(::memfd_create("kvxfer:explain", MFD_CLOEXEC));
+      if (kind == Kind::kGpu) request.local->device = 0;
+      out += cat("  ", op == Op::kWrite ? "write from " : "read into ", words, ": ",
+                 path_of(link, request), "\n");
     }
   Request notification;
   notification.op = Op::kNotify;
@@ -85,8 +91,10 @@ std::string said_of(const Region& region) {
 
 std::string Engine::explain(const Peer& peer) const {
   std::string memory;
+  bool has_gpu_memory = false;
   {
     std::lock_guard lock(mutex_);
+    for (auto& [id, region] : regions_) has_gpu_memory |= region->is_on_gpu();
     for (auto& [id, region] : regions_)
       if (const std::string said = said_of(*region); !said.empty())
         memory += cat("  our region '", region->name, "': ", said, "\n");
@@ -102,7 +110,7 @@ std::string Engine::explain(const Peer& peer) const {
       first = false;
     }
     if (!allows("tcp")) out += "  tcp carries control only: transports= leaves it out\n";
-    out += paths_of(*link);
+    out += paths_of(*link, has_gpu_memory);
     out += cat("  death is seen by ", link->liveness, "\n");
     for (auto& refusal : link->refusals) out += cat("  not ", refusal, "\n");
   }

@@ -11,6 +11,19 @@ namespace {
 constexpr size_t kMaxCause = 400;  // a chain of causes would grow with its length
 }  // namespace
 
+std::optional<std::string> refusal_of(const Connection& connection, const Request& request,
+                                      const RemoteRegion* target) {
+  if (!connection.reaches_gpus()) {
+    if (request.local && request.local->is_on_gpu())
+      return cat("it copies by the CPU, and our region '", request.local->name, "' is memory of ",
+                 device_text(request.local->device));
+    if (target != nullptr && target->device != kHostMemory)
+      return cat("it copies by the CPU, and the peer's region '", target->name, "' is memory of ",
+                 device_text(target->device));
+  }
+  return connection.refuses(request);
+}
+
 TransferPtr Engine::make_transfer(Op op, const PeerPtr& peer, SubmitOptions& options) {
   auto t = std::make_shared<Transfer>();
   t->id = next_request_.fetch_add(1, std::memory_order_relaxed);
@@ -222,7 +235,7 @@ Engine::Posted Engine::post_one(Peer& peer, const TransferPtr& t) noexcept {
     std::lock_guard lock(peer.mutex);
     for (auto& link : peer.links) {
       for (auto& connection : link->data) {
-        auto refusal = connection->refuses(*t);
+        auto refusal = refusal_of(*connection, *t, t->target.get());
         if (!refusal) {
           chosen = connection;
           break;
@@ -253,6 +266,12 @@ Engine::Posted Engine::post_one(Peer& peer, const TransferPtr& t) noexcept {
           true);
     } else {
       const bool gone = chosen || !peer.alive;
+      const bool on_gpu =
+          (t->local && t->local->is_on_gpu()) || (t->target && t->target->device != kHostMemory);
+      if (!gone && on_gpu)
+        reasons += cat(reasons.empty() ? "" : "; ",
+                       "a GPU's memory goes over verbs alone: name it, without what is preferred "
+                       "to it, in transports= of both engines, or copy through host memory");
       if (reasons.empty())
         reasons = gone ? "the connection has ended"
                        : "no transport joins the two that both may use (transports=)";

@@ -83,6 +83,13 @@ class Gate {
   void* context_ = nullptr;
 };
 
+// Where bytes lie: in host memory, or in that of a GPU, by its CUDA ordinal. No CPU may touch the
+// latter; its addresses are of no use but to the driver and to a NIC that it is registered with.
+inline constexpr int kHostMemory = -1;
+inline std::string device_text(int device) {
+  return device == kHostMemory ? "cpu" : "cuda:" + std::to_string(device);
+}
+
 struct Piece {
   std::byte* base = nullptr;
   uint64_t offset = 0;  // of its first byte in the region's linear offset space
@@ -128,6 +135,7 @@ struct Region {
   bool writable = true;
   bool require_lease = false;
   bool shareable = true;  // false: share="never", no other process may map it
+  int device = kHostMemory;
   Backing backing;
   std::vector<Piece> pieces;  // in offset order, no gaps
   // Of the transports that register memory; complete before the region is shown to anybody.
@@ -146,6 +154,7 @@ struct Region {
   void resolve(uint64_t offset, uint64_t size, Emit&& emit) const {
     resolve_pieces(pieces, offset, size, std::forward<Emit>(emit));
   }
+  bool is_on_gpu() const noexcept { return device != kHostMemory; }
   bool contains(uint64_t offset, uint64_t size) const noexcept {
     return size <= nbytes && offset <= nbytes - size;  // no sum that could overflow
   }

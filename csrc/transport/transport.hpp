@@ -271,6 +271,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
     (void)request;
     return {};
   }
+  // Whether NICs alone touch the bytes of both sides, so that they may be a GPU's memory. False:
+  // some CPU copies them. Pure; any thread.
+  virtual bool reaches_gpus() const noexcept { return false; }
   // Any thread, never blocks. kAgain: back-pressure, the engine keeps the request and offers it
   // again after Host::writable. kPeerDisconnected: dead. Any other end comes by Host::ended.
   virtual Status post(const RequestPtr& request) noexcept = 0;

@@ -15,7 +15,7 @@ from importlib import metadata
 
 import numpy as np
 
-from kvxfer import __version__, kernels
+from kvxfer import __version__, _transfer, kernels
 from kvxfer.errors import KvxferError
 from kvxfer.transfer import (
     TransferEngine,
@@ -72,6 +72,7 @@ def _transports() -> list[Check]:
         for name, reason in probe_transports()
     ]
     checks.append(_locked_memory())
+    checks.append(_gpu_memory())
     reason = tls_unavailable()
     # An extra: nothing but EngineConfig(tls=...) needs it.
     checks.append(Check("transports", "tcp under TLS", reason is None or None, reason or "1.3"))
@@ -90,6 +91,23 @@ def _locked_memory() -> Check:
         f"{limit} bytes a process, unless it has CAP_IPC_LOCK: verbs pins every region once for each "
         "rail; ulimit -l, LimitMEMLOCK=infinity (systemd), --ulimit memlock=-1 (containers)",
     )
+
+
+def _gpu_memory() -> Check:
+    """By which ways verbs could register the memory of a GPU: dma-buf first, else peermem."""
+    gpus, reason = _transfer.gpus()
+    if not gpus:
+        return Check("transports", "GPU memory", None, reason)
+    module = _transfer.peermem_module()
+    said = []
+    for i, (name, bus_id, has_dmabuf, orders_writes) in enumerate(gpus):
+        exports = "exports dma-bufs" if has_dmabuf else "exports no dma-buf"
+        order = "" if orders_writes else ", kernels find what a NIC has written only after a flush"
+        said.append(f"cuda:{i} {name} ({bus_id or 'PCI address unknown'}) {exports}{order}")
+    said.append(f"{module} is loaded" if module else "no peermem module is loaded")
+    works = bool(module) or any(has_dmabuf for _, _, has_dmabuf, _ in gpus)
+    hint = "" if works else ": verbs cannot reach it; modprobe nvidia_peermem"
+    return Check("transports", "GPU memory", None, "; ".join(said) + hint)
 
 
 def _loopback() -> list[Check]:

@@ -93,7 +93,9 @@ TEST_CASE("a descriptor that can be mapped stands for a dma-buf") {
   Pair p;
   const int fd = ::memfd_create("dmabuf", MFD_CLOEXEC);
   REQUIRE(::ftruncate(fd, 3 * 4096) == 0);
-  const uint64_t iova = 0x7000'0000'0000;
+  const uint64_t iova = 0x7000'0000'0000 + 5000 % 4096;  // within its page like the offset
+  CHECK_FALSE(ibv_reg_dmabuf_mr(p.b.pd, 5000, 4096, iova + 1, fd, 0));
+  CHECK_FALSE(ibv_reg_dmabuf_mr(p.b.pd, 5000, 3 * 4096, iova, fd, 0));
   ibv_mr* mr = ibv_reg_dmabuf_mr(p.b.pd, 5000, 4096, iova, fd,
                                  IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
   REQUIRE(mr);

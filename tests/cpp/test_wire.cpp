@@ -182,6 +182,15 @@ TEST_CASE("control messages, offers and tokens survive the round trip") {
   REQUIRE(added);
   CHECK(std::get<RegionAdded>(*added).name == "kv");
   CHECK_FALSE(std::get<RegionAdded>(*added).writable);
+  CHECK(std::get<RegionAdded>(*added).device == kHostMemory);
+  for (const bool writable : {false, true}) {
+    const Bytes bytes = encode(RegionAdded{{4, {}}, 1 << 20, writable, "kv", 7});
+    const auto on_gpu = std::get<RegionAdded>(*decode_control(bytes));
+    CHECK(on_gpu.device == 7);
+    CHECK(on_gpu.writable == writable);
+    for (size_t n = 0; n < bytes.size(); ++n) CHECK_FALSE(decode_control(ByteView(bytes).first(n)));
+  }
+  CHECK_FALSE(decode_control(encode(RegionAdded{{4, {}}, 1 << 20, true, "kv", 1 << 20})));
   CHECK(std::get<RegionRemoved>(*decode_control(encode(RegionRemoved{9}))).id == 9);
   CHECK(std::get<Credit>(*decode_control(encode(Credit{64}))).count == 64);
   const Bytes asked = encode(Attach{"verbs", true, Bytes(300)});

@@ -47,11 +47,13 @@ struct Plan {
   int max_mr = 1 << 16;
   uint64_t max_mr_size = uint64_t{1} << 40;
   int max_rd_atomic = 16;
-  int windows = 3;        // windows=0: none; 1: type 1; 2: type 2B; 3: both
-  uint64_t memlock = 0;   // bytes that may be registered in this process; 0: any number
-  uint64_t hold_reg = 0;  // hold_reg=N: from the Nth on, registrations wait for another plan
-  bool dmabuf = true;     // dmabuf=0: ibv_reg_dmabuf_mr fails with EOPNOTSUPP
-  double lie = 1;         // what is really to be had of max_qp_wr, max_sge, max_inline, max_cqe
+  int windows = 3;             // windows=0: none; 1: type 1; 2: type 2B; 3: both
+  uint64_t memlock = 0;        // bytes that may be registered in this process; 0: any number
+  uint64_t hold_reg = 0;       // hold_reg=N: from the Nth on, registrations wait for another plan
+  bool dmabuf = true;          // dmabuf=0: ibv_reg_dmabuf_mr fails with EOPNOTSUPP
+  bool dmabuf_windows = true;  // dmabuf_windows=0: so it does if windows are to be bound there
+  bool peermem = false;        // peermem=1: ibv_reg_mr takes addresses of tests/fake_cuda's GPUs
+  double lie = 1;  // what is really to be had of max_qp_wr, max_sge, max_inline, max_cqe
 
   // -- The network. Probabilities are per packet. RC hides all of it but time, and retries run out.
   uint64_t seed = 0;

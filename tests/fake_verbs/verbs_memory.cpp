@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "device_memory.hpp"
 #include "exports.hpp"
 #include "nic.hpp"
 
@@ -31,11 +32,6 @@ int pin(void* address, size_t length, bool write) {
   std::vector<unsigned char> pages((end - first) / page);
   return ::mincore(reinterpret_cast<void*>(first), end - first, pages.data()) == 0 ? 0 : EFAULT;
 }
-
-struct Mapped {
-  void* at = nullptr;
-  size_t nbytes = 0;
-};
 
 // Where the plan holds registrations, until there is another: what is pinned may take long.
 void wait_for_plan(Nic& nic) {
@@ -96,6 +92,21 @@ ibv_mr* register_memory(const char* verb, ibv_pd* pd, void* address, size_t leng
   ++static_cast<Domain*>(pd)->users;
   ibv_mr* const out = region.get();
   context.regions[out] = std::move(region);
+  return out;
+}
+
+// What is behind `fd`, which may be closed afterwards.
+ibv_mr* register_mapped(const char* verb, ibv_pd* pd, int fd, uint64_t offset, size_t length,
+                        uint64_t iova, int access) {
+  Mapped mapped;
+  if (!map_dmabuf(fd, offset, length, mapped)) return nullptr;
+  ibv_mr* const out = register_memory(verb, pd, static_cast<std::byte*>(mapped.at) + mapped.before,
+                                      length, iova, static_cast<unsigned>(access), mapped);
+  if (!out) {
+    const int err = errno;
+    ::munmap(mapped.at, mapped.nbytes);
+    errno = err;
+  }
   return out;
 }
 
@@ -182,6 +193,23 @@ FAKE_VERBS_EXPORT int ibv_dealloc_pd(ibv_pd* pd) {
 }
 
 FAKE_VERBS_EXPORT ibv_mr* ibv_reg_mr(ibv_pd* pd, void* address, size_t length, int access) {
+  int fd = -1;
+  uint64_t offset = 0;
+  if (find_gpus(address, length, fd, offset)) {
+    // A kernel without peermem finds no pages there.
+    bool peermem;
+    {
+      const auto lock = Nic::get().lock();
+      peermem = Nic::get().plan.peermem;
+    }
+    ibv_mr* const out = peermem ? register_mapped("reg_mr", pd, fd, offset, length,
+                                                  reinterpret_cast<uintptr_t>(address), access)
+                                : fail_pointer<ibv_mr>(EFAULT);
+    const int err = errno;
+    ::close(fd);
+    errno = err;
+    return out;
+  }
   return register_memory("reg_mr", pd, address, length, reinterpret_cast<uintptr_t>(address),
                          static_cast<unsigned>(access));
 }
@@ -196,29 +224,20 @@ FAKE_VERBS_EXPORT ibv_mr* ibv_reg_mr_iova2(ibv_pd* pd, void* address, size_t len
   return register_memory("reg_mr", pd, address, length, iova, access);
 }
 
-// Anything that can be mapped stands for a dma-buf: a memfd in tests.
+// Anything that can be mapped stands for a dma-buf: a memfd in tests, or what tests/fake_cuda
+// gives.
 FAKE_VERBS_EXPORT ibv_mr* ibv_reg_dmabuf_mr(ibv_pd* pd, uint64_t offset, size_t length,
                                             uint64_t iova, int fd, int access) {
   Nic& nic = Nic::get();
   {
     const auto lock = nic.lock();
     if (!nic.plan.dmabuf) return fail_pointer<ibv_mr>(EOPNOTSUPP);
+    if (!nic.plan.dmabuf_windows && access & IBV_ACCESS_MW_BIND)
+      return fail_pointer<ibv_mr>(EOPNOTSUPP);
   }
-  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t before = offset % page;
-  Mapped mapped{nullptr, length + before};
-  mapped.at = ::mmap(nullptr, mapped.nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-                     static_cast<off_t>(offset - before));
-  if (mapped.at == MAP_FAILED) return nullptr;
-  ibv_mr* const out =
-      register_memory("reg_dmabuf_mr", pd, static_cast<std::byte*>(mapped.at) + before, length,
-                      iova, static_cast<unsigned>(access), mapped);
-  if (!out) {
-    const int err = errno;
-    ::munmap(mapped.at, mapped.nbytes);
-    errno = err;
-  }
-  return out;
+  const auto page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  if (offset % page != iova % page) return fail_pointer<ibv_mr>(EINVAL);
+  return register_mapped("reg_dmabuf_mr", pd, fd, offset, length, iova, access);
 }
 
 FAKE_VERBS_EXPORT int ibv_dereg_mr(ibv_mr* mr) {

@@ -117,6 +117,7 @@ int main(int argc, char** argv) {
   wire("hello", 4, control_of(encode_hello(hello)));
   wire("join", 5, control_of(encode_join({.lane = 1})));
   wire("region_added", 6, encode(RegionAdded{{3, {}}, 4096, true, "kv"}));
+  wire("gpu_region_added", 6, encode(RegionAdded{{3, {}}, 4096, true, "kv", 1}));
   wire("region_removed", 6, encode(RegionRemoved{3}));
   wire("credit", 6, encode(Credit{64}));
   wire("attach", 6, encode(Attach{"verbs", true, Bytes(80)}));

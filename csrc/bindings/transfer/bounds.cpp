@@ -38,7 +38,7 @@ void scattered_copy(const py::object& destination, const py::object& source,
                     const py::object& destination_offsets, const py::object& source_offsets,
                     uint64_t nbytes, bool non_temporal) {
   empty_graveyard();
-  Buffers to = take_buffers(destination), from = take_buffers(source);
+  Buffers to = take_host_buffers(destination), from = take_host_buffers(source);
   Offsets into("destination_offsets", destination_offsets), out("source_offsets", source_offsets);
   if (!to.writable) fail(Code::kInvalidArgument, "the destination is read-only");
   const Piece &t = to.pieces.at(0), &f = from.pieces.at(0);
@@ -88,7 +88,7 @@ std::vector<double> round_trips(bool first, uint64_t rounds, Send&& send, Take&&
 // Release and acquire: as if they published data, which is what the engine's do.
 std::vector<double> memory_round_trips(const py::object& shared, bool first, uint64_t rounds,
                                        double timeout_s) {
-  Buffers memory = take_buffers(shared);
+  Buffers memory = take_host_buffers(shared);
   const Piece& piece = memory.pieces.at(0);
   if (!memory.writable || piece.nbytes < 256 || reinterpret_cast<uintptr_t>(piece.base) % 128 != 0)
     fail(Code::kInvalidArgument, "need 256 writable bytes, aligned to 128");

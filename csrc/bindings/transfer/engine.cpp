@@ -121,7 +121,7 @@ void register_engine(py::module_& m) {
             const WithoutGil release;
             return RegionHandle{e.get().register_pieces(
                 std::move(buffers.pieces), buffers.writable, std::move(buffers.keep),
-                {std::move(name), require_lease, shareable})};
+                {std::move(name), require_lease, shareable, buffers.is_on_gpu})};
           },
           py::arg("buffer"), py::kw_only(), py::arg("name"), py::arg("require_lease"),
           py::arg("shareable"))

@@ -3,6 +3,7 @@
 // The extension module kvxfer._transfer: the engine's classes, arguments checked. No logic of its
 // own; the Python face is kvxfer/transfer/.
 #include "bindings/transfer/handles.hpp"
+#include "cuda_driver/memory.hpp"
 #include "transport/tcp/tls.hpp"
 
 namespace py = pybind11;
@@ -32,6 +33,24 @@ PYBIND11_MODULE(_transfer, m) {
       },
       "{name: what it works with}, where there is something to say: of verbs, its ports and the "
       "NUMA nodes of their devices.");
+  m.def(
+      "gpus",
+      [] {
+        std::string reason;
+        py::list out;
+        for (const cuda_driver::Gpu& gpu : cuda_driver::gpus(reason))
+          out.append(py::make_tuple(gpu.name, gpu.bus_id, gpu.has_dmabuf, gpu.orders_writes));
+        return py::make_tuple(out, reason);
+      },
+      "[(name, PCI address, whether its memory is exported as dma-bufs, whether kernels find what "
+      "a "
+      "NIC has written without a flush)] of those that CUDA shows this process, and the reason "
+      "where there are none.");
+  m.def(
+      "peermem_module", [] { return cuda_driver::peermem_module(); },
+      "Name of the kernel module that lets NICs register a GPU's memory by its address; empty: "
+      "none "
+      "is loaded.");
   m.def("tls_unavailable", &tcp::tls_unavailable,
         "None where tcp can speak TLS, else why it cannot.");
 

@@ -18,6 +18,9 @@ void register_peers(py::module_& m) {
       .def_readonly("nbytes", &RemoteRegion::nbytes, "Its size; offsets in it are 0 to nbytes.")
       .def_readonly("writable", &RemoteRegion::writable, "False: it can be read and not written.")
       .def_property_readonly(
+          "device", [](const RemoteRegion& r) { return device_text(r.device); },
+          "\"cpu\", or \"cuda:N\" by the owner's count: a GPU's memory, which verbs alone reaches.")
+      .def_property_readonly(
           "peer", [](const RemoteRegion& r) { return r.peer.lock(); },
           "The Peer that owns it; None when this side's engine is gone.")
       .def("__repr__", [](const RemoteRegion& r) {

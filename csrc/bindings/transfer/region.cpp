@@ -69,6 +69,9 @@ void register_regions(py::module_& m) {
           "writable", [](const RegionHandle& r) { return r.region->writable; },
           "False for a read-only buffer.")
       .def_property_readonly(
+          "device", [](const RegionHandle& r) { return device_text(r.region->device); },
+          "\"cpu\", or \"cuda:N\": a GPU's memory.")
+      .def_property_readonly(
           "allocated", [](const RegionHandle& r) { return bool(r.region->memfd); },
           "True: by allocate(). False: by register().")
       .def_property_readonly(
@@ -95,6 +98,10 @@ void register_regions(py::module_& m) {
           },
           "Where each registered buffer begins, in bytes from the region's start.")
       .def_buffer([](RegionHandle& r) {
+        if (r.region->is_on_gpu())
+          raise(Code::kInvalidArgument,
+                cat("region '", r.region->name, "' is memory of ", device_text(r.region->device),
+                    ", which the CPU cannot touch; use the tensors it was made of"));
         if (r.region->pieces.size() != 1)
           raise(Code::kInvalidArgument,
                 cat("region '", r.region->name, "' has ", r.region->pieces.size(),

@@ -28,6 +28,7 @@ class FaultyConnection final : public Connection {
   FaultyConnection(Host& host, const Plan& plan, uint64_t seed, std::shared_ptr<Connection> below);
 
   std::optional<std::string> refuses(const Request& request) const override;
+  bool reaches_gpus() const noexcept override { return below_->reaches_gpus(); }
   Status post(const RequestPtr& request) noexcept override;
   Cancelled cancel(const RequestPtr& request) noexcept override;
   void close(const Failure& cause) noexcept override { below_->close(cause); }

@@ -59,6 +59,7 @@ struct Loaded {
     find(api.event_type_str, "ibv_event_type_str", true);
     find(api.fork_init, "ibv_fork_init", false);
     find(api.query_gid_ex, "_ibv_query_gid_ex", false);
+    find(api.reg_dmabuf_mr, "ibv_reg_dmabuf_mr", false);
     find(api.is_fork_initialized, "ibv_is_fork_initialized", false);
     // Keeps pinned pages out of children, whose writes would otherwise part us from what the NIC
     // sees. Not where the kernel copies such pages at a fork (5.12 on): a page is kept out with all

@@ -49,6 +49,9 @@ struct Api {
   decltype(&::ibv_fork_init) fork_init;
   int (*is_fork_initialized)();  // 2: the kernel copies pinned pages at a fork
   decltype(&::_ibv_query_gid_ex) query_gid_ex;
+  // Written out, since older headers do not have it either.
+  ibv_mr* (*reg_dmabuf_mr)(ibv_pd*, uint64_t offset, size_t length, uint64_t iova, int fd,
+                           int access);
 };
 
 // Opens the library named by KVXFER_LIBIBVERBS, else libibverbs.so.1; once a process, whose answer

@@ -42,6 +42,7 @@ void Chunk::clear() noexcept {
   words = probe = false;
   window.reset();
   immediate = 0;
+  on_gpu = false;
 }
 
 uint32_t Chunk::add(uint64_t remote, const Keys& rkeys, std::byte* local, const Keys& lkeys,
@@ -131,7 +132,7 @@ void ChainQueue::post(ChunkPtr chunk, bool fence) noexcept {
     wr.opcode = work_ == Work::kRead ? IBV_WR_RDMA_READ : IBV_WR_RDMA_WRITE;
     wr.wr.rdma.remote_addr = op.remote;
     wr.wr.rdma.rkey = chunk->window ? chunk->window->keys[rail_] : op.rkeys[rail_];
-    if (op.nbytes <= shape_.max_inline) wr.send_flags |= IBV_SEND_INLINE;
+    if (op.nbytes <= shape_.max_inline && !chunk->on_gpu) wr.send_flags |= IBV_SEND_INLINE;
     if (i == 0 && fence) wr.send_flags |= IBV_SEND_FENCE;
     if (i + 1 < count) continue;
     wr.send_flags |= IBV_SEND_SIGNALED;

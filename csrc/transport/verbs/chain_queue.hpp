@@ -43,6 +43,7 @@ class Chunk {
   // Of a write: what it goes through, and what its last request tells the owner.
   std::shared_ptr<PushWindow> window;
   uint32_t immediate = 0;
+  bool on_gpu = false;  // what is written: no CPU may copy it into a work request
   int64_t posted_ns = 0;
 
  private:

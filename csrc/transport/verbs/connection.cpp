@@ -36,6 +36,7 @@ VerbsConnection::VerbsConnection(Host& host, const Devices& devices, bool by_nea
                                  MemoryTable& memory, std::string why_no_push)
     : Connection("verbs"),
       host_(host),
+      memory_(memory),
       why_no_push_(std::move(why_no_push)),
       rails_(devices, by_nearness, Channel::num_entries(Channel::num_buffers(*devices[0])),
              why_no_push_.empty()),
@@ -106,6 +107,15 @@ void VerbsConnection::start() {
       if (rail->number > 0) self->probe(*rail);
     self->host_.reactor().attend(self);
   });
+}
+
+std::optional<std::string> VerbsConnection::refuses(const Request& request) const {
+  // Without an id it is explain()'s, who asks about memory in general.
+  if (!request.local || !request.local->is_on_gpu() || request.local->id == 0 ||
+      memory_.find(request.local->id))
+    return {};
+  return cat("our region '", request.local->name, "' is memory of ",
+             device_text(request.local->device), " and not registered");
 }
 
 Status VerbsConnection::post(const RequestPtr& request) noexcept {

@@ -53,6 +53,8 @@ class VerbsConnection final : public Connection, public Pollable {
   std::optional<std::string> try_first(int64_t deadline_ns);
   void start();  // from here on the reactor drives it
 
+  std::optional<std::string> refuses(const Request& request) const override;
+  bool reaches_gpus() const noexcept override { return true; }
   Status post(const RequestPtr& request) noexcept override;
   Cancelled cancel(const RequestPtr& request) noexcept override;
   void close(const Failure& cause) noexcept override;
@@ -146,6 +148,7 @@ class VerbsConnection final : public Connection, public Pollable {
   void stop_pushes();  // the connection dies
 
   Host& host_;
+  const MemoryTable& memory_;
   const std::string why_no_push_;
   Rails rails_;
   Channel channel_;

@@ -214,7 +214,9 @@ MrPtr Device::register_memory(void* base, size_t nbytes, int access,
   if (err == ENOMEM || err == EPERM || err == EAGAIN)
     hint = "; " + explain_memlock(memlock_now(), nbytes);
   else if (err == EFAULT || err == EOPNOTSUPP)
-    hint = "; memory of a GPU or of a device file cannot be registered by its address";
+    hint =
+        "; memory of a GPU or of a device file cannot be registered as host memory (a GPU's is "
+        "taken from whatever has __cuda_array_interface__)";
   throw Error(Code::kRegistration,
               cat("ibv_reg_mr(", what, ", ", nbytes, " bytes, access ", access, ") on ", name_,
                   " failed: ", errno_text(err), hint),
@@ -223,17 +225,36 @@ MrPtr Device::register_memory(void* base, size_t nbytes, int access,
 
 Registration::Registration(Devices devices, void* base, size_t nbytes, int access,
                            const std::string& what, const Step& step)
+    : Registration(
+          std::move(devices), nbytes, access,
+          [&](const Device& device, int allowed) {
+            return Registered{device.register_memory(base, nbytes, allowed, what), true, {}};
+          },
+          step) {}
+
+Registration::Registration(Devices devices, uint64_t nbytes, int access,
+                           const RegisterWith& register_with, const Step& step)
     : devices_(std::move(devices)) {
+  std::vector<std::pair<std::string, std::string>> ways;  // of each device
   for (const auto& device : devices_) {
     // One that is there twice has several queue pairs.
     if (!device->is_lost() && lkeys_[device->index()] == 0) {
       const int allowed = device->has_windows() ? access : access & ~IBV_ACCESS_MW_BIND;
-      mrs_.push_back(device->register_memory(base, nbytes, allowed, what));
+      Registered one = register_with(*device, allowed);
+      mrs_.push_back(std::move(one.mr));
       by_device_[device->index()] = mrs_.back().get();
       lkeys_[device->index()] = mrs_.back()->lkey;
       rkeys_[device->index()] = mrs_.back()->rkey;
+      takes_windows_[device->index()] = one.takes_windows;
+      if (!one.how.empty()) ways.emplace_back(device->name(), std::move(one.how));
     }
     if (step) step(nbytes);
+  }
+  const bool differ =
+      std::ranges::any_of(ways, [&](const auto& way) { return way.second != ways[0].second; });
+  for (const auto& [device, way] : ways) {
+    how_ += cat(how_.empty() ? "" : "; ", differ ? device + " " : "", way);
+    if (!differ) break;
   }
 }
 

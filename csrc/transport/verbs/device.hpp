@@ -78,6 +78,13 @@ class Device {
 // Keys of one piece of memory: local ones by Device::index(), remote ones by a connection's rail.
 using Keys = std::array<uint32_t, kMaxRails>;
 
+// What registering with one device gives.
+struct Registered {
+  MrPtr mr;
+  bool takes_windows = true;  // as far as the device has any
+  std::string how;            // in words, where there is a choice
+};
+
 // Memory that is registered with every device, and stays so until this goes.
 class Registration {
  public:
@@ -87,15 +94,23 @@ class Registration {
   // windows is left out where a device has none.
   Registration(Devices devices, void* base, size_t nbytes, int access, const std::string& what,
                const Step& step = {});
+  // Likewise, by a function that throws RegistrationError.
+  using RegisterWith = std::function<Registered(const Device&, int access)>;
+  Registration(Devices devices, uint64_t nbytes, int access, const RegisterWith& register_with,
+               const Step& step = {});
   const Keys& lkeys() const noexcept { return lkeys_; }
   const Keys& rkeys() const noexcept { return rkeys_; }  // by Device::index() as well
   // Null where that device was lost.
   ibv_mr* on(const Device& device) const noexcept { return by_device_[device.index()]; }
+  bool takes_windows(const Device& device) const noexcept { return takes_windows_[device.index()]; }
+  const std::string& how() const noexcept { return how_; }  // of all devices; may be empty
 
  private:
   const Devices devices_;
   Keys lkeys_{}, rkeys_{};
   std::array<ibv_mr*, kMaxRails> by_device_{};
+  std::array<bool, kMaxRails> takes_windows_{};
+  std::string how_;
   std::vector<MrPtr> mrs_;
 };
 

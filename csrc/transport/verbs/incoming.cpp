@@ -180,7 +180,6 @@ bool Incoming::on_request(ByteView body) {
   if (job->op == Op::kWrite && job->nbytes > 0 && !job->staged && !job->memory) {
     // The NIC cannot store there (its registration failed, and the engine has said so).
     job->staged = true;
-    channel_.message(Type::kUseMessages, {view_of(PartHead{job->ticket, 0})});
   }
   if (job->op == Op::kRead && job->nbytes > 0 && !job->staged) {
     const Landing& landing = job->landing;
@@ -188,6 +187,21 @@ bool Incoming::on_request(ByteView body) {
                    landing.region->gate.word() && (!landing.lease || landing.lease->gate.word());
   }
   if (job->op == Op::kRead) job->staged = !job->granted;
+  if (job->staged && job->nbytes > 0) {
+    // In messages the CPU copies, on both sides.
+    const bool theirs = (head.flags & kOnGpu) != 0;
+    const Region& region = *job->landing.region;
+    if (theirs || region.is_on_gpu()) {
+      stop(job, Failure{.code = Code::kUnavailable,
+                        .text = cat("the memory of a GPU (", theirs ? "the initiator's" : "ours",
+                                    ") cannot go in messages, and region '", region.name,
+                                    "', or what is to go with it, is not registered with the "
+                                    "RDMA devices of both sides")});
+      return true;
+    }
+    if (job->op == Op::kWrite && (head.flags & kStaged) == 0)
+      channel_.message(Type::kUseMessages, {view_of(PartHead{job->ticket, 0})});
+  }
   return take(job, segments_, rows);
 }
 

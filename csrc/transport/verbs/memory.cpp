@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "cuda_driver/memory.hpp"
+#include "transport/verbs/gpu_memory.hpp"
 #include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
@@ -35,6 +37,7 @@ RegionMemory::RegionMemory(std::shared_ptr<WordMemory> words, const Region& regi
       readable_(region.shareable),
       shares_(!region.shareable || !region.require_lease),
       access_(access_to(region, windows)),
+      device_(region.device),
       keep_(region.keep),
       node_(kNoNode) {
   for (const Piece& piece : region.pieces)
@@ -49,6 +52,30 @@ Range RegionMemory::range_of(size_t part) const noexcept {
   return {parts_[part].base, parts_[part].nbytes, access_};
 }
 
+RegistrationPtr RegionMemory::register_part(size_t part, const Devices& devices,
+                                            const Registration::Step& step) const {
+  const auto& [base, offset, nbytes] = parts_[part];
+  const std::string what = parts_.size() == 1 ? cat("region '", name_, "'")
+                                              : cat("part ", part, " of region '", name_, "'");
+  if (!is_on_gpu())
+    return std::make_shared<const Registration>(devices, base, nbytes, access_, what, step);
+  const GpuRange range(base, nbytes, what);
+  return std::make_shared<const Registration>(
+      devices, nbytes, access_,
+      [&](const Device& device, int access) { return range.register_with(device, access); }, step);
+}
+
+std::string RegionMemory::how() const {
+  std::string out;
+  for (size_t i = 0; i < registrations_.size(); ++i) {
+    const bool seen = std::ranges::any_of(
+        registrations_.begin(), registrations_.begin() + i,
+        [&](const RegistrationPtr& each) { return each->how() == registrations_[i]->how(); });
+    if (!seen) out += cat(out.empty() ? "" : "; ", registrations_[i]->how());
+  }
+  return out;
+}
+
 void RegionMemory::complete(const Devices& devices, RangeCache& cache,
                             const Registration::Step& step) {
   NodeOfMemory nodes;
@@ -61,20 +88,18 @@ void RegionMemory::complete(const Devices& devices, RangeCache& cache,
         registrations_.push_back(std::move(registration));
         step(part.nbytes * devices.size());
       } else {
-        const std::string what = parts_.size() == 1 ? cat("region '", name_, "'")
-                                                    : cat("part ", i, " of region '", name_, "'");
-        registrations_.push_back(std::make_shared<const Registration>(
-            devices, part.base, part.nbytes, access_, what, step));
+        registrations_.push_back(register_part(i, devices, step));
         if (shares_) cache.put(range_of(i), registrations_.back());
       }
-      nodes.look_at(part.base, part.nbytes);  // pinned by now, so its pages are there
+      if (!is_on_gpu())
+        nodes.look_at(part.base, part.nbytes);  // pinned by now, so its pages are there
     }
   } catch (...) {
     leave(cache);
     registrations_.clear();
     throw;
   }
-  node_ = nodes.node();
+  node_ = is_on_gpu() ? node_of_pci(cuda_driver::bus_id(device_)) : nodes.node();
 }
 
 void RegionMemory::leave(RangeCache& cache) noexcept {
@@ -184,7 +209,10 @@ void MemoryTable::add(Region& region, Describe describe) {
   }
   auto job =
       std::make_unique<Adding>(*this, region.id, std::move(memory), exposure, std::move(describe));
-  if (exposure->nbytes > background_) return registrar_.submit(region.id, std::move(job));
+  // A GPU's pages are there and stay where they are, so registering them is short; and without it
+  // nothing can be done with them meanwhile.
+  if (exposure->nbytes > background_ && !region.is_on_gpu())
+    return registrar_.submit(region.id, std::move(job));
   const std::atomic<bool> never{false};
   job->run(never);
 }

@@ -71,15 +71,19 @@ class RegionMemory {
   // Null where there are none.
   const WordMemory* words() const noexcept { return words_.get(); }
   int node() const noexcept { return node_; }  // where its pages are, or kNoNode
+  bool is_on_gpu() const noexcept { return device_ != kHostMemory; }
+  std::string how() const;  // it was registered, in words; empty: as host memory is
 
  private:
   Range range_of(size_t part) const noexcept;
+  RegistrationPtr register_part(size_t part, const Devices& devices,
+                                const Registration::Step& step) const;
   size_t part_at(uint64_t offset) const noexcept;
 
   const std::shared_ptr<WordMemory> words_;
   const std::string name_;
   const bool readable_, shares_;
-  const int access_;
+  const int access_, device_;
   std::vector<Piece> parts_;
   const std::shared_ptr<void> keep_;  // what the parts lie in
   std::vector<RegistrationPtr> registrations_;

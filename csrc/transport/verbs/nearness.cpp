@@ -8,13 +8,23 @@
 #include <cstdint>
 #include <fstream>
 
+#include "common/error.hpp"
+
 namespace kvxfer::verbs {
 
-int node_of_device(const std::string& sysfs) {
-  std::ifstream in(sysfs + "/device/numa_node");
+namespace {
+int node_in(const std::string& file) {
+  std::ifstream in(file);
   int node = kNoNode;
   in >> node;  // the kernel says -1 where firmware tells nothing
   return in && node >= 0 ? node : kNoNode;
+}
+}  // namespace
+
+int node_of_device(const std::string& sysfs) { return node_in(sysfs + "/device/numa_node"); }
+
+int node_of_pci(const std::string& bus_id, const std::string& devices) {
+  return bus_id.empty() ? kNoNode : node_in(cat(devices, "/", bus_id, "/numa_node"));
 }
 
 void NodeOfMemory::look_at(const std::byte* base, size_t nbytes) noexcept {

@@ -13,6 +13,9 @@ inline constexpr int kNoNode = -1;  // unknown, or more than one: everything is 
 // Of the device whose folder in sysfs this is ("/sys/class/infiniband/mlx5_0"): device/numa_node.
 int node_of_device(const std::string& sysfs);
 
+// Of a PCI device, such as a GPU, by its address in sysfs ("0000:3b:00.0").
+int node_of_pci(const std::string& bus_id, const std::string& devices = "/sys/bus/pci/devices");
+
 // Of memory whose pages are present, by looking at some of them (move_pages, which moves none).
 // Containers may forbid the call; then it is unknown.
 class NodeOfMemory {

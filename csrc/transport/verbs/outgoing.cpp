@@ -89,6 +89,7 @@ Sent Outgoing::send_request(Ticket ticket, const Request& request, Flight& fligh
   if (request.has_arrival) head.flags |= kHasArrival;
   if (flight.staged) head.flags |= kStaged;
   if (flight.window) head.flags |= kPushed;
+  if (request.local && request.local->is_on_gpu()) head.flags |= kOnGpu;
   next_segments(request, flight, segments_);
   head.num_segments = static_cast<uint32_t>(segments_.size());
   head.num_rows = rows_.num();

@@ -16,7 +16,7 @@ bool Outgoing::on_use_messages(ByteView body) {
   if (!on_part(body, ticket, flight)) return false;
   if (flight == nullptr) return true;
   if (flight->request->op != Op::kWrite || flight->request->nbytes == 0 ||
-      std::exchange(flight->staged, true))
+      flight->request->local->is_on_gpu() || std::exchange(flight->staged, true))
     return false;
   queue(pumping_, ticket, *flight);
   return true;

@@ -58,6 +58,7 @@ bool Outgoing::push_one() {
       chunk = rails_.new_chunk();
       chunk->ticket = ticket;
       chunk->window = flight->window;
+      chunk->on_gpu = flight->memory->is_on_gpu();
       cut_push(*flight->request, *flight, *chunk);
       const bool last = flight->moved == flight->request->nbytes;
       chunk->immediate =

@@ -279,8 +279,8 @@ bool Outgoing::on_read_data(ByteView body) {
   }
   hooks::reached(hooks::Point::kInsideRead);
   Flight& flight = flights_[head.ticket.slot];
-  const bool sane = request->op == Op::kRead && flight.granted == 0 &&
-                    data.size() <= flight.announced - flight.landed;
+  const bool sane = request->op == Op::kRead && !request->local->is_on_gpu() &&
+                    flight.granted == 0 && data.size() <= flight.announced - flight.landed;
   const std::byte* from = data.data();
   for (size_t left = sane ? data.size() : 0; left > 0;) {
     const Span& span = request->spans[flight.next_span];

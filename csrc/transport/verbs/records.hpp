@@ -14,7 +14,7 @@
 
 namespace kvxfer::verbs {
 
-inline constexpr uint32_t kVersion = 3;
+inline constexpr uint32_t kVersion = 4;
 inline constexpr uint32_t kNumSlots = kMaxInFlight;   // of requests, per direction
 inline constexpr uint32_t kMaxSegments = 1024;        // per message
 inline constexpr uint32_t kMaxDataBytes = 32 * 1024;  // of memory, in one message
@@ -59,6 +59,7 @@ enum Flag : uint32_t {
   kHasArrival = 2,
   kStaged = 4,  // a write: its bytes come in messages; a read: they must, it cannot be pulled
   kPushed = 8,  // a write: its bytes come through the window of its lease
+  kOnGpu = 16,  // the initiator's memory is a GPU's: its bytes cannot go in messages
 };
 
 struct RequestHead {

@@ -49,6 +49,7 @@ std::string VerbsTransport::detail() const {
   for (const auto& device : devices_)
     out += cat(out.empty() ? "" : ", ", device->name(), " (NUMA node ",
                device->node() < 0 ? "unknown" : cat(device->node()), ")");
+  if (api().reg_dmabuf_mr == nullptr) out += "; this libibverbs (rdma-core) takes no dma-bufs";
   return out;
 }
 
@@ -73,11 +74,15 @@ void VerbsTransport::stop() noexcept {
 
 void VerbsTransport::expose(const std::shared_ptr<Region>& region) {
   const bool chooses = devices_.size() > 1 && config_.verbs_device.empty();
-  memory_.add(*region, [chooses](const RegionMemory& memory) {
+  const std::string device = device_text(region->device);
+  memory_.add(*region, [chooses, device](const RegionMemory& memory) {
+    std::string out =
+        memory.is_on_gpu() ? cat("has registered memory of ", device, " ", memory.how()) : "";
     const int node = memory.node();
-    return chooses ? cat("prefers NICs at its NUMA node, ",
-                         node < 0 ? "which is unknown: all are alike" : cat(node))
-                   : std::string();
+    if (chooses)
+      out += cat(out.empty() ? "" : "; ", "prefers NICs at its NUMA node, ",
+                 node < 0 ? "which is unknown: all are alike" : cat(node));
+    return out;
   });
 }
 

@@ -101,6 +101,8 @@ void Windows::bind(const WindowPtr& window, Rail& rail) {
     return;
   if (window->hull.registration->on(*rail.device) == nullptr)
     window->why = cat(rail.device->name(), " was lost when the region was registered");
+  else if (!window->hull.registration->takes_windows(*rail.device))
+    window->why = cat(rail.device->name(), " binds no windows to a GPU's memory by dma-buf");
   else if (rail.push->sink.bind(window, window->why))
     return;
   bound.failed = true;

@@ -6,28 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["counts", "in_use", "library", "real_devices", "set_plan"]
+from kvxfer.testing._software import compiled
 
-_ROOT = Path(__file__).resolve().parents[3]
-_SOURCES = _ROOT / "tests" / "fake_verbs"
-_FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-pthread",
-    "-shared",
-    "-Wl,-z,nodelete",
-]
+__all__ = ["counts", "in_use", "library", "real_devices", "set_plan"]
 
 
 def real_devices() -> list[str]:
@@ -38,47 +24,21 @@ def real_devices() -> list[str]:
         return []
 
 
-def _compile(target: Path, compiler: list[str]) -> None:
-    partial = target.with_suffix(f".{os.getpid()}")
-    sources = sorted(_SOURCES.glob("*.cpp"))
-    command = [*compiler, *_FLAGS, f"-I{_ROOT / 'csrc'}", "-x", "c++", "-", "-o", str(partial)]
-    # One unit: the standard headers are most of the work.
-    unit = "".join(f'#include "{source}"\n' for source in sources)
-    done = subprocess.run(command, input=unit, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    partial.replace(target)
-
-
 @lru_cache(maxsize=1)
 def library() -> tuple[Path | None, str | None]:
     """Where ``libfake_verbs.so`` is, made when it is not there yet; or why there is none.
 
-    Compiled once for each state of its sources, below ``build/fake_verbs``; processes that ask at
-    the same time wait for each other. Raises ``RuntimeError`` when the sources do not compile.
+    Raises ``RuntimeError`` when the sources do not compile.
     """
-    if not _SOURCES.is_dir():
-        return None, f"the sources of the software NICs are not there: {_SOURCES}"
-    words = os.environ.get("CXX", "c++").split()
-    state = hashlib.sha256(" ".join([*words, *_FLAGS]).encode())
-    common = [_ROOT / "csrc" / "common" / name for name in ("clock.hpp", "racy_copy.hpp")]
-    for path in [*sorted(_SOURCES.glob("*.[ch]*")), *common]:
-        state.update(path.name.encode() + path.read_bytes())
-    folder = _ROOT / "build" / "fake_verbs" / state.hexdigest()[:16]
-    target = folder / "libfake_verbs.so"
-    if target.exists():
-        return target, None
-    if shutil.which(words[0]) is None:
-        return None, f"no C++ compiler for the software NICs: '{words[0]}' was not found"
-    header = [*words, "-xc++", "-include", "infiniband/verbs.h", "-fsyntax-only", os.devnull]
-    if subprocess.run(header, capture_output=True, check=False).returncode != 0:
-        return None, "infiniband/verbs.h was not found: apt-get install libibverbs-dev"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            _compile(target, words)
-    return target, None
+    return compiled(
+        "fake_verbs",
+        also=(
+            "csrc/common/clock.hpp",
+            "csrc/common/racy_copy.hpp",
+            "tests/fake_cuda/fake_cuda_dmabuf.h",
+        ),
+        header=("infiniband/verbs.h", "libibverbs-dev"),
+    )
 
 
 @contextlib.contextmanager

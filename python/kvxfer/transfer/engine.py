@@ -138,7 +138,8 @@ class TransferEngine:
         require_lease: bool = False,
         share: str = "auto",
     ) -> Region:
-        """Memory that exists: buffer protocol or DLPack, C-contiguous, on the CPU.
+        """Memory that exists, C-contiguous: buffer protocol or DLPack on the CPU, or a GPU's memory by
+        ``__cuda_array_interface__`` (torch's CUDA tensors have it).
 
         A list of buffers becomes one region with one offset space (``region.piece_offsets``). The
         buffers are kept alive until the region is deregistered or the engine closed, and its last
@@ -147,8 +148,15 @@ class TransferEngine:
         Where a transport has to register much (verbs pins memory), that goes on in the background:
         ``region.registration``, ``region.wait_registered()``. The region can be used at once.
 
+        A GPU's memory is moved by verbs alone, and registered before this returns; ``share="never"`` is
+        not for it. Buffers of one region are all in host memory, or all in one GPU's. What kernels have
+        written there must be finished before it is sent, and kernels that read what has come must be
+        launched after it has (docs/verbs.md).
+
         Raises:
-            RegistrationError: a transport that ``transports=`` names cannot register it.
+            RegistrationError: a transport that ``transports=`` names cannot register it; or it is a GPU's
+                memory, and no transport of this engine reaches it.
+            UnavailableError: it is said to be a GPU's memory, and CUDA does not work here.
         """
         if share not in ("auto", "never"):
             raise InvalidArgumentError(f'share must be "auto" or "never", not {share!r}')

@@ -37,12 +37,15 @@ class Registration:
     ``state``: ``"running"``; ``"done"``; ``"failed"``, and ``reason`` says why; or ``"dropped"``: the
     region was deregistered, or the engine closed, before it was done.
     ``nbytes_done`` of ``nbytes``: the region's bytes, counted once for each rail.
+    ``detail``: what there is to say of one that is done, such as by which way a NIC reaches a GPU's
+    memory; else empty.
     """
 
     state: str
     nbytes_done: int
     nbytes: int
     reason: str | None
+    detail: str = ""
 
 
 class Region:
@@ -71,6 +74,11 @@ class Region:
         return self._core.writable
 
     @property
+    def device(self) -> str:
+        """``"cpu"``, or ``"cuda:N"``: memory of that GPU, which verbs alone moves and no CPU touches."""
+        return self._core.device
+
+    @property
     def piece_offsets(self) -> tuple[int, ...]:
         """Where each of the registered buffers begins in the region's offset space."""
         return tuple(self._core.piece_offsets)
@@ -96,7 +104,13 @@ class Region:
         verbs in messages, slower.
         """
         return {
-            transport: Registration(state, done, nbytes, text if state == "failed" else None)
+            transport: Registration(
+                state,
+                done,
+                nbytes,
+                text if state == "failed" else None,
+                text if state == "done" else "",
+            )
             for transport, state, done, nbytes, text in self._core.registration
         }
 
@@ -113,7 +127,12 @@ class Region:
 
     @cached_property
     def array(self) -> npt.NDArray[np.uint8]:
-        """The bytes, as a view that keeps the memory alive; a region of one buffer only."""
+        """The bytes, as a view that keeps the memory alive; a region of one buffer in host memory only."""
+        if self.device != "cpu":
+            raise InvalidArgumentError(
+                f"region {self.name!r} is memory of {self.device}, which the CPU cannot touch; "
+                "use the tensors it was made of"
+            )
         if len(self.piece_offsets) != 1:
             raise InvalidArgumentError(
                 f"region {self.name!r} has {len(self.piece_offsets)} pieces and no single array; "
