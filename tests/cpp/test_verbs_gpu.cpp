@@ -95,7 +95,10 @@ TEST_CASE("gpu: bytes go from one to another and back, and between them and host
     const RegionPtr source = on_gpu(*w.a, {from.piece()}),
                     target = on_gpu(*w.b, {to.piece()}, "kv");
     CHECK(w.remote("kv")->device == 1);
+    const int64_t bound = count("binds");
     moves_everything(w, from, source, to, target, leased);
+    const bool pushed = leased && std::getenv("KVXFER_TEST_VERBS_PUSH") != nullptr;
+    CHECK((count("binds") > bound) == pushed);
 
     const RegionPtr host = w.a->allocate(1 << 16, {.name = "host"});
     std::memset(host->pieces[0].base, 0x5C, 1 << 16);
