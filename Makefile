@@ -15,7 +15,7 @@ BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE  := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP     := $(shell find csrc tests/cpp tests/fake_verbs tests/fuzz tests/rdma_vm -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CPP     := $(shell find csrc tests/cpp tests/fake_verbs tests/fake_cuda tests/fuzz tests/rdma_vm -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 PY_DIRS := python tests bench tools examples
 
 .DEFAULT_GOAL := help
