@@ -170,6 +170,20 @@ TEST_CASE("gpu: where the device takes no dma-buf it is registered by its addres
   moves_everything(w, from, source, to, target, false);
 }
 
+TEST_CASE("gpu: each device takes the way that it has") {
+  const Plan plan("devices=2 fail=reg_dmabuf_mr@2:EINVAL peermem=1");
+  EngineOptions options = gpu_options("a", {"verbs"});
+  options.transport.verbs_push = false;  // one call for each device
+  const auto a = Engine::create(options);
+  const GpuMemory memory(1 << 16);
+  const RegionPtr region = on_gpu(*a, {memory.piece()});
+  CHECK(exposure_of(region).nbytes == 2 * region->nbytes);
+  CHECK(says(region, "fake0:1 by dma-buf; fake1:1 by its address (peermem), not by dma-buf: "
+                     "ibv_reg_dmabuf_mr("));
+  CHECK(says(region, "prefers NICs at its NUMA node"));
+  a->close();
+}
+
 TEST_CASE("gpu: where no windows are bound to a dma-buf, writes are pulled") {
   const Plan plan("dmabuf_windows=0");
   GpuPair w;

@@ -72,7 +72,7 @@ void control(ByteView payload) {
   const Bytes again = encode(*first);
   FUZZ_CHECK(again.size() == payload.size());
   const auto second = decode_control(again);
-  FUZZ_CHECK(second && encode(*second) == again);  // "writable" is any byte but 0
+  FUZZ_CHECK(second && encode(*second) == again);  // "is answer" is any byte but 0
 }
 
 void trailer(ByteView bytes) {
