@@ -103,8 +103,7 @@ std::optional<std::vector<Offer>> decode_offers(ByteView payload) {
 Bytes encode_token(const Token& token) {
   Bytes out;
   Writer w(out);
-  w.u32(kTokenMagic), w.put(token.owner), w.u64(token.lease.id), w.put(token.lease.key),
-      w.u64(token.region);
+  w.u32(kTokenMagic), w.put(token.owner), w.u64(token.lease.id), w.put(token.lease.key);
   return out;
 }
 
@@ -113,7 +112,6 @@ std::optional<Token> decode_token(ByteView bytes) {
   const uint32_t magic = r.u32();
   Token token;
   token.owner = r.get<Incarnation>(), token.lease.id = r.u64(), token.lease.key = r.get<Key>();
-  token.region = r.u64();
   if (!r.finished() || magic != kTokenMagic || token.lease.id == 0) return {};
   return token;
 }

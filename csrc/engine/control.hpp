@@ -47,7 +47,6 @@ std::optional<std::vector<Offer>> decode_offers(ByteView payload);
 struct Token {
   Incarnation owner{};
   LeaseRef lease;
-  uint64_t region = 0;
 };
 Bytes encode_token(const Token& token);
 std::optional<Token> decode_token(ByteView bytes);

@@ -114,6 +114,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   void check_here() const;
 
   const std::string& address() const noexcept { return identity_.address; }
+  std::string unused_region_name();
   RegionPtr allocate(uint64_t nbytes, RegionOptions options);
   RegionPtr register_pieces(std::vector<Piece> pieces, bool writable, std::shared_ptr<void> keep,
                             RegionOptions options);
@@ -246,7 +247,7 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
   std::map<Incarnation, PeerPtr> peers_;
   std::map<Key, std::pair<PeerPtr, LinkPtr>> pending_;  // sessions that are being set up
   std::map<std::string, Totals> forgotten_;
-  uint64_t next_id_ = 1;
+  uint64_t next_id_ = 1, num_unnamed_ = 0;
   uint64_t handshakes_refused_ = 0;
   std::string last_handshake_refusal_;
 

@@ -174,7 +174,7 @@ LeasePtr Engine::grant(const RegionPtr& region, const Column& offsets, const Col
     lease->id = next_id_++;
     leases_.emplace(lease->id, lease);
   }
-  lease->token = encode_token({identity_.incarnation, {lease->id, lease->key}, region->id});
+  lease->token = encode_token({identity_.incarnation, {lease->id, lease->key}});
   extend(lease, ttl_s);
   return lease;
 }

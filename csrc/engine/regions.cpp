@@ -99,6 +99,16 @@ RegionPtr Engine::register_pieces(std::vector<Piece> pieces, bool writable,
   return add_region(std::move(region));
 }
 
+std::string Engine::unused_region_name() {
+  std::lock_guard lock(mutex_);
+  check_open();
+  for (;;) {
+    std::string name = cat("region-", ++num_unnamed_);
+    if (std::ranges::none_of(regions_, [&](auto& each) { return each.second->name == name; }))
+      return name;
+  }
+}
+
 void Engine::check_new_region(const Region& region) const {
   check_open();
   if (regions_.size() >= kMaxRegions)

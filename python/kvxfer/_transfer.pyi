@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-_Offsets = npt.NDArray[np.int64] | int
+_Offsets = npt.NDArray[np.int64] | int | np.int64
 
 MAX_NOTIFICATION_NBYTES: int
 
@@ -49,11 +49,11 @@ class BlockView:
 
     def __init__(
         self,
-        base: int,
-        block_stride: int,
-        nbytes: int,
-        num_layers: int = 1,
-        layer_stride: int = 0,
+        base: SupportsIndex,
+        block_stride: SupportsIndex,
+        nbytes: SupportsIndex,
+        num_layers: SupportsIndex = 1,
+        layer_stride: SupportsIndex = 0,
     ) -> None: ...
     @property
     def base(self) -> int: ...
@@ -218,8 +218,9 @@ class Engine:
     def incarnation(self) -> str: ...
     @property
     def closed(self) -> bool: ...
+    def unused_region_name(self) -> str: ...
     def allocate(
-        self, nbytes: int, *, name: str, require_lease: bool, shareable: bool
+        self, nbytes: SupportsIndex, *, name: str, require_lease: bool, shareable: bool
     ) -> Region: ...
     def register(
         self, buffer: Any, *, name: str, require_lease: bool, shareable: bool
@@ -236,7 +237,7 @@ class Engine:
         nbytes: _Offsets,
         bases: npt.NDArray[np.int64] | None,
         notify: bytes | None,
-        arrival: int | None,
+        arrival: SupportsIndex | None,
         lease: bytes | None,
         deadline_s: float | None,
         after: Transfer | Signal | None,
@@ -251,7 +252,7 @@ class Engine:
         local_blocks: npt.NDArray[np.int32] | npt.NDArray[np.int64],
         remote_blocks: npt.NDArray[np.int32] | npt.NDArray[np.int64],
         notify: bytes | None,
-        arrival: int | None,
+        arrival: SupportsIndex | None,
         lease: bytes | None,
         deadline_s: float | None,
         after: Transfer | Signal | None,
@@ -273,10 +274,12 @@ class Engine:
         *,
         ttl_s: float,
         peer: str | None,
-        num_arrivals: int,
+        num_arrivals: SupportsIndex,
     ) -> Lease: ...
-    def arrivals(self, tag: int, peer: Peer) -> int: ...
-    def wait_arrivals(self, tag: int, peer: Peer, n: int, timeout_s: float | None) -> None: ...
+    def arrivals(self, tag: SupportsIndex, peer: Peer) -> int: ...
+    def wait_arrivals(
+        self, tag: SupportsIndex, peer: Peer, n: SupportsIndex, timeout_s: float | None
+    ) -> None: ...
     def fileno(self) -> int: ...
     def clear_wakeup(self) -> None: ...
     def explain(self, peer: Peer) -> str: ...

@@ -8,10 +8,6 @@
 
 using namespace kvxfer;
 
-namespace {
-constexpr int64_t kBytes = PushWorld::kBytes;
-}
-
 TEST_CASE("push: writes under a lease go through its window; all others are pulled") {
   PushWorld w;
   const LeasePtr lease = w.grant(0, 4 * kBytes, 2);

@@ -12,8 +12,6 @@ using namespace kvxfer;
 
 namespace {
 
-constexpr int64_t kBytes = PushWorld::kBytes;
-
 // A write whose chains are all posted, on whatever rails, and of which nothing is delivered.
 struct HeldPush {
   HeldPush(PushWorld& w, const LeasePtr& lease, int64_t nbytes) : held(sinks(w)) {

@@ -202,7 +202,7 @@ TEST_CASE("control messages, offers and tokens survive the round trip") {
   REQUIRE(offers);
   CHECK(offers->size() == 2);
   CHECK(offers->at(0).data.size() == 16);
-  const Bytes token = encode_token({{}, {3, {}}, 1});
+  const Bytes token = encode_token({{}, {3, {}}});
   CHECK(token.size() <= kMaxTokenBytes);
   CHECK(decode_token(token)->lease.id == 3);
   CHECK_FALSE(decode_token(Bytes(token.size())));

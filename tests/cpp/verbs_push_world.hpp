@@ -22,9 +22,9 @@ inline TransportConfig pushing() {
   return config;
 }
 
-struct PushWorld : Pair {
-  static constexpr int64_t kBytes = 1 << 20;
+inline constexpr int64_t kBytes = 1 << 20;
 
+struct PushWorld : Pair {
   explicit PushWorld(uint64_t nbytes = 1 << 24) : Pair(nbytes, "127.0.0.1:0", pushing()) {
     std::memset(at_a(0), 0x11, static_cast<size_t>(nbytes));
     std::memset(at_b(0), 0, static_cast<size_t>(nbytes));

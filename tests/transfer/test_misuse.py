@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from transfer_peers import SECRET, TIMEOUT_S
 
 from kvxfer.errors import InvalidArgumentError, LeaseError, TransferTimeoutError
-from kvxfer.transfer import Peer, Signal, TransferEngine
+from kvxfer.transfer import BlockView, Peer, Signal, TransferEngine
 
 Pair = tuple[TransferEngine, TransferEngine]
 
@@ -65,6 +66,13 @@ def test_a_lease_for_oneself_is_refused(pair: Pair, peer: Peer) -> None:
         (lambda a, s, r: a.write(s, r, 0, 0, 8, arrival=-1), "arrival=-1"),
         (lambda a, s, r: a.read(s, r, 0, 0, 8, arrival=2**64), f"arrival={2**64}"),
         (lambda a, s, r: a.write_blocks(s, r, None, None, [0], [0]), "local_view=None"),
+        (lambda a, s, r: a.grant(s, 0, 8, ttl_s="x"), "ttl_s must be a number of seconds, not"),
+        (
+            lambda a, s, r: a.write(s, r, 0, 0, 8, notify="text"),
+            "notify must be bytes, not str",
+        ),
+        (lambda a, s, r: a.notify(r.peer, 5), "payload must be bytes, not int"),
+        (lambda a, s, r: a.arrivals("tag", r.peer), "tag must be an int from 0 to 2^64 - 1, not"),
     ],
 )
 def test_an_argument_of_another_type_is_refused_with_its_value(
@@ -76,6 +84,72 @@ def test_an_argument_of_another_type_is_refused_with_its_value(
         call(a, region, peer.regions["there"])
     assert shown in str(refused.value)
     assert "incompatible function" not in str(refused.value)
+
+
+def test_a_refusal_names_the_argument_alone(pair: Pair, peer: Peer) -> None:
+    a = pair[0]
+    with pytest.raises(InvalidArgumentError) as refused:
+        a.write(a.allocate(64), peer.regions["there"], 0, 0, 8, arrival=-1)
+    assert (
+        str(refused.value)
+        == "write(): arrival must be an int from 0 to 2^64 - 1, or None, not arrival=-1"
+    )
+
+
+def test_names_that_nobody_gave_avoid_those_that_somebody_did(pair: Pair) -> None:
+    a = pair[0]
+    a.allocate(64, "region-1")
+    a.allocate(64, "region-2")
+    names = [a.allocate(64).name for _ in range(3)]
+    assert len(set(names) | {"region-1", "region-2"}) == 5
+
+
+def test_a_region_that_a_peer_does_not_have_is_a_key_error_that_says_why(
+    pair: Pair, peer: Peer
+) -> None:
+    with pytest.raises(KeyError, match="no region 'their': peer 'b' has 'there'"):
+        peer.regions["their"]
+    assert isinstance(peer.regions, dict)
+    assert peer.regions.get("their") is None
+    pair[1].close()
+    deadline = time.monotonic() + TIMEOUT_S
+    while peer.alive and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(KeyError, match=r"peer 'b' is lost \(.+\), its regions with it"):
+        peer.regions["there"]
+
+
+def test_numpy_scalars_are_ints(pair: Pair, peer: Peer) -> None:
+    a, b = pair
+    region, eight = a.allocate(np.int64(64)), np.int64(8)
+    a.write(region, peer.regions["there"], eight, np.int64(0), eight, arrival=np.int64(3)).wait(
+        TIMEOUT_S
+    )
+    assert b.arrivals(np.int64(3), b.connect(a.address)) == 1
+    view = BlockView(np.int64(0), eight, np.int32(8))
+    assert (view.block_stride, view.nbytes) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ((0.0, 8, 8), "BlockView: base must be an int, not float"),
+        ((0, "8", 8), "BlockView: block_stride must be an int, not str"),
+        ((0, 8, True), "BlockView: nbytes must be an int, not bool"),
+        ((0, 8, 2**70), f"BlockView: nbytes must be 1 to 2^61, not {2**70}"),
+        ((-1, 8, 8), "BlockView: base must be 0 to 2^61, not -1"),
+    ],
+)
+def test_a_block_view_refuses_in_words(fields: tuple[Any, ...], text: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        BlockView(*fields)
+    assert str(refused.value).startswith(text)
+    assert "incompatible" not in str(refused.value)
+
+
+def test_a_signal_takes_nothing() -> None:
+    with pytest.raises(TypeError, match=r"Signal\(\) takes no arguments"):
+        Signal(5)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +164,7 @@ def test_no_refusal_prints_the_secret(wrong: dict[str, Any]) -> None:
 def test_no_refusal_prints_a_token(pair: Pair, peer: Peer) -> None:
     a = pair[0]
     with pytest.raises(InvalidArgumentError) as refused:
-        a.write(a.allocate(64), peer.regions["there"], 0, 0, 8, lease=b"token", arrival=-1)
-    assert "lease=bytes" in str(refused.value)
+        a.write(a.allocate(64), peer.regions["there"], 0, 0, 8, lease="token", arrival=-1)  # type: ignore[arg-type]
     assert "token" not in str(refused.value)
 
 

@@ -102,6 +102,11 @@ void register_engine(py::module_& m) {
       .def_property_readonly(
           "incarnation", [](const EngineHandle& e) { return hex(e.engine->self().incarnation); })
       .def_property_readonly("closed", [](const EngineHandle& e) { return e.engine->closed(); })
+      .def("unused_region_name",
+           [](EngineHandle& e) {
+             const WithoutGil release;
+             return e.get().unused_region_name();
+           })
       .def(
           "allocate",
           [](EngineHandle& e, uint64_t nbytes, std::string name, bool require_lease,

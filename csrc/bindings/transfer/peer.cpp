@@ -6,6 +6,49 @@
 namespace py = pybind11;
 
 namespace kvxfer::bindings {
+namespace {
+
+std::map<std::string, RemoteRegionPtr> regions_of(const Peer& peer) {
+  check_process(peer.birth);
+  const WithoutGil release;
+  std::lock_guard lock(peer.mutex);
+  return peer.regions;
+}
+
+// A name that the dict does not have: why not.
+void missing(const py::object& regions, const py::object& name) {
+  const Peer& peer = regions.attr("peer").cast<const Peer&>();
+  const std::string asked = py::repr(name), whose = cat("peer '", peer.identity.name, "'");
+  std::string cause;
+  {
+    std::lock_guard lock(peer.mutex);
+    cause = peer.lost_because;
+  }
+  if (!cause.empty())
+    throw py::key_error(cat("no region ", asked, ": ", whose, " is lost (", cause,
+                            "), its regions with it; engine.connect() again"));
+  std::string others;
+  size_t n = 0;
+  for (const auto& each : py::cast<py::dict>(regions))
+    if (n++ < 8) others += (n > 1 ? ", " : "") + std::string(py::repr(each.first));
+  if (n > 8) others += cat(" and ", n - 8, " more");
+  throw py::key_error(
+      cat("no region ", asked, ": ", whose, " has ", n == 0 ? "none" : others,
+          ". What it registers is told to us soon after; peer.regions is as of when "
+          "it is asked"));
+}
+
+// A dict whose KeyError says what there is instead.
+py::object regions_class() {
+  const py::handle type(reinterpret_cast<PyObject*>(&PyType_Type));
+  const py::handle dict(reinterpret_cast<PyObject*>(&PyDict_Type));
+  py::dict body;
+  body["__missing__"] = py::cpp_function(&missing, py::name("__missing__"), py::is_method(dict));
+  body["__module__"] = "kvxfer._transfer";
+  return type("PeerRegions", py::make_tuple(dict), body);
+}
+
+}  // namespace
 
 void register_peers(py::module_& m) {
   py::class_<RemoteRegion, RemoteRegionPtr>(
@@ -57,15 +100,11 @@ void register_peers(py::module_& m) {
           "The cause of its loss, in words; empty while it is alive.")
       .def_property_readonly(
           "regions",
-          [](const Peer& p) {
-            check_process(p.birth);
-            std::map<std::string, RemoteRegionPtr> copy;
-            {
-              const WithoutGil release;
-              std::lock_guard lock(p.mutex);
-              copy = p.regions;
-            }
-            return copy;
+          [type = regions_class()](const PeerPtr& p) {
+            py::object out = type();
+            out.attr("peer") = p;
+            for (const auto& [name, region] : regions_of(*p)) out[py::str(name)] = region;
+            return out;
           },
           "{name: RemoteRegion}, as of now: a new dict at each call, so hold on to what you "
           "need.\n\n"

@@ -81,24 +81,34 @@ TransferPtr notify(EngineHandle& self, const PeerPtr& peer, const py::object& pa
                    const Timeout& deadline_s, const py::object& after) {
   Engine& engine = self.get();
   empty_graveyard();
-  SubmitOptions options = submit_options(payload, {}, py::none(), deadline_s, after);
-  options.has_notify = true;
+  SubmitOptions options = submit_options(py::none(), {}, py::none(), deadline_s, after);
+  options.has_notify = true, options.notify = from_bytes("payload", payload);
   const WithoutGil release;
   return engine.notify(peer, std::move(options));
 }
 
 // Refuses here what no region could hold, so that a mistake shows where it is
 // made.
-BlockView make_view(int64_t base, int64_t block_stride, int64_t nbytes, int64_t num_layers,
-                    int64_t layer_stride) {
-  for (const auto& [name, value, low] : {std::tuple{"base", base, int64_t{0}},
-                                         {"block_stride", block_stride, int64_t{0}},
-                                         {"nbytes", nbytes, int64_t{1}},
-                                         {"num_layers", num_layers, int64_t{1}},
-                                         {"layer_stride", layer_stride, int64_t{0}}})
-    if (value < low || value > kMaxOffset)
-      fail(Code::kInvalidArgument, "BlockView: ", name, " must be ", low, " to 2^61, not ", value);
-  return {base, block_stride, nbytes, num_layers, layer_stride};
+int64_t field(const char* name, const py::object& value, int64_t low) {
+  if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr()))
+    raise(Code::kInvalidArgument, cat("BlockView: ", name, " must be an int, not ",
+                                      std::string(py::str(py::type::of(value).attr("__name__")))));
+  const auto whole = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!whole) throw py::error_already_set();
+  int overflow = 0;
+  const int64_t out = PyLong_AsLongLongAndOverflow(whole.ptr(), &overflow);
+  if (overflow != 0 || out < low || out > kMaxOffset)
+    raise(Code::kInvalidArgument, cat("BlockView: ", name, " must be ", low, " to 2^61, not ",
+                                      std::string(py::str(whole))));
+  return out;
+}
+
+BlockView make_view(const py::object& base, const py::object& block_stride,
+                    const py::object& nbytes, const py::object& num_layers,
+                    const py::object& layer_stride) {
+  return {field("base", base, 0), field("block_stride", block_stride, 0),
+          field("nbytes", nbytes, 1), field("num_layers", num_layers, 1),
+          field("layer_stride", layer_stride, 0)};
 }
 
 auto fields(const BlockView& v) {
@@ -146,7 +156,11 @@ void register_requests(py::module_& m) {
       m, "Signal",
       "What after= may wait for: transfers that are given it are \"held\" until it is set.\n\n"
       "Set once and for good, by any thread, or by a CUDA stream through host_callback().")
-      .def(py::init<>())
+      .def(py::init([](const py::args& args, const py::kwargs& kwargs) {
+        if (!args.empty() || !kwargs.empty())
+          throw py::type_error("Signal() takes no arguments; set() sets it");
+        return std::make_shared<Latch>();
+      }))
       .def("set", &Latch::open, py::call_guard<WithoutGil>(),
            "Lets go what waits. A short lock and a wake-up of the engine; again: nothing happens.")
       .def_property_readonly("is_set", &Latch::settled, "True once it was set.")

@@ -17,7 +17,6 @@ namespace {
 // A caller of post() sends small requests itself and leaves bulk to the progress thread: copying a
 // gigabyte into a socket is no work for the thread that computes the next layer.
 constexpr size_t kCallerBudget = 64 * 1024;
-constexpr size_t kTurn = 2 * 1024 * 1024;  // then the progress thread looks at the other lanes
 constexpr int64_t kGoodbyeNs = 5'000'000;
 }  // namespace
 

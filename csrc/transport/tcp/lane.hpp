@@ -16,6 +16,9 @@
 
 namespace kvxfer::tcp {
 
+inline constexpr size_t kMaxIov = 1024;           // pieces of one system call (IOV_MAX)
+inline constexpr size_t kTurn = 2 * 1024 * 1024;  // bytes of a lane, then the others get a look
+
 // A body: a list of pieces of memory and a position in it.
 struct Piecewise {
   std::vector<iovec> pieces;

@@ -10,8 +10,6 @@
 
 namespace kvxfer::tcp {
 namespace {
-constexpr uint64_t kTurn = 2 * 1024 * 1024;  // then the other lanes get a look
-constexpr size_t kMaxIov = 1024;
 constexpr int64_t kLastWordsNs = 20'000'000;
 
 Failure disconnected(const Stream& stream, int err) {

@@ -9,10 +9,8 @@
 
 namespace kvxfer::tcp {
 namespace {
-constexpr size_t kMaxIov = 1024;   // of one system call (IOV_MAX)
 constexpr size_t kMaxFrames = 64;  // in one system call
 constexpr size_t kSpareFrames = 64;
-constexpr size_t kTurn = 2 * 1024 * 1024;  // then the progress thread looks at the other lanes
 }  // namespace
 
 // ---------------------------------------------------------------- frames, under mutex_

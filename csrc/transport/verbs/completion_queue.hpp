@@ -11,6 +11,8 @@
 
 namespace kvxfer::verbs {
 
+inline constexpr size_t kMaxCompletions = 32;  // taken at once
+
 class CompletionQueue {
  public:
   CompletionQueue(std::shared_ptr<Device> device, uint32_t num_entries);  // throws

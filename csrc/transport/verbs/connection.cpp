@@ -14,9 +14,8 @@
 
 namespace kvxfer::verbs {
 namespace {
-// Rounds of work before other connections get their turn, and completions taken in each.
+// Rounds of work before other connections get their turn.
 constexpr int kMaxRounds = 16;
-constexpr size_t kMaxCompletions = 32;
 
 bool is_dead_chunk(const ChunkPtr& chunk) { return Incoming::is_dead(*chunk); }
 }  // namespace

@@ -10,10 +10,6 @@
 #include "transport/verbs/connection.hpp"
 
 namespace kvxfer::verbs {
-namespace {
-constexpr size_t kMaxCompletions = 32;  // taken at once
-}
-
 // Takes a rail's completions until these have come; what is not of its READs is kept for later.
 void VerbsConnection::drain(Rail& rail, std::initializer_list<uint64_t> markers) {
   size_t missing = markers.size();

@@ -21,11 +21,6 @@
 #include "transport/verbs/connection.hpp"
 
 namespace kvxfer::verbs {
-namespace {
-// Pauses of a rail whose writer goes on failing; the first time it is tried again at once.
-constexpr int64_t kFirstPauseNs = 100'000'000;
-}  // namespace
-
 std::string VerbsConnection::refuse_push(const Devices& devices) {
   for (size_t i = 0; i < devices.size(); ++i) {
     const Device& device = *devices[i];
@@ -173,7 +168,7 @@ bool VerbsConnection::on_new_sink(ByteView body) {
   channel_.message(Type::kNewPusher,
                    {view_of(answer), view_of(std::span<const uint32_t>(in_doubt))});
   if (answer.number == 0 && !rail.down && !push.is_given_up()) {
-    const int64_t pause_ns = kFirstPauseNs << std::min(push.num_breaks, 5u);
+    const int64_t pause_ns = Rails::kFirstPauseNs << std::min(push.num_breaks, 5u);
     push.retry = host_.reactor().at(now_ns() + pause_ns, [weak = weak_from_this(), &rail] {
       auto self = std::static_pointer_cast<VerbsConnection>(weak.lock());
       if (!self || self->is_dead()) return;

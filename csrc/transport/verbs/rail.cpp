@@ -11,8 +11,7 @@ namespace {
 
 constexpr uint8_t kMaxReads = 16;  // in flight; more than any link's round trip asks for
 constexpr size_t kMaxIdle = 16;    // chunks
-// Pauses of a rail that goes on failing; the first time it is tried again at once.
-constexpr int64_t kFirstPauseNs = 100'000'000, kLongestPauseNs = 5'000'000'000;
+constexpr int64_t kLongestPauseNs = 5'000'000'000;
 
 uint8_t reads_of(int limit) { return static_cast<uint8_t>(std::clamp(limit, 1, int{kMaxReads})); }
 
@@ -62,9 +61,9 @@ bool Rail::is_left() const noexcept {
 }
 
 int64_t Rail::pause_ns() const noexcept {
-  if (num_breaks <= 1) return 0;
+  if (num_breaks <= 1) return 0;  // tried again at once
   const uint32_t doublings = std::min(num_breaks - 2, 16u);
-  return std::min(kFirstPauseNs << doublings, kLongestPauseNs);
+  return std::min(Rails::kFirstPauseNs << doublings, kLongestPauseNs);
 }
 
 uint32_t Rails::num_entries(const Device& device, uint32_t more_entries, bool push) noexcept {

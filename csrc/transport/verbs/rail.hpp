@@ -83,6 +83,8 @@ class Rails {
  public:
   // Of which kMaxBreaks may fail in a row, with nothing that came through in between.
   static constexpr uint32_t kMaxBreaks = 4;
+  // The first pause of a rail that goes on failing; each is twice as long as the one before.
+  static constexpr int64_t kFirstPauseNs = 100'000'000;
 
   // `by_nearness`: chains prefer devices at the memory's node; else all are alike. Throws.
   Rails(const Devices& devices, bool by_nearness, uint32_t more_entries, bool push);

@@ -8,13 +8,67 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from kvxfer._transfer import Peer
+import numpy as np
+
+from kvxfer._transfer import BlockView, Peer
 from kvxfer.errors import InvalidArgumentError
 
 __all__ = ["checked", "peer_of", "refusal"]
 
 _OURS = ("self", "error")
 Method = TypeVar("Method", bound=Callable[..., Any])
+Rule = tuple[str, Callable[[Any], bool]]  # what the argument must be, and whether it is
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and 0 <= value < 1 << 64
+
+
+def _seconds(value: object) -> bool:
+    return (_whole(value) or isinstance(value, float | np.floating)) and not isinstance(value, bool)
+
+
+def _optional(rule: Rule) -> Rule:
+    return f"{rule[0]}, or None", lambda value: value is None or rule[1](value)
+
+
+_COUNT: Rule = ("an int from 0 to 2^64 - 1", _count)
+_TEXT: Rule = ("text", lambda value: isinstance(value, str))
+_SECONDS: Rule = ("a number of seconds", _seconds)
+_BOOL: Rule = ("True or False", lambda value: isinstance(value, bool))
+_VIEW: Rule = ("a kvxfer.BlockView", lambda value: isinstance(value, BlockView))
+# By the arguments' names, which mean the same everywhere; those that native code explains itself are not here.
+_RULES: dict[str, Rule] = {
+    "address": _TEXT,
+    "arrival": _optional(_COUNT),
+    "deadline_s": _optional(_SECONDS),
+    "listen": _TEXT,
+    "local_view": _VIEW,
+    "n": _COUNT,
+    "name": _TEXT,
+    "num_arrivals": _COUNT,
+    "remote_view": _VIEW,
+    "require_lease": _BOOL,
+    "tag": _COUNT,
+    "timeout_s": _optional(_SECONDS),
+    "ttl_s": _SECONDS,
+}
+# What only one method takes so.
+_RULES_OF: dict[str, dict[str, Rule]] = {
+    "allocate": {"nbytes": _COUNT, "name": _optional(_TEXT)},
+    "register": {"name": _optional(_TEXT)},
+    "connect": {"timeout_s": _SECONDS},
+    "TransferEngine": {
+        "transports": (
+            "names of transports",
+            lambda value: value is None or all(isinstance(each, str) for each in value),
+        )
+    },
+}
 
 
 def _shown(value: object) -> str:
@@ -29,6 +83,12 @@ def refusal(what: str, error: TypeError, given: Mapping[str, object]) -> Excepti
     """
     if "incompatible" not in str(error):
         return error
+    rules = _RULES | _RULES_OF.get(what, {})
+    for name, value in given.items():
+        if name in rules and not rules[name][1](value):
+            return InvalidArgumentError(
+                f"{what}(): {name} must be {rules[name][0]}, not {name}={_shown(value)}"
+            )
     shown = ", ".join(
         f"{name}={_shown(value)}" for name, value in given.items() if name not in _OURS
     )

@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from kvxfer import _transfer
 from kvxfer._transfer import BlockView, Peer, RemoteRegion, Signal, Transfer
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.transfer._calls import checked, peer_of, refusal
 from kvxfer.transfer.config import EngineConfig
-from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Region, own, theirs
+from kvxfer.transfer.region import BlockIds, Int64Array, Lease, Offsets, Region, own, theirs
 from kvxfer.transfer.secret import user_secret
 
 __all__ = ["Notification", "PeerEvent", "TransferEngine"]
@@ -87,7 +87,6 @@ class TransferEngine:
             )
         except TypeError as error:
             raise refusal("TransferEngine", error, locals()) from None
-        self._num_regions = 0
 
     @property
     def name(self) -> str:
@@ -118,7 +117,7 @@ class TransferEngine:
 
     @checked
     def allocate(
-        self, nbytes: int, name: str | None = None, *, require_lease: bool = False
+        self, nbytes: SupportsIndex, name: str | None = None, *, require_lease: bool = False
     ) -> Region:
         """Zeroed memory that peers on this host may map to read; only this process can write it.
 
@@ -177,10 +176,7 @@ class TransferEngine:
         self._core.deregister(own(region), timeout_s)
 
     def _region_name(self, name: str | None) -> str:
-        if name is None:
-            self._num_regions += 1
-            return f"region-{self._num_regions}"
-        return name
+        return self._core.unused_region_name() if name is None else name
 
     # ------------------------------------------------------------------ peers
 
@@ -211,13 +207,13 @@ class TransferEngine:
         self,
         region: Region,
         remote: RemoteRegion,
-        local_offsets: Int64Array | int,
-        remote_offsets: Int64Array | int,
-        nbytes: Int64Array | int,
+        local_offsets: Offsets,
+        remote_offsets: Offsets,
+        nbytes: Offsets,
         *,
         bases: Int64Array | None = None,
         notify: bytes | None = None,
-        arrival: int | None = None,
+        arrival: SupportsIndex | None = None,
         lease: bytes | None = None,
         deadline_s: float | None = None,
         after: Transfer | Signal | None = None,
@@ -261,13 +257,13 @@ class TransferEngine:
         self,
         region: Region,
         remote: RemoteRegion,
-        local_offsets: Int64Array | int,
-        remote_offsets: Int64Array | int,
-        nbytes: Int64Array | int,
+        local_offsets: Offsets,
+        remote_offsets: Offsets,
+        nbytes: Offsets,
         *,
         bases: Int64Array | None = None,
         notify: bytes | None = None,
-        arrival: int | None = None,
+        arrival: SupportsIndex | None = None,
         lease: bytes | None = None,
         deadline_s: float | None = None,
         after: Transfer | Signal | None = None,
@@ -304,7 +300,7 @@ class TransferEngine:
         remote_blocks: BlockIds,
         *,
         notify: bytes | None = None,
-        arrival: int | None = None,
+        arrival: SupportsIndex | None = None,
         lease: bytes | None = None,
         deadline_s: float | None = None,
         after: Transfer | Signal | None = None,
@@ -348,7 +344,7 @@ class TransferEngine:
         remote_blocks: BlockIds,
         *,
         notify: bytes | None = None,
-        arrival: int | None = None,
+        arrival: SupportsIndex | None = None,
         lease: bytes | None = None,
         deadline_s: float | None = None,
         after: Transfer | Signal | None = None,
@@ -401,12 +397,12 @@ class TransferEngine:
     def grant(
         self,
         region: Region,
-        offsets: Int64Array | int,
-        nbytes: Int64Array | int,
+        offsets: Offsets,
+        nbytes: Offsets,
         *,
         ttl_s: float,
         peer: Peer | str | None = None,
-        num_arrivals: int = 0,
+        num_arrivals: SupportsIndex = 0,
     ) -> Lease:
         """Lets a peer (or whoever holds the token) write and read just these spans for a time."""
         who = peer.incarnation if isinstance(peer, Peer) else peer
@@ -416,12 +412,14 @@ class TransferEngine:
         return Lease(core, region)
 
     @checked
-    def arrivals(self, tag: int, peer: Peer) -> int:
+    def arrivals(self, tag: SupportsIndex, peer: Peer) -> int:
         """How many transfers without a lease have arrived under ``tag`` from this peer."""
         return self._core.arrivals(tag, peer_of(peer))
 
     @checked
-    def wait_arrivals(self, tag: int, peer: Peer, n: int, timeout_s: float | None = None) -> None:
+    def wait_arrivals(
+        self, tag: SupportsIndex, peer: Peer, n: SupportsIndex, timeout_s: float | None = None
+    ) -> None:
         """Returns when ``arrivals(tag, peer) >= n``.
 
         Raises:

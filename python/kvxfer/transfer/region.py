@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,11 @@ import numpy.typing as npt
 from kvxfer import _transfer
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["BlockIds", "Int64Array", "Lease", "Region", "Registration", "own", "theirs"]
+__all__ = ["BlockIds", "Int64Array", "Lease", "Offsets", "Region", "Registration", "own", "theirs"]
 
 Int64Array = npt.NDArray[np.int64]
 BlockIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Offsets = Int64Array | int | np.int64
 
 
 def _int64(name: str, values: Sequence[int]) -> Int64Array:
@@ -177,7 +179,7 @@ class Lease:
         return np.asarray(self._core.arrived_indices(), dtype=np.int64)
 
     def wait_arrived(
-        self, indices: Int64Array | Sequence[int] | int, timeout_s: float | None = None
+        self, indices: Int64Array | Sequence[int] | SupportsIndex, timeout_s: float | None = None
     ) -> None:
         """Returns when all ``indices`` (an int64 array, a list, or one) have arrived.
 

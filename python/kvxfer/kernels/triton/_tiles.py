@@ -69,8 +69,10 @@ def prefill_candidates(shape: PrefillShape) -> tuple[PrefillTile, ...]:
     short = packs or shape.rows <= 64
     if shape.head_dim > 128:
         small = PrefillTile(64, 32, 8, 3, packs)
-        large = PrefillTile(128, 32, 8, 3, packs)
-        return (small,) if short else (large, small)
+        # An 8-bit cache is converted on the way, and the scales of its rows are held besides: each takes registers.
+        if short or (shape.cache_bits == 8 and not shape.plain):
+            return (small,)
+        return PrefillTile(128, 32, 8, 2 if shape.cache_bits == 8 else 3, packs), small
     small = PrefillTile(64, 64, 4, 3, packs)
     if short:
         return small, PrefillTile(128, 64, 8, 3, packs)
