@@ -96,18 +96,32 @@ class Way:
         )
 
 
+def _placements(named: str) -> dict[str, tuple[str, str]]:
+    """Devices of the two sides, by the name of their ways.
+
+    ``"rxe0/rxe0 two-rails=rxe0,rxe1/rxe0,rxe1 cable=rxe0/rxe1"``: verbs itself on one device, and
+    ways ``verbs-two-rails`` and ``verbs-cable`` besides, each pulled and pushed.
+    """
+    places = {}
+    for word in named.split():
+        name, _, devices = word.rpartition("=")
+        ours, theirs = devices.split("/")
+        places[name] = (ours, theirs)
+    return places
+
+
 def ways() -> list[Way]:
     """Every transport that is compiled in, and each again with harmless faults.
 
     Verbs goes over real NICs where there are some, else over software ones, of which there are two
     in some of the ways; it pulls, and in other ways it pushes what may be pushed.
-    ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
+    ``KVXFER_TEST_VERBS_DEVICES`` says on which devices, see ``_placements``.
     """
-    named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
-    ours, theirs = named.split(",") if named else ("", "")
+    places = _placements(os.environ.get("KVXFER_TEST_VERBS_DEVICES", ""))
+    usual = places.pop("", None)
     with fake_verbs.in_use():
         plain = [
-            Way(name, name, verbs_devices=(ours, theirs) if named else None, reason=reason)
+            Way(name, name, verbs_devices=usual, reason=reason)
             for name, reason in probe_transports()
         ]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
@@ -121,6 +135,11 @@ def ways() -> list[Way]:
         for name, nic, among in nics
         for way in among
         if not fake_verbs.real_devices()
+    ]
+    more += [
+        replace(way, name=f"{way.name}-{name}", verbs_devices=devices)
+        for name, devices in places.items()
+        for way in verbs + pushing
     ]
     return (
         plain + pooled + pushing + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
