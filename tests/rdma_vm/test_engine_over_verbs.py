@@ -48,11 +48,12 @@ def verbs(guest: Guest) -> Guest:
 
 # One device that reaches itself; the two ends of a cable; and there and back over the same cable as two rails. Netem acts
 # on the cable alone. What Soft-RoCE sends to itself has come when the post returns, so that the least busy rail would
-# always be the first: striping needs a cable with a delay.
+# always be the first: striping needs a cable with a delay. Where packets are lost, retries come soon: each of the 40 or so
+# that 1500 requests lose is awaited for 0.5 s, of 12 s, and not for the 2.1 s of the usual deadline.
 PLACES = {
     "": "rxe0/rxe0",
-    "two-rails": "rxe0,rxe1/rxe1,rxe0",
-    "cable": "rxe0/rxe1",
+    "two-rails": "rxe0,rxe1/rxe1,rxe0@12",
+    "cable": "rxe0/rxe1@12",
 }
 
 
@@ -159,13 +160,13 @@ def test_conformance_and_kills_pulled_and_pushed(verbs: Guest, place: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["verbs-cable", "verbs-push-cable"])
-def test_conformance_over_a_cable_that_loses_packets(verbs: Guest, way: str) -> None:
+def test_conformance_over_a_cable_that_loses_packets(verbs: Guest) -> None:
     netem = ("--netem", "loss 0.5%")
+    ways = of("verbs-cable", "verbs-push-cable")
     count = passed(
-        verbs, CONFORMANCE, options=netem, places=("cable",), select=of(way), timeout_s=2400
+        verbs, CONFORMANCE, options=netem, places=("cable",), select=ways, timeout_s=3000
     )
-    assert count >= 70
+    assert count >= 140
 
 
 @pytest.mark.slow

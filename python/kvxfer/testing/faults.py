@@ -49,6 +49,7 @@ class Way:
         copy_threads: None: by the CPUs that there are.
         verbs_devices: of the engine that is called "driver", and of every other; None: by rule.
         verbs_push: writes under leases are pushed.
+        deadline_s: of requests that name none, and so of retries of a NIC; None: the usual one.
         reason: why it cannot be gone here.
     """
 
@@ -59,6 +60,7 @@ class Way:
     copy_threads: int | None = None
     verbs_devices: tuple[str, str] | None = None
     verbs_push: bool = False
+    deadline_s: float | None = None
     reason: str | None = None
 
     def engine(self, name: str, secret: bytes, **options: Any) -> TransferEngine:
@@ -71,6 +73,7 @@ class Way:
             copy_threads=self.copy_threads,
             verbs_device=device,
             verbs_push=self.verbs_push,
+            deadline_s=EngineConfig.deadline_s if self.deadline_s is None else self.deadline_s,
         )
         on_fake = self.below == "verbs"
         with fake_verbs.in_use() if on_fake else nullcontext():
@@ -96,18 +99,20 @@ class Way:
         )
 
 
-def _placements(named: str) -> dict[str, tuple[str, str]]:
-    """Devices of the two sides, by the name of their ways.
+def _placed(way: Way, word: str) -> Way:
+    """The way on devices that a word of ``KVXFER_TEST_VERBS_DEVICES`` names.
 
-    ``"rxe0/rxe0 two-rails=rxe0,rxe1/rxe0,rxe1 cable=rxe0/rxe1"``: verbs itself on one device, and
-    ways ``verbs-two-rails`` and ``verbs-cable`` besides, each pulled and pushed.
+    ``[NAME=]OURS/THEIRS[@DEADLINE_S]``: the name is that of the way's end.
     """
-    places = {}
-    for word in named.split():
-        name, _, devices = word.rpartition("=")
-        ours, theirs = devices.split("/")
-        places[name] = (ours, theirs)
-    return places
+    name, _, rest = word.rpartition("=")
+    devices, _, deadline_s = rest.partition("@")
+    ours, theirs = devices.split("/")
+    return replace(
+        way,
+        name=f"{way.name}-{name}" if name else way.name,
+        verbs_devices=(ours, theirs),
+        deadline_s=float(deadline_s) if deadline_s else None,
+    )
 
 
 def ways() -> list[Way]:
@@ -115,15 +120,15 @@ def ways() -> list[Way]:
 
     Verbs goes over real NICs where there are some, else over software ones, of which there are two
     in some of the ways; it pulls, and in other ways it pushes what may be pushed.
-    ``KVXFER_TEST_VERBS_DEVICES`` says on which devices, see ``_placements``.
+    ``KVXFER_TEST_VERBS_DEVICES="rxe0/rxe0 cable=rxe0/rxe1@12"`` puts verbs on one device, and a
+    cable between two into ways of their own, ``verbs-cable`` and ``verbs-push-cable``.
     """
-    places = _placements(os.environ.get("KVXFER_TEST_VERBS_DEVICES", ""))
-    usual = places.pop("", None)
+    places = os.environ.get("KVXFER_TEST_VERBS_DEVICES", "").split()
+    usual = [word for word in places if "=" not in word]
     with fake_verbs.in_use():
-        plain = [
-            Way(name, name, verbs_devices=usual, reason=reason)
-            for name, reason in probe_transports()
-        ]
+        plain = [Way(name, name, reason=reason) for name, reason in probe_transports()]
+    if usual:
+        plain = [_placed(way, usual[0]) for way in plain]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
     verbs = [way for way in plain if way.name == "verbs"]
     pushing = [replace(way, name="verbs-push", verbs_push=True) for way in verbs]
@@ -136,11 +141,7 @@ def ways() -> list[Way]:
         for way in among
         if not fake_verbs.real_devices()
     ]
-    more += [
-        replace(way, name=f"{way.name}-{name}", verbs_devices=devices)
-        for name, devices in places.items()
-        for way in verbs + pushing
-    ]
+    more += [_placed(way, word) for word in places if "=" in word for way in verbs + pushing]
     return (
         plain + pooled + pushing + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
     )
