@@ -9,6 +9,8 @@ Native code throws these through one translator (csrc/bindings/errors). Each car
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "InternalError",
     "InvalidArgumentError",
@@ -45,6 +47,19 @@ class KvxferError(Exception):
         self.nbytes_done = nbytes_done
         # OSError descendants define ``errno`` themselves as a writable slot, so this is safe for all.
         self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Constructors differ, and Exception's own way calls them with ``args``, which is the finished message.
+        return _restored, (type(self), self.args, {**self.__dict__, "errno": self.errno})
+
+
+def _restored(cls: type[KvxferError], args: tuple[Any, ...], fields: dict[str, Any]) -> KvxferError:
+    """The error that was pickled or copied."""
+    error = cls.__new__(cls)
+    error.args = args
+    for name, value in fields.items():
+        setattr(error, name, value)
+    return error
 
 
 class InvalidArgumentError(KvxferError, ValueError):

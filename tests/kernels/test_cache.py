@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import hypothesis
@@ -298,6 +299,39 @@ def test_a_bad_copy_is_refused_and_nothing_moves(
     with pytest.raises(error, match=match):
         kernels.copy_blocks(src, src_memory, dst, dst_memory, *blocks, **arguments)
     assert digest(dst_memory) == before
+
+
+def not_numbers() -> list[NpArray]:
+    pointers = np.empty(96, object)
+    pointers[:] = [[i] for i in range(96)]
+    fields = np.zeros(96, [("a", object)])
+    return [pointers, fields, *(np.zeros(96, t) for t in ("V8", "M8[s]", "U2", [("a", "i8")]))]
+
+
+@pytest.mark.parametrize("array", not_numbers(), ids=lambda a: str(a.dtype))
+def test_memory_of_anything_but_numbers_is_refused(array: NpArray) -> None:
+    # Once: objects' pointers were overwritten, and the process died when it next looked at one.
+    shape = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2)
+    good = np.zeros(shape.nbytes, np.uint8)
+    match = f": expected an array of plain numbers, given dtype {re.escape(str(array.dtype))}"
+    with pytest.raises(InvalidArgumentError, match="^dst" + match):
+        kernels.copy_blocks(shape, good, shape, array, [0], [1])
+    with pytest.raises(InvalidArgumentError, match="^out" + match):
+        kernels.pack_blocks(shape, good, [0], out=array)
+    with pytest.raises(InvalidArgumentError, match="^tensors" + match):
+        kernels.unpack_blocks(good, shape, array, [0])
+    with pytest.raises(InvalidArgumentError, match="^tensors" + match):
+        kernels.checksum_blocks(shape, array, [0])
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_memory_of_ml_dtypes_is_taken(rng: np.random.Generator, name: str) -> None:
+    dtype = getattr(pytest.importorskip("ml_dtypes"), name)
+    shape = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2)
+    memory = random_memory(rng, shape)
+    target = np.zeros(shape.nbytes // np.dtype(dtype).itemsize, dtype)
+    kernels.copy_blocks(shape, memory, shape, target, [0, 1], [0, 1])
+    assert np.array_equal(target.view(np.uint8), memory.reshape(-1).view(np.uint8))
 
 
 def test_one_cache_may_be_copied_within_but_not_onto_what_is_read(

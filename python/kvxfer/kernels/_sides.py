@@ -134,11 +134,20 @@ def _place(name: str, array: Array) -> tuple[str, int]:
         raise InvalidArgumentError(
             f"{name}: expected a NumPy array or a torch tensor, given {type(array).__name__}"
         )
+    if array.dtype.kind not in "fuibc" and not _is_number(array.dtype):
+        raise InvalidArgumentError(
+            f"{name}: expected an array of plain numbers, given dtype {array.dtype}"
+        )
     if not array.flags.c_contiguous:
         raise InvalidArgumentError(
             f"{name}: expected a C-contiguous array, given strides {list(array.strides)}"
         )
     return "cpu", address_of(array)
+
+
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    """Is it one of other libraries' number types (ml_dtypes)? Bytes written over an object are a wild pointer."""
+    return dtype.kind == "V" and dtype.type is not np.void and not dtype.hasobject
 
 
 def _flat_bytes(array: Array) -> Array:
