@@ -64,6 +64,11 @@ def main() -> int:
         parser.error(
             f"--only: expected some of {', '.join(BENCHES)}, given {', '.join(sorted(unknown))}"
         )
+    for name, most in (("threads", 1024), ("rounds", None)):
+        given = getattr(args, name)
+        if given < 1 or (most is not None and given > most):
+            expected = ">= 1" if most is None else f"1 to {most}"
+            parser.error(f"--{name}: expected {expected}, given {given}")
     torch.set_num_threads(args.threads)
     kernels.set_num_threads(args.threads)
     run = Run(

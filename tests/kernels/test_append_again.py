@@ -78,6 +78,23 @@ def test_mistakes_after_a_call_that_passed_are_refused(case: str) -> None:
     assert str(late.value) == str(first.value)
 
 
+def test_caches_that_come_to_share_memory_are_seen_and_halves_of_one_tensor_are_not_mistaken() -> (
+    None
+):
+    given = call("NHD", torch.float32, 1)
+    kernels.append_kv(**given)
+    pool = torch.zeros(6, 4, 2, 8)
+    shifted = {"k_cache": pool[:5], "v_cache": pool[1:]}
+    with pytest.raises(InvalidArgumentError, match="v_cache: expected memory of its own"):
+        kernels.append_kv(**given | shifted)
+    assert not pool.any()
+    for fused in (torch.zeros(5, 2, 4, 2, 8), torch.zeros(2, 5, 4, 2, 8).transpose(0, 1)):
+        for _ in range(2):
+            kernels.append_kv(**given | {"k_cache": fused[:, 0], "v_cache": fused[:, 1]})
+        assert torch.equal(fused[:, 0], given["k_cache"])
+        assert torch.equal(fused[:, 1], given["v_cache"])
+
+
 def test_views_into_larger_tensors_are_told_apart_by_their_strides() -> None:
     given = call("NHD", torch.float32, 1)
     kernels.append_kv(**given)

@@ -74,7 +74,42 @@ def test_numpy_arrays_and_gradients_take_the_long_way() -> None:
     assert isinstance(out, np.ndarray)
     assert np.array_equal(out, expected.numpy())
     tracked = step() | {"q": step()["q"].clone().requires_grad_()}
-    assert torch.equal(bound(*caches(), tracked), expected)
+    with torch.no_grad():
+        assert torch.equal(bound(*caches(), tracked), expected)
+    with pytest.raises(InvalidArgumentError, match="q: expected no gradient to be asked for"):
+        bound(*caches(), tracked)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"sm_scale": float("nan")}, {"sm_scale": "x"}, {"sm_scale": 1.0, "window_left": 1.5}, {"sm_scale": 1.0, "window_left": -2}],
+)  # fmt: skip
+def test_bad_numbers_get_the_error_of_the_plain_call(how: dict[str, Any]) -> None:
+    (k, v), s = caches(), step()
+    with pytest.raises(InvalidArgumentError) as theirs:
+        kernels.paged_decode(s["q"], k, v, s["table"], s["lens"], **how)
+    with pytest.raises(InvalidArgumentError) as ours:
+        kernels.BoundCache(k, v).decode(s["q"], s["table"], s["lens"], **how)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_the_scale_may_be_left_to_the_width_and_numpy_numbers_are_numbers() -> None:
+    (k, v), s = caches(), step()
+    cache = kernels.BoundCache(k, v)
+    expected = kernels.paged_decode(s["q"], k, v, s["table"], s["lens"])
+    assert torch.equal(cache.decode(s["q"], s["table"], s["lens"], sm_scale=None), expected)
+    how: dict[str, Any] = {"sm_scale": np.float64(DIM**-0.5), "window_left": np.int32(-1)}
+    assert torch.equal(cache.decode(s["q"], s["table"], s["lens"], **how), expected)
+
+
+def test_a_cache_whose_halves_are_one_is_not_appended_to() -> None:
+    k, _ = caches()
+    s = step()
+    with pytest.raises(InvalidArgumentError, match="v_cache: expected memory of its own"):
+        kernels.BoundCache(k, k).append(s["key"], s["value"], s["slots"])
+    wide = k[:1].expand(BLOCKS, SIZE, HEADS, DIM)
+    with pytest.raises(InvalidArgumentError, match="k_cache: expected each element at a place"):
+        kernels.BoundCache(wide, caches()[1]).append(s["key"], s["value"], s["slots"])
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:

@@ -91,11 +91,13 @@ def test_append_divides_by_the_scale(rng: np.random.Generator, backend: str) -> 
 
 def test_nothing_is_appended_when_one_slot_is_wrong(backend: str) -> None:
     rows, cache = np.ones((3, 1, 8), np.float32), np.zeros((2, 4, 1, 8), np.float32)
+    other = cache.copy()
     for wrong in (8, -2, 2**62, -(2**63)):
         slots = np.array([0, wrong, 2], np.int64)
         with pytest.raises(InvalidArgumentError, match=rf"slot_mapping\[1\].*{wrong}"):
-            kernels.append_kv(rows, rows, cache, cache, slots, backend=backend)
+            kernels.append_kv(rows, rows, cache, other, slots, backend=backend)
         assert not cache.any()
+        assert not other.any()
 
 
 ORDERS = ("LKBNHC", "LKBHNC", "BLKHNC", "LBKNHC", "KLBNHC", "LBHNKC", "LHBNKC", "BLNHKC")
@@ -281,6 +283,11 @@ def bad_copies() -> list[tuple[str, type[Exception], str, dict[str, Any]]]:
         ("dtype", LayoutError, "scales: .*int8 without", {"dst": {"dtype": "int8"}}),
         ("short memory", InvalidArgumentError, "dst: layer 1, part v needs", {"cut": 1}),
         ("negative ctas", InvalidArgumentError, "max_ctas", {"max_ctas": -1}),
+        ("ctas in text", InvalidArgumentError, "max_ctas: expected an integer >= 0, given '3'", {"max_ctas": "3"}),
+        ("tokens in text", InvalidArgumentError, "num_tokens: expected an integer .*given '5'", {"num_tokens": "5"}),
+        ("tokens as a float", InvalidArgumentError, "num_tokens: expected an integer .*given 5.0", {"num_tokens": 5.0}),
+        ("half a token", InvalidArgumentError, "first_token: expected an integer .*given 2.5", {"first_token": 2.5}),
+        ("ragged ids", InvalidArgumentError, "src_blocks: expected a list of block ids", {"src_blocks": [[0], [1, 2]]}),
     ]  # fmt: skip
 
 
@@ -299,6 +306,95 @@ def test_a_bad_copy_is_refused_and_nothing_moves(
     with pytest.raises(error, match=match):
         kernels.copy_blocks(src, src_memory, dst, dst_memory, *blocks, **arguments)
     assert digest(dst_memory) == before
+
+
+IDS: list[tuple[Any, str]] = [
+    (0, "block_ids: expected a list of block ids, given 0"),
+    (None, "block_ids: expected a list of block ids, given None"),
+    (np.array(3), r"block_ids: expected a list of block ids, given ndarray of shape \[\]"),
+    (iter([0, 1]), "block_ids: expected a list of block ids, given a list_iterator"),
+    ([0.5], "block_ids: expected a list of block ids"),
+    ([0, 3], r"^block_ids\[1\]: expected a block id from 0 to 2, given 3"),
+    ([0, -2], r"^block_ids\[1\]: expected a block id from 0 to 2, given -2"),
+]
+
+
+@pytest.mark.parametrize(("ids", "match"), IDS)
+def test_bad_ids_are_refused_by_the_callers_name(backend: str, ids: Any, match: str) -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=2)
+    memory = np.zeros(shape.nbytes, np.uint8)
+    packed = np.zeros(shape.nbytes, np.uint8)
+    for call in (
+        lambda: kernels.pack_blocks(shape, memory, ids, backend=backend),
+        lambda: kernels.unpack_blocks(packed, shape, memory, ids, backend=backend),
+        lambda: kernels.checksum_blocks(shape, memory, ids, backend=backend),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            call()
+
+
+def test_no_blocks_are_nothing_to_move(backend: str) -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=2)
+    memory = np.zeros(shape.nbytes, np.uint8)
+    packed = kernels.pack_blocks(shape, memory, [], backend=backend)
+    assert (packed.shape, packed.dtype) == ((0,), np.dtype(np.uint8))
+    kernels.unpack_blocks(packed, shape, memory, [], backend=backend)
+    kernels.copy_blocks(shape, memory, shape, memory.copy(), [], [], backend=backend)
+
+
+HEADS = [(3, 1), (0,), (0, 1, 2), 3, (2, 2), (-1, 2), (0, 5), (0.0, 2), "ab"]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_are_a_range_of_those_held(heads: Any) -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=4)
+    memory, packed = np.zeros(shape.nbytes, np.uint8), np.zeros(shape.nbytes, np.uint8)
+    match = r"heads: expected a range .*within \[0, 4\).*, given " + re.escape(repr(heads))
+    with pytest.raises(InvalidArgumentError, match=match):
+        kernels.pack_blocks(shape, memory, [0], heads=heads)
+    with pytest.raises(InvalidArgumentError, match=match):
+        kernels.unpack_blocks(packed, shape, memory, [0], heads=heads)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, {"num_blocks": 3}])
+def test_what_is_no_layout_is_refused(wrong: Any) -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=2)
+    memory = np.zeros(shape.nbytes, np.uint8)
+    said = f"expected a KVLayout, given {re.escape(repr(wrong))}"
+    with pytest.raises(InvalidArgumentError, match="src_layout: " + said):
+        kernels.copy_blocks(wrong, memory, shape, memory.copy(), [0], [0])
+    with pytest.raises(InvalidArgumentError, match="dst_layout: " + said):
+        kernels.copy_blocks(shape, memory, wrong, memory.copy(), [0], [0])
+    with pytest.raises(InvalidArgumentError, match="^layout: " + said):
+        kernels.pack_blocks(wrong, memory, [0])
+    with pytest.raises(InvalidArgumentError, match="^layout: " + said):
+        kernels.unpack_blocks(memory, wrong, memory, [0])
+    if wrong is None:
+        return
+    with pytest.raises(InvalidArgumentError, match="out_layout: " + said):
+        kernels.pack_blocks(shape, memory, [0], out_layout=wrong)
+    with pytest.raises(InvalidArgumentError, match="src_layout: " + said):
+        kernels.unpack_blocks(memory, shape, memory, [0], src_layout=wrong)
+
+
+def test_packing_names_the_callers_memory() -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=2)
+    memory = np.zeros(shape.nbytes, np.uint8)
+    short, small = memory[:-1], np.zeros(8, np.uint8)
+    fixed = np.zeros(shape.nbytes, np.uint8)
+    fixed.setflags(write=False)
+    for match, call in {
+        "^tensors: layer": lambda: kernels.pack_blocks(shape, short, [0]),
+        "^out: layer": lambda: kernels.pack_blocks(shape, memory, [0], small),
+        "^out: expected writable": lambda: kernels.pack_blocks(shape, memory, [0], fixed),
+        "^out: expected memory apart from tensors": lambda: kernels.pack_blocks(shape, memory, [0], memory),
+        "^src: layer": lambda: kernels.unpack_blocks(small, shape, memory, [0]),
+        "^tensors: layer ": lambda: kernels.unpack_blocks(memory, shape, short, [0]),
+        "^tensors: expected writable": lambda: kernels.unpack_blocks(memory, shape, fixed, [0]),
+        "^block_ids: expected each block at most once": lambda: kernels.unpack_blocks(fixed, shape, memory, [1, 1]),
+    }.items():  # fmt: skip
+        with pytest.raises(InvalidArgumentError, match=match):
+            call()
 
 
 def not_numbers() -> list[NpArray]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,151 @@ ATTENTION: list[tuple[str, Change, str]] = [
 ]  # fmt: skip
 
 
+HUGE = 10**400
+NUMBERS: list[tuple[str, Any, str]] = [
+    ("sm_scale", "x", "sm_scale: expected a finite value, given 'x'"),
+    ("sm_scale", HUGE, "sm_scale: expected a finite value, given an integer of 1329 bits"),
+    ("sm_scale", True, "sm_scale: expected a finite value, given True"),
+    ("k_scale", None, "k_scale: expected a finite value, given None"),
+    ("v_scale", np.ones(3), r"v_scale: expected a finite value, given ndarray of shape \[3\]"),
+    ("k_scale", np.ones(1), r"k_scale: expected a finite value, given ndarray of shape \[1\]"),
+    ("window_left", "3", "window_left: expected an integer >= -1, given '3'"),
+    ("window_left", None, "window_left: expected an integer >= -1, given None"),
+    ("window_left", float("nan"), "window_left: expected an integer >= -1, given nan"),
+    ("window_left", 1.5, "window_left: expected an integer >= -1, given 1.5"),
+    (
+        "window_left",
+        np.float32(2),
+        r"window_left: expected an integer >= -1, given 2.0 \(float32\)",
+    ),
+    ("window_left", True, "window_left: expected an integer >= -1, given True"),
+    ("logits_soft_cap", None, "logits_soft_cap: expected a finite value >= 0, given None"),
+    ("return_lse", "false", "return_lse: expected True or False, given 'false'"),
+]
+
+
+@pytest.mark.parametrize("op", ["paged_decode", "paged_prefill"])
+@pytest.mark.parametrize(("name", "value", "match"), NUMBERS)
+def test_attention_takes_numbers_as_they_are_or_not_at_all(
+    op: str, name: str, value: Any, match: str
+) -> None:
+    call = decode_call() if op == "paged_decode" else prefill_call()
+    with pytest.raises(InvalidArgumentError, match=match):
+        getattr(kernels, op)(**call, **{name: value})
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True, 2**40, HUGE])
+def test_split_size_is_an_integer(value: Any) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"split_size: expected (an integer )?> 0 or None"
+    ):
+        kernels.paged_decode(**decode_call(), split_size=value)
+
+
+def test_a_text_is_neither_true_nor_false() -> None:
+    with pytest.raises(InvalidArgumentError, match="causal: expected True or False, given 'false'"):
+        kernels.paged_prefill(**prefill_call(), causal="false")
+
+
+def test_numbers_of_numpy_and_windows_past_any_length_are_taken(rng: np.random.Generator) -> None:
+    call = decode_call()
+    for name in ("q", "k_cache", "v_cache"):
+        call[name] = rng.standard_normal(call[name].shape).astype(np.float32)
+    want = kernels.paged_decode(**call, sm_scale=0.5, window_left=3, split_size=64, k_scale=2.0)
+    numpy: dict[str, Any] = {"sm_scale": np.float32(0.5), "window_left": np.int8(3), "split_size": np.int64(64)}  # fmt: skip
+    assert np.array_equal(kernels.paged_decode(**call, **numpy, k_scale=np.array(2.0)), want)
+    unlimited = kernels.paged_decode(**call)
+    assert np.array_equal(kernels.paged_decode(**call, window_left=2**62), unlimited)
+
+
+@pytest.mark.parametrize("value", [2.5, "2", None, 2**40, True])
+def test_the_number_of_threads_is_an_integer(value: Any) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"num_threads: expected (an integer )?1 to 1024"
+    ):
+        kernels.set_num_threads(value)
+
+
+def swapped(array: Any) -> Any:
+    return array.astype(array.dtype.newbyteorder())
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name)
+     for op, call in (("paged_decode", decode_call()), ("paged_prefill", prefill_call()), ("append_kv", append_call()))
+     for name in call],
+)  # fmt: skip
+def test_numbers_in_the_other_byte_order_are_refused(op: str, name: str, backend: str) -> None:
+    # Once: they were read as if in this machine's, which gives other numbers.
+    made = {"paged_decode": decode_call, "paged_prefill": prefill_call, "append_kv": append_call}
+    call = made[op]()
+    call[name] = swapped(call[name])
+    with pytest.raises(InvalidArgumentError, match=f"{name}: expected dtype .* of the other byte order"):  # fmt: skip
+        getattr(kernels, op)(**call, backend=backend)
+
+
+def test_the_other_byte_order_is_refused_everywhere_else() -> None:
+    call = decode_call()
+    v, lse = np.zeros((2, 4, 16), np.float32), np.zeros((2, 4), np.float32)
+    match = "of the other byte order"
+    with pytest.raises(InvalidArgumentError, match="out: .*" + match):
+        kernels.paged_decode(**call, out=swapped(v))
+    with pytest.raises(InvalidArgumentError, match="sinks: .*" + match):
+        kernels.paged_decode(**call, sinks=swapped(np.zeros(4, np.float32)))
+    with pytest.raises(InvalidArgumentError, match="k_cache: .*" + match):
+        kernels.BoundCache(swapped(call["k_cache"]), swapped(call["v_cache"]))
+    for wrong in range(4):
+        arrays = [v, lse, v, lse]
+        arrays[wrong] = swapped(arrays[wrong])
+        with pytest.raises(InvalidArgumentError, match=match):
+            kernels.merge_states(*arrays)
+    half = call["k_cache"].astype(np.uint16)  # bfloat16's
+    with pytest.raises(InvalidArgumentError, match="k_cache: .*" + match):
+        kernels.paged_decode(**call | {"k_cache": swapped(half), "v_cache": swapped(half)})
+
+
+@pytest.mark.parametrize("op", ["paged_decode", "paged_prefill"])
+def test_a_length_past_the_table_is_refused_before_anything_that_long_is_made(
+    op: str, backend: str
+) -> None:
+    # Once: the reference made positions of 16 GiB first, and the process was killed.
+    call = decode_call() if op == "paged_decode" else prefill_call()
+    call["seq_lens"][1] = 2**31 - 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgumentError, match="block_table: expected at least 268435456 blocks of 8"):  # fmt: skip
+            getattr(kernels, op)(**call, backend=backend)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_caches_that_overlap_or_repeat_are_not_written(backend: str) -> None:
+    call = append_call()
+    k = call["k_cache"]
+    with pytest.raises(InvalidArgumentError, match="v_cache: expected memory of its own, given some of k_cache"):  # fmt: skip
+        kernels.append_kv(**call | {"v_cache": k}, backend=backend)
+    one = np.zeros((1, 8, 2, 16), np.float32)
+    repeated = np.lib.stride_tricks.as_strided(one, (5, 8, 2, 16), (0, *one.strides[1:]))
+    for name in ("k_cache", "v_cache"):
+        with pytest.raises(InvalidArgumentError, match=rf"{name}: expected each element at a place of its own, given strides \[0, "):  # fmt: skip
+            kernels.append_kv(**call | {name: repeated}, backend=backend)
+    fused = np.zeros((5, 8, 2, 2, 16), np.float32)
+    kernels.append_kv(**call | {"k_cache": fused[:, :, 0], "v_cache": fused[:, :, 1]}, backend=backend)  # fmt: skip
+
+
+def test_an_expanded_out_is_refused(backend: str) -> None:
+    one = np.zeros((1, 4, 16), np.float32)
+    out = np.lib.stride_tricks.as_strided(one, (2, 4, 16), (0, *one.strides[1:]))
+    with pytest.raises(InvalidArgumentError, match="out: expected each element at a place"):
+        kernels.paged_decode(**decode_call(), out=out, backend=backend)
+    torch = pytest.importorskip("torch")
+    call = {name: torch.from_numpy(value) for name, value in decode_call().items()}
+    with pytest.raises(InvalidArgumentError, match="out: expected each element at a place"):
+        kernels.paged_decode(**call, out=torch.zeros(1, 4, 16).expand(2, 4, 16), backend=backend)
+
+
 def ops_and_changes() -> list[Any]:
     # The table's q and out have decode's shape, so those rows are for decode alone.
     return [
@@ -137,6 +283,8 @@ def test_prefill_refuses(change: Change, match: str, backend: str) -> None:
             "slot_mapping: expected dtype int64, given int32",
         ),
         (entry("slot_mapping", 2, 40), r"slot_mapping\[2\]: .*0 to 39 \(5 blocks of 8\), given 40"),
+        (to("k_scale", None), "k_scale: expected a finite value > 0, given None"),
+        (to("v_scale", np.ones(2)), "v_scale: expected a finite value > 0, given ndarray"),
         (to("k_scale", 0.0), "k_scale: expected a finite value > 0, given 0.0"),
         (lambda c: c["v_cache"].setflags(write=False), "v_cache: expected a writable array"),
     ],

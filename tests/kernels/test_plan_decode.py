@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer import kernels
-from kvxfer.errors import InvalidArgumentError
+from kvxfer.errors import InvalidArgumentError, UnavailableError
 
 LENS = [700, 0, 1, 64, 65, 2100]
 SHAPE: dict[str, int] = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 16}
@@ -154,8 +154,40 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"window_left": -2}, "window_left: expected >= -1, given -2"),
     "split of nothing": ({"split_size": 0}, "split_size: expected > 0 or None, given 0"),
     "both": ({"split_size": 64, "balanced": True}, "split_size: expected None, since balanced"),
-    "no processors": ({"balanced": True, "num_sms": -1}, "num_sms, ctas_per_sm: expected > 0"),
+    "no processors": ({"balanced": True, "num_sms": 0}, "num_sms: expected > 0 or None, given 0"),
+    "no blocks": (
+        {"balanced": True, "ctas_per_sm": -1},
+        "ctas_per_sm: expected > 0 or None, given -1",
+    ),
+    "half a head": ({"num_kv_heads": 0.5}, "num_kv_heads: expected an integer > 0, given 0.5"),
+    "half a window": ({"window_left": 1.5}, "window_left: expected an integer >= -1, given 1.5"),
+    "a length that no call takes": (
+        {"seq_lens": [3, 2**40]},
+        r"seq_lens\[1\]: expected at most 2147483647, given 1099511627776",
+    ),
+    "a length past int64": (
+        {"seq_lens": np.array([2**64 - 1], np.uint64)},
+        r"seq_lens\[0\]: expected at most",
+    ),
+    "more splits than are worth a plan": (
+        {"seq_lens": [2**31 - 1], "split_size": 64},
+        "expected at most 16777216 splits, given 33554432 of 64 tokens",
+    ),
+    "ragged lengths": ({"seq_lens": [[1], [1, 2]]}, "seq_lens: expected a list of lengths"),
+    "no device": (
+        {"device": "xyz"},
+        "device: expected 'cpu' or what torch calls a device, given 'xyz'",
+    ),
+    "not text": ({"balanced": "no"}, "balanced: expected True or False, given 'no'"),
 }
+
+
+def test_a_device_that_is_not_here_is_unavailable() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs here")
+    with pytest.raises(UnavailableError, match="plan_decode: no device 'cuda:7': ") as caught:
+        kernels.plan_decode([3, 4], **SHAPE, device="cuda:7")
+    assert caught.value.reason
 
 
 @pytest.mark.parametrize("case", BAD)

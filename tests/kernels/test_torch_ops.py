@@ -12,7 +12,7 @@ import torch
 
 import kvxfer.kernels.torch_ops  # noqa: F401
 from kvxfer import kernels
-from kvxfer.errors import InvalidArgumentError
+from kvxfer.errors import InvalidArgumentError, UnavailableError
 
 ops = torch.ops.kvxfer
 
@@ -77,6 +77,46 @@ def test_a_compiled_graph_computes_the_same(name: str) -> None:
     for key, value in options.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, plain_options[key])
+
+
+GRADIENTS = ["paged_decode", "paged_prefill", "mla_decode", "merge_states"]
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_going_backward_is_an_error_instead_of_no_gradient(name: str) -> None:
+    args, options = arguments(name)
+    first = args[0].requires_grad_()
+    out = overload(name)(*args, **options)[0]
+    assert out.requires_grad
+    with pytest.raises(UnavailableError, match=f"torch.ops.kvxfer.{name} has no gradient"):
+        out.sum().backward()
+    assert first.grad is None
+    with torch.no_grad():
+        assert not overload(name)(*args, **options)[0].requires_grad
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_function_that_is_asked_for_gradients_says_that_it_has_none(name: str) -> None:
+    args, options = arguments(name)
+    run = getattr(kernels, name)
+    want = run(*args, **options)
+    args[0].requires_grad_()
+    with pytest.raises(
+        InvalidArgumentError, match=r"expected no gradient to be asked for.*no_grad"
+    ):
+        run(*args, **options)
+    with torch.no_grad():
+        ours = run(*args, **options)
+    assert torch.equal(ours[0], want[0])
+    assert torch.equal(run(args[0].detach(), *args[1:], **options)[0], want[0])
+
+
+def test_opcheck_passes_with_gradients_asked_for() -> None:
+    args, options = arguments("paged_decode")
+    args[0].requires_grad_()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    results = torch.library.opcheck(ops.paged_decode.default, args, options, test_utils=tests)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_an_operator_is_its_function() -> None:

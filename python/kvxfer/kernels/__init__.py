@@ -3,7 +3,8 @@
 """Paged attention and KV-cache kernels: one set of functions, several backends, one truth (``reference``).
 
 Arrays are NumPy (bfloat16 as ``uint16``) or torch tensors; what goes in comes out. torch is never
-imported here: a caller who holds a tensor has imported it already.
+imported here: a caller who holds a tensor has imported it already. ``torch.ops.kvxfer`` (for
+torch.compile) is there after ``import kvxfer.kernels.torch_ops``.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ __all__ = [
     "dtype_of",
     "facts_of",
     "is_torch",
+    "reach_of",
     "same_memory",
+    "share_elements",
 ]
 
 Array = Any  # numpy.ndarray or torch.Tensor; torch stays out of the type too
@@ -71,7 +73,11 @@ def device_of(array: Array) -> str:
 def dtype_of(array: Array) -> str:
     """The dtype's name, ``"bfloat16"`` for a NumPy ``uint16``."""
     if isinstance(array, np.ndarray):
-        name = _NUMPY_NAMES.get(array.dtype) or str(array.dtype.name)
+        name = _NUMPY_NAMES.get(array.dtype)
+        if name is None:
+            name = str(array.dtype.name)
+            if not array.dtype.isnative:  # its name is the native one's, its numbers are not
+                return f"{name} of the other byte order ({array.dtype.str}; astype converts it)"
         return _SHORT_NAMES.get(name, name)
     known = _torch_names.get(array.dtype)
     if known is None:
@@ -106,6 +112,27 @@ def same_memory(a: Array, b: Array) -> bool:
         return np.may_share_memory(as_numpy(a), as_numpy(b))
     (low_a, high_a), (low_b, high_b) = _device_range(a), _device_range(b)
     return low_a < high_b and low_b < high_a
+
+
+def share_elements(a: Array, b: Array) -> bool:
+    """Do two arrays of one library and device hold some element both? Interleaved ones, as of a fused cache, do not.
+
+    What NumPy cannot settle soon counts as apart; on a device only the same beginning is seen.
+    """
+    if not same_memory(a, b):
+        return False
+    if device_of(a) != "cpu":
+        return int(a.data_ptr()) == int(b.data_ptr())
+    try:
+        return np.shares_memory(as_numpy(a), as_numpy(b), max_work=100_000)  # type: ignore[arg-type]
+    except RuntimeError:  # TooHardError, whose place in NumPy depends on its version
+        return False
+
+
+def reach_of(view: np.ndarray[Any, Any]) -> int:
+    """Bytes from the beginning of the first element to the end of the last, of strides >= 0."""
+    last = sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+    return last + view.itemsize if view.size else 0
 
 
 def _device_range(tensor: Array) -> tuple[int, int]:
@@ -197,6 +224,23 @@ class Operands:
                 f"given {kinds[torch]} on {device}"
             )
         return as_numpy(array) if device == "cpu" else array
+
+    def check_written(self, name: str) -> None:
+        """Refuse what cannot be written, or holds one element at several places."""
+        view = self.views[name]
+        if isinstance(view, np.ndarray):
+            if not view.flags.writeable:
+                raise InvalidArgumentError(
+                    f"{name}: expected a writable array, given a read-only one"
+                )
+            strides = view.strides
+        else:
+            strides = tuple(view.stride())
+        if 0 in strides and any(n > 1 and s == 0 for n, s in zip(view.shape, strides, strict=True)):
+            raise InvalidArgumentError(
+                f"{name}: expected each element at a place of its own, given strides {list(strides)} "
+                f"for shape {list(view.shape)} (an expanded array)"
+            )
 
     def swap_middle(self, *names: str) -> None:
         """Exchange axes 1 and 2 of these arrays: a head-major cache seen as a token-major one."""

@@ -14,7 +14,14 @@ import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError, LayoutError
 from kvxfer.kernels._arrays import Array
-from kvxfer.kernels._sides import ITEMSIZE, Side, block_ids_of, locate_layers, token_range
+from kvxfer.kernels._sides import (
+    ITEMSIZE,
+    Side,
+    block_ids_of,
+    head_range_of,
+    locate_layers,
+    token_range,
+)
 
 __all__ = [
     "MAX_ROW_BYTES",
@@ -80,12 +87,7 @@ def make_checksum_job(
     for layer in chosen:
         if layer not in layout.layers:
             raise LayoutError("layers", f"layer {layer} is not held: {list(layout.layers)}")
-    low, high = layout.head_range
-    first, last = (low, high) if heads is None else heads
-    if not low <= first <= last <= high:
-        raise InvalidArgumentError(
-            f"heads: expected a range within [{low}, {high}), given ({first}, {last})"
-        )
+    first, last = head_range_of(layout, heads)
     parts = []
     for part in layout.parts:
         row_bytes = part.width * ITEMSIZE[part.dtype]
@@ -109,8 +111,8 @@ def make_checksum_job(
         num_blocks=layout.num_blocks,
         first_token=begin,
         num_tokens=end,
-        first_head=int(first),
-        num_heads=int(last - first),
+        first_head=first,
+        num_heads=last - first,
         layers=tuple(chosen),
     )
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._copy_route import CopyRoute, route_between
 from kvxfer.kernels._host import cut_segments
-from kvxfer.kernels._sides import Side, block_ids_of
+from kvxfer.kernels._sides import Side, block_ids_of, range_within
 
 __all__ = ["BlockLists", "CopyJob", "make_job"]
 
@@ -97,14 +97,8 @@ def make_job(
     dst_ids = block_ids_of("dst_blocks", dst_blocks)
     size_a, size_b = src.layout.block_size, dst.layout.block_size
     held = min(src_origin + len(src_ids) * size_a, dst_origin + len(dst_ids) * size_b)
-    end = held if num_tokens is None else int(num_tokens)
-    if not 0 <= first_token <= end or end > held:
-        raise InvalidArgumentError(
-            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(src_ids)} source "
-            f"blocks of {size_a} and {len(dst_ids)} destination blocks of {size_b} hold), "
-            f"given first_token {first_token}, num_tokens {end}"
-        )
-    first = int(first_token)
+    by_what = f"{len(src_ids)} source blocks of {size_a} and {len(dst_ids)} destination blocks of {size_b} hold"  # fmt: skip
+    first, end = range_within(held, by_what, num_tokens, first_token)
     route = route_between(src, dst, layers, heads, first == end)
     tokens = (src_origin, dst_origin, first, end)
     apart = first < end and _in_one_cache(src, dst)

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, device_of
+from kvxfer.kernels._numbers import whole
 
 __all__ = [
     "BACKENDS",
@@ -225,7 +226,8 @@ def explain(op: str, *arrays: Array) -> str:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of the C++ backend, the caller's own included; results do not depend on it."""
+    """Threads of the C++ backend, the caller's own included, 1 to 1024; results do not depend on it."""
+    num_threads = whole("num_threads", num_threads, 1, 1024)
     module = _load("cpu")
     if isinstance(module, str):
         raise UnavailableError(f"set_num_threads: {module}", reason=module)

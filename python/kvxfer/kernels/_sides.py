@@ -20,6 +20,7 @@ import numpy.typing as npt
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import Array, as_numpy, is_torch
 from kvxfer.kernels._host import address_of
+from kvxfer.kernels._numbers import MOST, shown, whole
 from kvxfer.kernels._scales import ScaledLike
 
 __all__ = [
@@ -28,7 +29,10 @@ __all__ = [
     "PartLike",
     "Side",
     "block_ids_of",
+    "check_layout",
+    "head_range_of",
     "locate_layers",
+    "range_within",
     "token_range",
 ]
 
@@ -88,6 +92,7 @@ class Side:
     """
 
     def __init__(self, name: str, layout: LayoutLike, memory: Array | Sequence[Array]) -> None:
+        check_layout("layout" if name == "tensors" else f"{name}_layout", layout)
         arrays = tuple(memory) if type(memory) in _SEQUENCES else (memory,)
         if not arrays:
             raise InvalidArgumentError(f"{name}: expected at least one array, given none")
@@ -122,6 +127,28 @@ class Side:
 
 
 _SEQUENCES = (list, tuple)
+
+
+def check_layout(name: str, layout: Any) -> None:
+    if not hasattr(layout, "head_range"):
+        raise InvalidArgumentError(f"{name}: expected a KVLayout, given {shown(layout)}")
+
+
+def head_range_of(layout: LayoutLike, heads: Any) -> tuple[int, int]:
+    """The range as two integers, all heads that the layout holds for None; refuses what these do not include."""
+    low, high = layout.head_range
+    if heads is None:
+        return low, high
+    try:
+        first, end = heads
+        first, end = whole("heads", first, low), whole("heads", end, low)
+    except (TypeError, ValueError):  # no pair; no integers, or too small ones
+        first = end = low - 1
+    if not low <= first <= end <= high:
+        raise InvalidArgumentError(
+            f"heads: expected a range within [{low}, {high}), as a pair (first, end), given {shown(heads)}"
+        )
+    return first, end
 
 
 def _place(name: str, array: Array) -> tuple[str, int]:
@@ -162,13 +189,21 @@ def token_range(
 ) -> tuple[int, int]:
     """Check and fill in the tokens of a sequence that its blocks hold: ``(first, end)``."""
     held = len(block_ids) * layout.block_size
-    end = held if num_tokens is None else int(num_tokens)
-    if not 0 <= first_token <= end <= held:
+    return range_within(held, f"{len(block_ids)} blocks hold", num_tokens, first_token)
+
+
+def range_within(
+    held: int, by_what: str, num_tokens: int | None, first_token: int
+) -> tuple[int, int]:
+    """Check and fill in a range of the ``held`` tokens: ``(first, end)``."""
+    first = whole("first_token", first_token, -MOST)
+    end = held if num_tokens is None else whole("num_tokens", num_tokens, -MOST)
+    if not 0 <= first <= end <= held:
         raise InvalidArgumentError(
-            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {len(block_ids)} blocks "
-            f"hold), given first_token {first_token}, num_tokens {end}"
+            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {by_what}), "
+            f"given first_token {first}, num_tokens {end}"
         )
-    return int(first_token), end
+    return first, end
 
 
 def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:
@@ -180,12 +215,16 @@ def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:
                 f"{name}: expected block ids on the host, given a tensor on {ids.device}"
             )
         ids = as_numpy(ids)
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # lists of unequal lengths
+        raise InvalidArgumentError(f"{name}: expected a list of block ids: {error}") from error
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidArgumentError(
-            f"{name}: expected a list of block ids, given shape {list(array.shape)}, dtype {array.dtype}"
+            f"{name}: expected a list of block ids, given {shown(ids)}, "
+            f"of shape {list(array.shape)}, dtype {array.dtype}"
         )
     return array.astype(np.int64, copy=False)
 

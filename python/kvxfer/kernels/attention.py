@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from kvxfer.errors import InvalidArgumentError
@@ -17,6 +17,7 @@ from kvxfer.kernels._arrays import (
     same_memory,
 )
 from kvxfer.kernels._dispatch import choose, takes_numpy
+from kvxfer.kernels._numbers import MOST, finite, flag, whole
 from kvxfer.kernels.plan import DecodePlan, check_plan
 
 __all__ = ["merge_states", "paged_decode", "paged_prefill"]
@@ -85,12 +86,12 @@ def paged_decode(
     add_scale_caches(call, k_scale_cache, v_scale_cache, kv_layout)
     call.add("block_table", block_table, (batch, "max_blocks"), ("int32",))
     call.add("seq_lens", seq_lens, (batch,), ("int32",))
-    if split_size is not None and split_size <= 0:
-        raise InvalidArgumentError(f"split_size: expected > 0 or None, given {split_size}")
+    if split_size is not None:
+        split_size = whole("split_size", split_size, 1, MOST, expected="> 0 or None")
     options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
     options["split_size"] = split_size
     if plan is not None:
-        check_plan(plan, call, window_left, split_size)
+        check_plan(plan, call, options["window_left"], split_size)
         options |= {"split_size": plan.split_size, "plan": plan}
     arrays = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
     width = call.views["v_cache"].shape[3]
@@ -152,7 +153,7 @@ def paged_prefill(
     if call.device == "cpu":
         _check_rows(call.views["cu_seqlens_q"], call.views["seq_lens"], num_tokens)
     options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
-    options["causal"] = causal
+    options["causal"] = flag("causal", causal)
     arrays = ("q", "k_cache", "v_cache", "cu_seqlens_q", "block_table", "seq_lens")
     width = call.views["v_cache"].shape[3]
     return attend("paged_prefill", call, arrays, width, out, return_lse, options, backend)
@@ -175,6 +176,7 @@ def merge_states(
     call.add("v_b", v_b, shape, (call.dtypes["v_a"],))
     call.add("lse_a", lse_a, shape[:2], ("float32",))
     call.add("lse_b", lse_b, shape[:2], ("float32",))
+    refuse_gradients(call, "v_a", "lse_a", "v_b", "lse_b")
     module = choose("merge_states", call.device, backend)
     out, out_view = call.allocate(shape, call.dtypes["v_a"])
     lse, lse_view = call.allocate(shape[:2], "float32")
@@ -280,26 +282,32 @@ def _options(
         )
     if head_dim == 0 or head_dim_v == 0:
         raise InvalidArgumentError(f"head_dim: expected > 0, given {head_dim} and {head_dim_v}")
-    if window_left < -1:
-        raise InvalidArgumentError(f"window_left: expected >= -1, given {window_left}")
-    if not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
-        raise InvalidArgumentError(
-            f"logits_soft_cap: expected a finite value >= 0, given {logits_soft_cap}"
-        )
-    scale = head_dim**-0.5 if sm_scale is None else float(sm_scale)
-    scales = {"sm_scale": scale, "k_scale": float(k_scale), "v_scale": float(v_scale)}
-    for name, value in scales.items():
-        if not math.isfinite(value):
-            raise InvalidArgumentError(f"{name}: expected a finite value, given {value}")
+    window = min(whole("window_left", window_left, -1), MOST)  # longer ones see all as well
+    cap = finite("logits_soft_cap", logits_soft_cap, "a finite value >= 0", low=0)
+    scale = head_dim**-0.5 if sm_scale is None else finite("sm_scale", sm_scale)
+    scale *= finite("k_scale", k_scale)
+    v_factor = finite("v_scale", v_scale)
     if sinks is not None:
         call.add("sinks", sinks, (num_q_heads,), ("float32",), dense=True)
     return {
-        "sm_scale": scale * scales["k_scale"],
-        "v_scale": scales["v_scale"],
-        "window_left": int(window_left),
-        "logits_soft_cap": float(logits_soft_cap),
+        "sm_scale": scale,
+        "v_scale": v_factor,
+        "window_left": window,
+        "logits_soft_cap": cap,
         "sinks": None,
     }
+
+
+def refuse_gradients(call: Operands, *names: str) -> None:
+    """A kernel computes no gradient, so a caller who asks for one is told, instead of getting none."""
+    if not call.torch:
+        return
+    for name in names:
+        if call.given[name].requires_grad and sys.modules["torch"].is_grad_enabled():
+            raise InvalidArgumentError(
+                f"{name}: expected no gradient to be asked for, since there is none through kvxfer's kernels; "
+                f"use torch.no_grad() or {name}.detach()"
+            )
 
 
 def attend(
@@ -318,6 +326,8 @@ def attend(
         arrays: in the backend's order: a query first, a cache third, nothing that ``out`` may share up to there.
         width: channels of ``out``.
     """
+    flag("return_lse", return_lse)
+    refuse_gradients(call, *arrays[:3])
     views = call.views
     dtype, cache_dtype = call.dtypes[arrays[0]], call.dtypes[arrays[2]]
     shape = (*views[arrays[0]].shape[:2], width)
@@ -326,8 +336,7 @@ def attend(
         for name in arrays[:3]:
             if same_memory(views["out"], views[name]):
                 raise InvalidArgumentError(f"out: expected memory of its own, given some of {name}")
-        if not getattr(views["out"], "flags", _WRITABLE).writeable:
-            raise InvalidArgumentError("out: expected a writable array, given a read-only one")
+        call.check_written("out")
     module = choose(
         op,
         call.device,
@@ -358,7 +367,3 @@ def attend(
     )
     result = call.given["out"]
     return (result, lse) if return_lse else result
-
-
-class _WRITABLE:  # what a tensor has instead of NumPy's flags
-    writeable = True

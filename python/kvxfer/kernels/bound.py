@@ -9,11 +9,13 @@ goes the long way, which serves it or says what is wrong.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
-from kvxfer.kernels._arrays import Array, Operands
+from kvxfer.kernels._arrays import Array, Operands, share_elements
 from kvxfer.kernels._dispatch import choose
+from kvxfer.kernels._numbers import MOST
 from kvxfer.kernels.attention import add_caches, paged_decode
 from kvxfer.kernels.cache import append_kv
 
@@ -45,6 +47,10 @@ class BoundCache:
                 for op in ("append_kv", "paged_decode")
             )
         )
+        # What may not be written goes the long way, which says why.
+        self._appends = self._short and not (
+            share_elements(k_cache, v_cache) or 0 in (*k_cache.stride(), *v_cache.stride())
+        )
         if self._short:
             self._torch = sys.modules["torch"]
             self._module: Any = choose("paged_decode", "cpu", "auto")
@@ -53,7 +59,7 @@ class BoundCache:
     def append(self, key: Array, value: Array, slot_mapping: Array) -> None:
         """:func:`append_kv` into this cache."""
         if (
-            self._short
+            self._appends
             and self._plain(key)
             and self._plain(value)
             and key.shape[1] == self._num_kv_heads
@@ -76,10 +82,10 @@ class BoundCache:
         block_table: Array,
         seq_lens: Array,
         *,
-        sm_scale: float,
+        sm_scale: float | None,
         window_left: int = -1,
     ) -> Array:
-        """:func:`paged_decode` over this cache."""
+        """:func:`paged_decode` over this cache, with the same arguments and errors."""
         if not (
             self._short
             and self._plain(q)
@@ -87,7 +93,10 @@ class BoundCache:
             and self._plain_table(block_table, 2)
             and self._plain_table(seq_lens, 1)
             and q.shape[:1] == block_table.shape[:1] == seq_lens.shape
-            and window_left >= -1
+            and type(window_left) is int
+            and -1 <= window_left <= MOST
+            and type(sm_scale) is float
+            and math.isfinite(sm_scale)
         ):
             return paged_decode(
                 q, self.k_cache, self.v_cache, block_table, seq_lens, sm_scale=sm_scale, window_left=window_left

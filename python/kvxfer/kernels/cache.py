@@ -5,18 +5,35 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvxfer.errors import InvalidArgumentError, UnavailableError
-from kvxfer.kernels._arrays import FLOAT_DTYPES, Array, Operands, facts_of, is_torch
+from kvxfer.kernels._arrays import (
+    FLOAT_DTYPES,
+    Array,
+    Operands,
+    facts_of,
+    is_torch,
+    reach_of,
+    share_elements,
+)
 from kvxfer.kernels._copy_job import make_job
 from kvxfer.kernels._dispatch import choose, takes_numpy
 from kvxfer.kernels._memo import remember
-from kvxfer.kernels._sides import LayoutLike, Side, token_range
+from kvxfer.kernels._numbers import MOST, finite, whole
+from kvxfer.kernels._sides import (
+    LayoutLike,
+    Side,
+    block_ids_of,
+    check_layout,
+    head_range_of,
+    token_range,
+)
 from kvxfer.kernels._wire import wire_side
 from kvxfer.kernels.attention import add_caches, add_scale_caches
 
@@ -26,8 +43,18 @@ __all__ = ["append_kv", "copy_blocks", "pack_blocks", "unpack_blocks"]
 
 # Appends of host tensors that have passed all checks: what these looked at, and what takes the addresses of the next. A decode step makes
 # one such call per layer, alike but for addresses and slots, and the checks take longer than its work.
-_passed: dict[tuple[Any, ...], Callable[..., None]] = {}
+_passed: dict[tuple[Any, ...], _Passed] = {}
 _MOST_PASSED = 512
+
+
+class _Passed(NamedTuple):
+    again: Callable[..., None]
+    reach: tuple[int, int]  # bytes from the first to the last of each cache
+    distance: int  # from k_cache to v_cache, in bytes; found to hold no element twice
+
+    def are_apart(self, k_address: int, v_address: int) -> bool:
+        distance = v_address - k_address
+        return distance >= self.reach[0] or -distance >= self.reach[1] or distance == self.distance
 
 
 def append_kv(
@@ -52,7 +79,7 @@ def append_kv(
     Args:
         key: ``[num_tokens, num_kv_heads, head_dim]``, float32, float16 or bfloat16, channels adjacent.
         value: ``[num_tokens, num_kv_heads, head_dim_v]``, dtype of ``key``.
-        k_cache, v_cache: written in place; axes by ``kv_layout`` as in :func:`paged_decode`.
+        k_cache, v_cache: written in place, so no element may be in both; axes by ``kv_layout`` as in :func:`paged_decode`.
         slot_mapping: ``[num_tokens]`` int64, ``block_id * block_size + offset``; -1 skips the token.
             Two tokens with one slot: which of them stays is undefined.
         k_scale, v_scale: stored = value / scale, per tensor.
@@ -70,11 +97,13 @@ def append_kv(
     if k_scale_cache is v_scale_cache is None and type(k_scale) is type(v_scale) is float:
         facts = facts_of((key, value, k_cache, v_cache, slot_mapping))
     known = (facts, kv_layout, k_scale, v_scale, kv_dtype, backend)
-    if facts is not None and (again := _passed.get(known)) is not None:
-        again(
-            key.data_ptr(), value.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr()
-        )  # fmt: skip
-        return
+    if facts is not None and (passed := _passed.get(known)) is not None:
+        k_address, v_address = k_cache.data_ptr(), v_cache.data_ptr()
+        if passed.are_apart(k_address, v_address):
+            passed.again(
+                key.data_ptr(), value.data_ptr(), k_address, v_address, slot_mapping.data_ptr()
+            )
+            return
     call = Operands()
     num_tokens, num_kv_heads, head_dim = call.add(
         "key", key, ("num_tokens", "num_kv_heads", "head_dim"), FLOAT_DTYPES
@@ -90,8 +119,7 @@ def append_kv(
     call.add("value", value, (num_tokens, num_kv_heads, head_dim_v), (call.dtypes["key"],))
     call.add("slot_mapping", slot_mapping, (num_tokens,), ("int64",))
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if not (scale > 0 and math.isfinite(scale)):
-            raise InvalidArgumentError(f"{name}: expected a finite value > 0, given {scale}")
+        finite(name, scale, "a finite value > 0", low=math.ulp(0.0))
     scaled = k_scale_cache is not None
     cache_dtype = call.dtypes["k_cache"]
     if scaled and (cache_dtype in FLOAT_DTYPES or (k_scale, v_scale) != (1.0, 1.0)):
@@ -101,9 +129,12 @@ def append_kv(
         )
     written = ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache")
     for name in written[: 4 if scaled else 2]:
-        view = call.views[name]
-        if isinstance(view, np.ndarray) and not view.flags.writeable:
-            raise InvalidArgumentError(f"{name}: expected a writable array, given a read-only one")
+        call.check_written(name)
+    for k_name, v_name in (written[:2], written[2:])[: 2 if scaled else 1]:
+        if share_elements(call.views[k_name], call.views[v_name]):
+            raise InvalidArgumentError(
+                f"{v_name}: expected memory of its own, given some of {k_name}"
+            )
     module = choose(
         "append_kv", call.device, backend, cache_dtype=cache_dtype, scaled=scaled, call=call
     )
@@ -117,7 +148,13 @@ def append_kv(
         options["cache_dtype"] = cache_dtype
     module.append_kv(*arrays, **options)
     if facts is not None and hasattr(module, "append_again"):
-        remember(_passed, known, module.append_again(*arrays, **options), _MOST_PASSED)
+        k_view, v_view = call.views["k_cache"], call.views["v_cache"]
+        passed = _Passed(
+            again=module.append_again(*arrays, **options),
+            reach=(reach_of(k_view), reach_of(v_view)),
+            distance=v_cache.data_ptr() - k_cache.data_ptr(),
+        )
+        remember(_passed, known, passed, _MOST_PASSED)
 
 
 def copy_blocks(
@@ -183,13 +220,20 @@ def pack_blocks(
         num_tokens, first_token, layers, max_ctas: as in :func:`copy_blocks`.
     """
     side = Side("tensors", layout, tensors)
-    first, end = token_range(layout, block_ids, num_tokens, first_token)
-    wire = out_layout or _wire(layout, end - first, layers, heads)
+    ids = block_ids_of("block_ids", block_ids)
+    first, end = token_range(layout, ids, num_tokens, first_token)
+    chosen = _some_heads(layout, heads)
+    if out_layout is None:
+        wire = _wire(layout, end - first, layers, chosen)
+    else:
+        check_layout("out_layout", out_layout)
+        wire = out_layout
     if out is None:
         out = _allocate(tensors, wire)
     target = Side("out", wire, out)
     _check_wire(wire, target, end - first, "out")
-    _run(side, target, block_ids, _ONE_BLOCK, end, first, layers, heads, max_ctas, backend)
+    with _called({"src": "tensors", "dst": "out", "src_blocks": "block_ids"}):
+        _run(side, target, ids, _ONE_BLOCK, end, first, layers, chosen, max_ctas, backend)
     return out
 
 
@@ -209,11 +253,18 @@ def unpack_blocks(
 ) -> None:
     """Scatter what :func:`pack_blocks` gathered into the blocks of a cache. Arguments as there."""
     side = Side("tensors", layout, tensors)
-    first, end = token_range(layout, block_ids, num_tokens, first_token)
-    wire = src_layout or _wire(layout, end - first, layers, heads)
+    ids = block_ids_of("block_ids", block_ids)
+    first, end = token_range(layout, ids, num_tokens, first_token)
+    chosen = _some_heads(layout, heads)
+    if src_layout is None:
+        wire = _wire(layout, end - first, layers, chosen)
+    else:
+        check_layout("src_layout", src_layout)
+        wire = src_layout
     source = Side("src", wire, src)
     _check_wire(wire, source, end - first, "src")
-    _run(source, side, _ONE_BLOCK, block_ids, end, first, layers, heads, max_ctas, backend)
+    with _called({"dst": "tensors", "dst_blocks": "block_ids"}):
+        _run(source, side, _ONE_BLOCK, ids, end, first, layers, chosen, max_ctas, backend)
 
 
 def _run(
@@ -228,8 +279,7 @@ def _run(
     max_ctas: int,
     backend: str,
 ) -> None:
-    if max_ctas < 0:
-        raise InvalidArgumentError(f"max_ctas: expected >= 0, given {max_ctas}")
+    max_ctas = whole("max_ctas", max_ctas, 0, MOST, expected=">= 0")
     job = make_job(
         src,
         dst,
@@ -256,7 +306,9 @@ def _run(
     for array in dst.arrays:
         if isinstance(array, np.ndarray) and not array.flags.writeable:
             raise InvalidArgumentError("dst: expected writable memory, given a read-only array")
-    module.copy_blocks(job)
+    first, end = job.blocks.tokens[2:]
+    if first < end:
+        module.copy_blocks(job)
 
 
 def _wire(
@@ -267,6 +319,37 @@ def _wire(
 ) -> Any:
     chosen = list(layout.layers) if layers is None else list(layers)
     return wire_side(layout, num_tokens, chosen, heads or layout.head_range)
+
+
+def _some_heads(layout: LayoutLike, heads: Any) -> tuple[int, int] | None:
+    if heads is None:
+        return None
+    first, end = head_range_of(layout, heads)
+    if first == end:
+        low, high = layout.head_range
+        raise InvalidArgumentError(
+            f"heads: expected a range (first, end) of at least one head within [{low}, {high}), "
+            f"given ({first}, {end})"
+        )
+    return first, end
+
+
+class _called:
+    """A copy says src and dst; who packs or unpacks knows these by other names, and is told of those."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self._names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if type(error) is InvalidArgumentError:
+            message = _COPY_NAMES.sub(lambda m: self._names.get(m[0], m[0]), str(error))
+            error.args = (message,)
+
+
+_COPY_NAMES = re.compile(r"\b(src|dst)(_blocks)?\b")
 
 
 def _allocate(tensors: Array | Sequence[Array], wire: Any) -> Array:

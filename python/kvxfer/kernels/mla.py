@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import CACHE_DTYPES, FLOAT_DTYPES, Array, Operands
+from kvxfer.kernels._numbers import MOST, finite, whole
 from kvxfer.kernels.attention import attend, name_bytes
 
 __all__ = ["mla_decode"]
@@ -71,11 +71,12 @@ def mla_decode(
         raise InvalidArgumentError(
             f"q_latent: expected heads and channels, given shape {[batch, num_q_heads, latent_dim]}"
         )
-    if split_size is not None and split_size <= 0:
-        raise InvalidArgumentError(f"split_size: expected > 0 or None, given {split_size}")
-    for name, value in (("sm_scale", sm_scale), ("kv_scale", kv_scale)):
-        if not math.isfinite(value):
-            raise InvalidArgumentError(f"{name}: expected a finite value, given {value}")
-    options = {"sm_scale": float(sm_scale), "kv_scale": float(kv_scale), "split_size": split_size}
+    if split_size is not None:
+        split_size = whole("split_size", split_size, 1, MOST, expected="> 0 or None")
+    options = {
+        "sm_scale": finite("sm_scale", sm_scale),
+        "kv_scale": finite("kv_scale", kv_scale),
+        "split_size": split_size,
+    }
     arrays = ("q_latent", "q_rope", "latent_cache", "block_table", "seq_lens")
     return attend("mla_decode", call, arrays, latent_dim, out, return_lse, options, backend)

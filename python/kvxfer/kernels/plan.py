@@ -8,14 +8,16 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvxfer.errors import InvalidArgumentError
+from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import Array, Operands, as_numpy, is_torch
 from kvxfer.kernels._dispatch import get_num_threads
+from kvxfer.kernels._numbers import MOST, flag, whole
 
 __all__ = ["DecodePlan", "check_plan", "plan_decode"]
 
@@ -25,6 +27,7 @@ DEFAULT_SPLIT = 512  # of every backend, so that a plan changes no result unless
 FULL_WAVE = 0.97  # of what the device holds at once
 ALIKE = 1.3  # longest over mean length, up to which sequences need no balance between them
 ENOUGH = 0.42  # of a wave: so many unsplit thread blocks use all of the memory's bandwidth already
+MOST_ITEMS = 2**24  # 256 sequences of four million tokens in the shortest splits; 128 MiB of items
 MAX_BALANCED_SPLIT = 4096  # longer ones gain nothing, and one that starts late is waited for
 
 # Thread blocks of the CUDA kernel that fit on one processor, by head_dim (its shared memory decides).
@@ -91,7 +94,8 @@ def plan_decode(
             ``device``, and what the CUDA kernel reaches at this ``head_dim``; on the host threads, and one.
         device: where ``items`` goes: ``"cpu"``, or what torch calls a device.
     Raises:
-        InvalidArgumentError: a number out of range; lengths on a device.
+        InvalidArgumentError: a number out of range; lengths on a device; more than 2^24 splits.
+        UnavailableError: ``device`` is not here.
     Source: FlashDecoding.
     """
     lens = _host_lens(seq_lens)
@@ -102,27 +106,30 @@ def plan_decode(
         "block_size": block_size,
     }
     for name, size in sizes.items():
-        if size < 1:
-            raise InvalidArgumentError(f"{name}: expected > 0, given {size}")
+        sizes[name] = whole(name, size, 1, MOST, expected="> 0")
+    num_q_heads, num_kv_heads, head_dim, block_size = sizes.values()
     if num_q_heads % num_kv_heads:
         raise InvalidArgumentError(
             f"num_q_heads: expected a multiple of num_kv_heads {num_kv_heads}, given {num_q_heads}"
         )
-    if window_left < -1:
-        raise InvalidArgumentError(f"window_left: expected >= -1, given {window_left}")
-    if split_size is not None and (balanced or split_size < 1):
-        expected = "None, since balanced chooses it" if balanced else "> 0 or None"
-        raise InvalidArgumentError(f"split_size: expected {expected}, given {split_size}")
+    window_left = min(whole("window_left", window_left, -1), MOST)
+    if split_size is not None:
+        split_size = whole("split_size", split_size, 1, MOST, expected="> 0 or None")
+        if flag("balanced", balanced):
+            raise InvalidArgumentError(
+                f"split_size: expected None, since balanced chooses it, given {split_size}"
+            )
+    if num_sms is not None:
+        num_sms = whole("num_sms", num_sms, 1, MOST, expected="> 0 or None")
+    if ctas_per_sm is not None:
+        ctas_per_sm = whole("ctas_per_sm", ctas_per_sm, 1, MOST, expected="> 0 or None")
+    device = _known_device(device)
     first = np.maximum(lens - 1 - window_left, 0) if window_left >= 0 else np.zeros_like(lens)
-    if balanced:
-        on_gpu = str(device).startswith("cuda")
+    if flag("balanced", balanced):
+        on_gpu = device.startswith("cuda")
         wave = (num_sms or _processors(device, on_gpu)) * (
             ctas_per_sm or (_CTAS_PER_SM.get(head_dim, 1) if on_gpu else 1)
         )
-        if wave < 1:
-            raise InvalidArgumentError(
-                f"num_sms, ctas_per_sm: expected > 0, given {num_sms} and {ctas_per_sm}"
-            )
         tiles = -(-(num_q_heads // num_kv_heads) // 16)
         split = _balanced_split(lens, first, num_kv_heads * tiles, wave)
     else:
@@ -130,15 +137,15 @@ def plan_decode(
     items = _items(lens, first, split)
     return DecodePlan(
         seq_lens=tuple(lens.tolist()),
-        num_q_heads=int(num_q_heads),
-        num_kv_heads=int(num_kv_heads),
-        head_dim=int(head_dim),
-        block_size=int(block_size),
-        window_left=int(window_left),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        window_left=window_left,
         split_size=int(split),
         num_splits=int(items[:, 1].max(initial=0)) + 1,
         items=_on_device(items, device),
-        device=str(device),
+        device=device,
     )
 
 
@@ -190,20 +197,54 @@ def _host_lens(seq_lens: Array | Sequence[int]) -> npt.NDArray[np.int64]:
                 f"seq_lens: expected lengths on the host, given a tensor on {seq_lens.device}"  # type: ignore[union-attr]
             )
         seq_lens = as_numpy(seq_lens)
-    lens = np.asarray(seq_lens)
+    try:
+        lens = np.asarray(seq_lens)
+    except ValueError as error:  # lists of unequal lengths
+        raise InvalidArgumentError(f"seq_lens: expected a list of lengths: {error}") from error
     if lens.size == 0:
         return np.zeros(0, np.int64)
     if lens.ndim != 1 or lens.dtype.kind not in "iu":
         raise InvalidArgumentError(
             f"seq_lens: expected a list of lengths, given shape {list(lens.shape)}, dtype {lens.dtype}"
         )
-    if (lens < 0).any():
-        at = int((lens < 0).argmax())
-        raise InvalidArgumentError(f"seq_lens[{at}]: expected >= 0, given {int(lens[at])}")
+    wrong = (lens < 0) | (lens > MOST)
+    if wrong.any():
+        at = int(wrong.argmax())
+        expected = ">= 0" if lens[at] < 0 else f"at most {MOST}"
+        raise InvalidArgumentError(f"seq_lens[{at}]: expected {expected}, given {int(lens[at])}")
     return lens.astype(np.int64)
 
 
-def _processors(device: Any, on_gpu: bool) -> int:
+def _known_device(device: Any) -> str:
+    """The device's full name; refuses what torch does not know, and a GPU that is not here."""
+    if str(device) == "cpu":
+        return "cpu"
+    torch = sys.modules.get("torch")
+    if torch is None:
+        raise InvalidArgumentError(
+            f"device: expected 'cpu', or torch to be imported, given {device!r}"
+        )
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"device: expected 'cpu' or what torch calls a device, given {device!r}"
+        ) from error
+    return _reached(str(known))
+
+
+@cache
+def _reached(device: str) -> str:
+    """The device, once something could be allocated there."""
+    try:
+        sys.modules["torch"].empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # not built for it; no such one
+        reason = str(error).partition("\n")[0]
+        raise UnavailableError(f"plan_decode: no device {device!r}: {reason}", reason=reason) from error  # fmt: skip
+    return device
+
+
+def _processors(device: str, on_gpu: bool) -> int:
     if not on_gpu:
         return get_num_threads()
     return int(sys.modules["torch"].cuda.get_device_properties(device).multi_processor_count)
@@ -239,6 +280,11 @@ def _items(
     lens: npt.NDArray[np.int64], first: npt.NDArray[np.int64], split: int
 ) -> npt.NDArray[np.int32]:
     begin, count = _split_range(lens, first, split)
+    if count.sum() > MOST_ITEMS:
+        raise InvalidArgumentError(
+            f"seq_lens: expected at most {MOST_ITEMS} splits, given {int(count.sum())} of {split} tokens; "
+            "take a longer split_size"
+        )
     sequence = np.repeat(np.arange(len(lens)), count)
     index = np.arange(len(sequence)) - np.repeat(np.cumsum(count) - count, count) + begin[sequence]
     tokens = np.minimum(lens[sequence], (index + 1) * split) - np.maximum(first[sequence], index * split)  # fmt: skip
@@ -247,7 +293,7 @@ def _items(
     return items
 
 
-def _on_device(items: npt.NDArray[np.int32], device: Any) -> Array:
-    if str(device) == "cpu":
+def _on_device(items: npt.NDArray[np.int32], device: str) -> Array:
+    if device == "cpu":
         return items
     return sys.modules["torch"].from_numpy(items).to(device)

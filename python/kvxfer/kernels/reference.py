@@ -177,6 +177,7 @@ def paged_prefill(
         first, end = int(cu_seqlens_q[sequence]), int(cu_seqlens_q[sequence + 1])
         if first == end:
             continue
+        _check_columns(sequence, length, block_table.shape[1], k_cache.shape[1])
         positions = np.arange(length - (end - first), length)
         low = 0 if window_left < 0 else max(0, int(positions[0]) - window_left)
         keys = np.arange(low, length)
@@ -219,6 +220,16 @@ def _softmax(logits: F32, sink: np.float32 | None) -> tuple[F32, F32]:
     return weights / safe[:, None], lse
 
 
+def _check_columns(sequence: int, length: int, columns: int, block_size: int) -> None:
+    """Before anything as long as the sequence is allocated."""
+    wanted = -(-length // block_size)
+    if wanted > columns:
+        raise InvalidArgumentError(
+            f"block_table: expected at least {wanted} blocks of {block_size} for the "
+            f"{length} tokens of sequence {sequence}, given {columns}"
+        )
+
+
 def _gather(
     cache: NpArray,
     scales: F32 | None,
@@ -230,11 +241,6 @@ def _gather(
     """Rows ``[key, head, channel]`` of a sequence; only blocks that hold a wanted key are looked up."""
     num_blocks, block_size = cache.shape[:2]
     columns = keys // block_size
-    if len(keys) and columns[-1] >= block_table.shape[1]:
-        raise InvalidArgumentError(
-            f"block_table: expected at least {int(columns[-1]) + 1} blocks of {block_size} for the "
-            f"{int(keys[-1]) + 1} tokens of sequence {sequence}, given {block_table.shape[1]}"
-        )
     blocks = block_table[sequence, columns]
     wrong = (blocks < 0) | (blocks >= num_blocks)
     if wrong.any():

@@ -6,7 +6,8 @@ Importing this module imports torch and registers the operators, once. Each take
 name in :mod:`kvxfer.kernels` takes, with the same meaning, checks and errors, less ``out``, ``return_lse``,
 ``kv_dtype`` (a tensor's dtype says it) and ``backend``; attention returns ``(out, lse)``, always new tensors. An
 operator is opaque to the compiler, which learns shapes and dtypes from its fake implementation and what it writes
-from its schema. The launch uses the current stream and never synchronises.
+from its schema. The launch uses the current stream and never synchronises. None has a gradient: to go backward
+through one raises :class:`UnavailableError`.
 
     import kvxfer.kernels.torch_ops
     out, lse = torch.ops.kvxfer.paged_decode(q, k_cache, v_cache, block_table, seq_lens)
@@ -25,14 +26,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvxfer import kernels
-from kvxfer.errors import LayoutError
+from kvxfer.errors import LayoutError, UnavailableError
 from kvxfer.kernels._sides import token_range
 from kvxfer.kernels._wire import wire_side
 from kvxfer.layout import KVLayout
@@ -40,12 +41,12 @@ from kvxfer.layout import KVLayout
 __all__ = ["layout_text"]
 
 _CACHES = "Tensor k_cache, Tensor v_cache"
-_SCALES = (
-    "float k_scale=1.0, float v_scale=1.0, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None"
-)
+# In front of the star, though meant to be named: autograd takes no tensors behind it.
+_OPTIONAL = ("sinks", "k_scale_cache", "v_scale_cache")
 _ATTENTION = (
-    "float? sm_scale=None, str kv_layout='NHD', int window_left=-1, float logits_soft_cap=0.0, "
-    f"Tensor? sinks=None, {_SCALES}"
+    ", ".join(f"Tensor? {name}=None" for name in _OPTIONAL)
+    + ", *, float? sm_scale=None, str kv_layout='NHD', int window_left=-1, float logits_soft_cap=0.0, "
+    "float k_scale=1.0, float v_scale=1.0"
 )
 
 
@@ -64,12 +65,28 @@ def _layout(text: str) -> KVLayout:
     return KVLayout.from_wire(message)
 
 
-def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """One operator: its implementation on every device, and what the compiler may know of it."""
+def _register(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, floats: bool = False
+) -> None:
+    """One operator: its implementation on every device, and what the compiler may know of it.
+
+    Args:
+        floats: returns new tensors that autograd could ask the gradient of; to go backward through it is an error.
+    """
     name = f"kvxfer::{schema[: schema.index('(')]}"
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     torch.library.impl(name, "default", run, lib=_LIBRARY)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+    if floats:
+        torch.library.register_autograd(name, partial(_no_gradient, name), lib=_LIBRARY)
+
+
+def _no_gradient(name: str, context: Any, *gradients: Tensor) -> None:
+    op = name.replace("::", ".")
+    reason = f"torch.ops.{op} has no gradient"
+    raise UnavailableError(
+        f"{reason}; call it under torch.no_grad(), or on detached tensors", reason=reason
+    )
 
 
 def _append_kv(
@@ -84,12 +101,14 @@ def _append_kv(
 
 
 def _paged_decode(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = kernels.paged_decode(*tensors, return_lse=True, **options)
+    options |= dict(zip(_OPTIONAL, tensors[5:], strict=False))
+    out, lse = kernels.paged_decode(*tensors[:5], return_lse=True, **options)
     return out, lse
 
 
 def _paged_prefill(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = kernels.paged_prefill(*tensors, return_lse=True, **options)
+    options |= dict(zip(_OPTIONAL, tensors[6:], strict=False))
+    out, lse = kernels.paged_prefill(*tensors[:6], return_lse=True, **options)
     return out, lse
 
 
@@ -225,27 +244,31 @@ _register(
     _nothing,
 )
 _register(
-    f"paged_decode(Tensor q, {_CACHES}, Tensor block_table, Tensor seq_lens, *, {_ATTENTION}, "
+    f"paged_decode(Tensor q, {_CACHES}, Tensor block_table, Tensor seq_lens, {_ATTENTION}, "
     "int? split_size=None) -> (Tensor, Tensor)",
     _paged_decode,
     _attention_shapes,
+    floats=True,
 )
 _register(
-    f"paged_prefill(Tensor q, {_CACHES}, Tensor cu_seqlens_q, Tensor block_table, Tensor seq_lens, *, "
-    f"bool causal=True, {_ATTENTION}) -> (Tensor, Tensor)",
+    f"paged_prefill(Tensor q, {_CACHES}, Tensor cu_seqlens_q, Tensor block_table, Tensor seq_lens, "
+    f"{_ATTENTION}, bool causal=True) -> (Tensor, Tensor)",
     _paged_prefill,
     _attention_shapes,
+    floats=True,
 )
 _register(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor latent_cache, Tensor block_table, Tensor seq_lens, *, "
     "float sm_scale, float kv_scale=1.0, int? split_size=None) -> (Tensor, Tensor)",
     _mla_decode,
     _mla_shapes,
+    floats=True,
 )
 _register(
     "merge_states(Tensor v_a, Tensor lse_a, Tensor v_b, Tensor lse_b) -> (Tensor, Tensor)",
     kernels.merge_states,
     _merge_shapes,
+    floats=True,
 )
 
 _TOKENS = "int? num_tokens=None, int first_token=0, int[]? layers=None"
