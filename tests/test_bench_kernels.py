@@ -54,3 +54,14 @@ def test_a_spent_budget_ends_the_run_and_names_what_is_missing(tmp_path: Path) -
     found = bench(tmp_path / "none.json", "--budget-s", "0")
     assert found["rows"] == []
     assert {name.split()[0] for name in found["skipped"]} == set(BESIDE)
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "expected"),
+    [("--threads", "0", "1 to 1024"), ("--threads", "2000", "1 to 1024"), ("--rounds", "0", ">= 1")],
+)
+def test_numbers_that_measure_nothing_are_refused(option: str, given: str, expected: str) -> None:
+    command = [sys.executable, "-m", "kvxfer", "bench", "kernels", option, given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"error: {option}: expected {expected}, given {given}" in done.stderr
