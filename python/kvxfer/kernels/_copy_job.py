@@ -105,6 +105,10 @@ def make_job(
             f"given first_token {first_token}, num_tokens {end}"
         )
     first = int(first_token)
+    if src.layout.atom == "block" and (first % size_a or end % size_a):
+        raise InvalidArgumentError(
+            f"num_tokens: tokens {first} to {end} cut a block of {size_a}; contents of atom 'block' move whole"
+        )
     route = route_between(src, dst, layers, heads, first == end)
     tokens = (src_origin, dst_origin, first, end)
     apart = first < end and _in_one_cache(src, dst)
