@@ -178,8 +178,9 @@ TEST_CASE("gpu: each device takes the way that it has") {
   const GpuMemory memory(1 << 16);
   const RegionPtr region = on_gpu(*a, {memory.piece()});
   CHECK(exposure_of(region).nbytes == 2 * region->nbytes);
-  CHECK(says(region, "fake0:1 by dma-buf; fake1:1 by its address (peermem), not by dma-buf: "
-                     "ibv_reg_dmabuf_mr("));
+  CHECK(says(region,
+             "fake0:1 by dma-buf; fake1:1 by its address (peermem), not by dma-buf: "
+             "ibv_reg_dmabuf_mr("));
   CHECK(says(region, "prefers NICs at its NUMA node"));
   a->close();
 }
