@@ -19,10 +19,10 @@ CPP     := $(shell find csrc tests/cpp tests/fake_verbs tests/fake_cuda tests/fu
 PY_DIRS := python tests bench tools examples
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve test test-all test-vm test-cpp sanitize models fuzz lint format typecheck bench gpu-check doctor clean
+.PHONY: help build serve test test-all test-vm test-vm-core test-cpp sanitize models fuzz lint format typecheck bench gpu-check doctor clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 serve: $(VENV)/.built  ## Router + prefill + decode with the bundled model. PORT= MODEL= PREFILL= DECODE= change it
 	@$(BIN)/kvxfer serve $(if $(MODEL),"$(MODEL)") --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(SERVE_ARGS)
@@ -34,9 +34,13 @@ test-all: $(VENV)/.tested-deps  ## The long runs too
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 VM_BUDGET_S ?= 570
+VM_TESTS ?= tests/rdma_vm
 test-vm: $(VENV)/.tested-deps  ## Verbs on Soft-RoCE in a virtual machine (fetches 90 MB of Debian packages once), 10 minutes at most
 	@timeout 300 tests/rdma_vm/run --prepare || case $$? in 77) ;; 124) echo "rdma-vm: no packages within 300 s: skipped" ;; *) exit 1 ;; esac
-	KVXFER_VM_BUDGET_S=$(VM_BUDGET_S) $(BIN)/python -m pytest -m "vm and not slow" tests/rdma_vm --durations=10 $(TEST_ARGS)
+	KVXFER_VM_BUDGET_S=$(VM_BUDGET_S) $(BIN)/python -m pytest -m "vm and not slow" $(VM_TESTS) --durations=10 $(TEST_ARGS)
+
+test-vm-core:  ## The engine's part of test-vm in one boot: conformance, a death, two rails, a cable that loses packets
+	@$(MAKE) test-vm VM_TESTS=tests/rdma_vm/test_engine_over_verbs.py::test_the_core_of_all_in_one_boot
 
 test-cpp: | $(VENV)/.venv  ## The C++ tests (needs doctest: apt-get install doctest-dev)
 	@tools/cpp_tests.sh plain

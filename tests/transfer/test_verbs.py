@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,59 +112,6 @@ def test_explain_names_device_address_and_limits(
     assert "::ffff:10.77.0.1" in text
 
 
-@pytest.mark.parametrize("way", ["devices=2"], indirect=True)
-def test_two_processes_stripe_over_two_rails(pair: tuple[TransferEngine, PeerProcess]) -> None:
-    engine, target = pair
-    size = 8 * NBYTES
-    target.call("add_region", "kv", size, "registered")
-    local = engine.allocate(size, "kv")
-    peer = engine.connect(target.address)
-    data = np.random.default_rng(6).integers(0, 256, size, np.uint8)
-    local.array[:] = data
-    engine.write(local, peer.regions["kv"], 0, 0, size).wait(TIMEOUT_S)
-    local.array[:] = 0
-    deadline = time.monotonic() + TIMEOUT_S
-    while engine.explain(peer).count("; in use") < 2:  # the second one is tried first
-        assert time.monotonic() < deadline, engine.explain(peer)
-        time.sleep(0.01)
-    engine.read(local, peer.regions["kv"], 0, 0, size).wait(TIMEOUT_S)
-    assert local.array.tobytes() == data.tobytes()
-    pulled = [int(each) for each in re.findall(r"(\d+) bytes pulled", engine.explain(peer))]
-    assert len(pulled) == 2
-    assert sum(pulled) == size
-    assert min(pulled) >= NBYTES
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-def test_writes_under_leases_are_pushed_where_both_sides_say_so(devices: int) -> None:
-    assert _VERBS is not None
-    way = replace(_VERBS, verbs_push=True, nic=f"devices={devices}")
-    size = 8 * NBYTES
-    target = PeerProcess("target", way)
-    try:
-        with way.engine("driver", SECRET) as engine:
-            target.call("add_region", "kv", size, "registered")
-            local = engine.allocate(size, "kv")
-            local.array[:] = np.random.default_rng(7).integers(0, 256, size, np.uint8)
-            peer = engine.connect(target.address)
-            number, token = target.call("grant", "kv", 0, size, ttl_s=600, num_arrivals=1)
-            xfer = engine.write(local, peer.regions["kv"], 0, 0, size, lease=token, arrival=0)
-            xfer.wait(TIMEOUT_S)
-            target.call("wait_arrived", number, 0)
-            assert target.call("bytes_of", "kv") == local.array.tobytes()
-            text = engine.explain(peer)
-            pushed = [int(each) for each in re.findall(r"(\d+) bytes pushed", text)]
-            assert len(pushed) == devices
-            assert sum(pushed) == size
-            assert "our writes are pushed where they have a lease" in text
-            assert target.call("revoke", number)
-            with pytest.raises(KvxferError, match="lease"):
-                engine.write(local, peer.regions["kv"], 0, 0, 4096, lease=token).wait(TIMEOUT_S)
-    finally:
-        target.close()
-        fake_verbs.set_plan("")
-
-
 def test_writes_are_pulled_where_the_owner_did_not_ask_for_pushes(
     pair: tuple[TransferEngine, PeerProcess],
 ) -> None:
@@ -183,28 +128,6 @@ def test_writes_are_pulled_where_the_owner_did_not_ask_for_pushes(
         text = engine.explain(peer)
         assert "pulled by the peer: it gives no windows: the engine was made without" in text
         assert "0 bytes pushed" in text
-
-
-@pytest.mark.parametrize("way", ["devices=2"], indirect=True)
-def test_a_region_of_many_pieces_has_keys_for_each_on_both_rails(
-    pair: tuple[TransferEngine, PeerProcess],
-) -> None:
-    engine, target = pair
-    pieces, nbytes = 300, 8192  # more than a message has rows of keys for
-    size = pieces * nbytes
-    target.call("add_region", "kv", size, "registered")
-    rng = np.random.default_rng(8)
-    arrays = [rng.integers(0, 256, nbytes, np.uint8) for _ in range(pieces)]
-    local = engine.register(arrays, "kv")
-    peer = engine.connect(target.address)
-    order = rng.permutation(2 * pieces) * (nbytes // 2)
-    engine.write(local, peer.regions["kv"], order, order, nbytes // 2).wait(TIMEOUT_S)
-    data = np.concatenate(arrays)
-    assert target.call("bytes_of", "kv") == data.tobytes()
-    for array in arrays:
-        array[:] = 0
-    engine.read(local, peer.regions["kv"], order, order, nbytes // 2).wait(TIMEOUT_S)
-    assert np.concatenate(arrays).tobytes() == data.tobytes()
 
 
 DOCTOR = """

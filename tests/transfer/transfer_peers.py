@@ -265,9 +265,10 @@ class PeerProcess:
     ) -> None:
         if not isinstance(way, Way):
             way = Way(way[0], way[0])
-        # Forked from a server that has imported everything and has no thread: a tenth of a spawn.
+        # Forked from a server that has imported everything: a twentieth of a spawn. Before Python 3.12.8 the server
+        # does not find modules of this folder, and says nothing, so what takes long to import is named as well.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, agent_type.__module__])
+        context.set_forkserver_preload([Way.__module__, __name__, agent_type.__module__])
         self._pipe, child = context.Pipe()
         self.process = context.Process(target=_main, args=(child, agent_type, name, way, secret))
         self.process.start()

@@ -49,6 +49,7 @@ class Way:
         copy_threads: None: by the CPUs that there are.
         verbs_devices: of the engine that is called "driver", and of every other; None: by rule.
         verbs_push: writes under leases are pushed.
+        deadline_s: of requests that name none, and so of retries of a NIC; None: the usual one.
         reason: why it cannot be gone here.
     """
 
@@ -59,6 +60,7 @@ class Way:
     copy_threads: int | None = None
     verbs_devices: tuple[str, str] | None = None
     verbs_push: bool = False
+    deadline_s: float | None = None
     reason: str | None = None
 
     def engine(self, name: str, secret: bytes, **options: Any) -> TransferEngine:
@@ -71,6 +73,7 @@ class Way:
             copy_threads=self.copy_threads,
             verbs_device=device,
             verbs_push=self.verbs_push,
+            deadline_s=EngineConfig.deadline_s if self.deadline_s is None else self.deadline_s,
         )
         on_fake = self.below == "verbs"
         with fake_verbs.in_use() if on_fake else nullcontext():
@@ -96,20 +99,36 @@ class Way:
         )
 
 
+def _placed(way: Way, word: str) -> Way:
+    """The way on devices that a word of ``KVXFER_TEST_VERBS_DEVICES`` names.
+
+    ``[NAME=]OURS/THEIRS[@DEADLINE_S]``: the name is that of the way's end.
+    """
+    name, _, rest = word.rpartition("=")
+    devices, _, deadline_s = rest.partition("@")
+    ours, theirs = devices.split("/")
+    return replace(
+        way,
+        name=f"{way.name}-{name}" if name else way.name,
+        verbs_devices=(ours, theirs),
+        deadline_s=float(deadline_s) if deadline_s else None,
+    )
+
+
 def ways() -> list[Way]:
     """Every transport that is compiled in, and each again with harmless faults.
 
     Verbs goes over real NICs where there are some, else over software ones, of which there are two
     in some of the ways; it pulls, and in other ways it pushes what may be pushed.
-    ``KVXFER_TEST_VERBS_DEVICES=rxe0,rxe1`` puts the two sides on devices that a cable joins.
+    ``KVXFER_TEST_VERBS_DEVICES="rxe0/rxe0 cable=rxe0/rxe1@12"`` puts verbs on one device, and a
+    cable between two into ways of their own, ``verbs-cable`` and ``verbs-push-cable``.
     """
-    named = os.environ.get("KVXFER_TEST_VERBS_DEVICES")
-    ours, theirs = named.split(",") if named else ("", "")
+    places = os.environ.get("KVXFER_TEST_VERBS_DEVICES", "").split()
+    usual = [word for word in places if "=" not in word]
     with fake_verbs.in_use():
-        plain = [
-            Way(name, name, verbs_devices=(ours, theirs) if named else None, reason=reason)
-            for name, reason in probe_transports()
-        ]
+        plain = [Way(name, name, reason=reason) for name, reason in probe_transports()]
+    if usual:
+        plain = [_placed(way, usual[0]) for way in plain]
     pooled = [replace(way, name="shm-pool", copy_threads=2) for way in plain if way.name == "shm"]
     verbs = [way for way in plain if way.name == "verbs"]
     pushing = [replace(way, name="verbs-push", verbs_push=True) for way in verbs]
@@ -122,6 +141,7 @@ def ways() -> list[Way]:
         for way in among
         if not fake_verbs.real_devices()
     ]
+    more += [_placed(way, word) for word in places if "=" in word for way in verbs + pushing]
     return (
         plain + pooled + pushing + more + [way.with_faults(f"seed=1 {HARMLESS}") for way in plain]
     )
