@@ -58,7 +58,11 @@ def test_a_spent_budget_ends_the_run_and_names_what_is_missing(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("option", "given", "expected"),
-    [("--threads", "0", "1 to 1024"), ("--threads", "2000", "1 to 1024"), ("--rounds", "0", ">= 1")],
+    [
+        ("--threads", "0", "1 to 1024"),
+        ("--threads", "2000", "1 to 1024"),
+        ("--rounds", "0", ">= 1"),
+    ],
 )
 def test_numbers_that_measure_nothing_are_refused(option: str, given: str, expected: str) -> None:
     command = [sys.executable, "-m", "kvxfer", "bench", "kernels", option, given]

@@ -52,13 +52,31 @@ def test_vllm_fused_orders(name: str, value_width: int) -> None:
     assert read == layout
 
 
-@pytest.mark.parametrize(("backend", "axes"), [("flash_attn", "KBNHC"), ("cpu", "KBHNC")])
-def test_vllm_split_has_one_tensor_a_layer(backend: str, axes: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "axes"),
+    [
+        ({"backend": "flash_attn"}, "KBNHC"),
+        ({"kv_layout": "NHD"}, "KBNHC"),
+        ({"kv_layout": "HND"}, "KBHNC"),
+        ({"backend": "cpu"}, "KBHNC"),
+        ({"backend": "cpu", "kv_layout": "HND"}, "KBHNC"),
+    ],
+)
+def test_vllm_split_has_one_tensor_a_layer(how: dict[str, str], axes: str) -> None:
     pool = numbered(L, *(SIZES[axis] for axis in axes))
     logical = pool.transpose([0, *(axes.index(axis) + 1 for axis in "KBNHC")])
-    layout = KVLayout.vllm_split(backend=backend, **PAGED)
+    layout = KVLayout.vllm_split(**how, **PAGED)
     assert_same(layout, as_bytes(pool), [(layer[0], layer[1]) for layer in logical])
     assert KVLayout.from_tensors(list(pool), axes, region=pool, **SHAPE) == layout
+
+
+@pytest.mark.parametrize(
+    "how", [{"kv_layout": "nhd"}, {"kv_layout": "NDH"}, {"backend": "cpu", "kv_layout": "NHD"}]
+)
+def test_a_layout_that_vllm_does_not_have_is_refused(how: dict[str, str]) -> None:
+    with pytest.raises(LayoutError) as refused:
+        KVLayout.vllm_split(**how, **PAGED)
+    assert refused.value.field == "kv_layout"
 
 
 @pytest.mark.parametrize(("kv_layout", "axes"), [("NHD", "BKNHC"), ("HND", "BKHNC")])

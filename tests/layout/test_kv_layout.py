@@ -219,6 +219,30 @@ def test_views_of_read_only_memory_are_read_only() -> None:
 # -- signature and wire -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("order", ["LKBHNC", "BLKNHC", "LBNHKC", "LBKNHC", "KLBNHC"])
+def test_an_order_must_be_that_of_the_strides(order: str) -> None:
+    """Else the signature would vouch for bytes that lie otherwise."""
+    layout = KVLayout.nhd(**SHAPE)
+    kind = "fused" if order.endswith("KC") else "split"
+    with pytest.raises(LayoutError, match=f"'{order}' puts .* inside each step"):
+        replace(layout, order=order, kind=kind)
+    message = layout.to_wire() | {"order": order, "kind": kind}
+    with pytest.raises(LayoutError, match=f"'{order}' puts"):
+        KVLayout.from_wire(message)
+    # That of the strides, or none, may be said; and strides may be wider.
+    assert replace(layout, order="LKBNHC") == layout
+    assert replace(layout, order="").order == ""
+    wide = KVLayout.from_order("LKBNHC", **SHAPE, block_align=1 << 20, layer_align=1 << 22)
+    assert wide.order == "LKBNHC"
+
+
+def test_an_order_of_scales_must_be_that_of_their_strides() -> None:
+    scales = KVScales("token_head", "float32", order="LKBHN", offset=1 << 20)
+    layout = KVLayout.nhd(**SHAPE | {"dtype": "int8"}, scales=scales)
+    with pytest.raises(LayoutError, match=r"scales\.order: .* puts"):
+        replace(layout, scales=replace(scales, order="LKBNH"))
+
+
 def test_signature_is_flat_json_without_places() -> None:
     layout = KVLayout.hnd(**SHAPE)
     signature = layout.signature()

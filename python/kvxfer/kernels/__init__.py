@@ -22,6 +22,7 @@ from kvxfer.kernels.cache import append_kv, copy_blocks, pack_blocks, unpack_blo
 from kvxfer.kernels.checksum import checksum_blocks
 from kvxfer.kernels.mla import mla_decode
 from kvxfer.kernels.plan import DecodePlan, plan_decode
+from kvxfer.kernels.staging import pack_plan, unpack_plan
 
 __all__ = [
     "BoundCache",
@@ -36,9 +37,11 @@ __all__ = [
     "merge_states",
     "mla_decode",
     "pack_blocks",
+    "pack_plan",
     "paged_decode",
     "paged_prefill",
     "plan_decode",
     "set_num_threads",
     "unpack_blocks",
+    "unpack_plan",
 ]

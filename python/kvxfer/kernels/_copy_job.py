@@ -99,6 +99,10 @@ def make_job(
     held = min(src_origin + len(src_ids) * size_a, dst_origin + len(dst_ids) * size_b)
     by_what = f"{len(src_ids)} source blocks of {size_a} and {len(dst_ids)} destination blocks of {size_b} hold"  # fmt: skip
     first, end = range_within(held, by_what, num_tokens, first_token)
+    if src.layout.atom == "block" and (first % size_a or end % size_a):
+        raise InvalidArgumentError(
+            f"num_tokens: tokens {first} to {end} cut a block of {size_a}; contents of atom 'block' move whole"
+        )
     route = route_between(src, dst, layers, heads, first == end)
     tokens = (src_origin, dst_origin, first, end)
     apart = first < end and _in_one_cache(src, dst)

@@ -112,6 +112,7 @@ def route_between(
         return known
     if a.format != b.format:
         raise LayoutError("format", f"source {a.format!r}, destination {b.format!r}")
+    _check_model(a, b)
     _check_atom(a, b)
     chosen, first_head, num_heads = _common(a, b, layers, heads)
     route = CopyRoute(
@@ -139,6 +140,18 @@ def _common(
     return chosen, low, max(0, high - low)
 
 
+def _check_model(a: LayoutLike, b: LayoutLike) -> None:
+    """Layers and heads are matched by their numbers, which mean the same in one model only."""
+    for name in ("num_layers", "num_kv_heads"):
+        ours, theirs = getattr(a, name), getattr(b, name)
+        if ours != theirs:
+            raise LayoutError(
+                name,
+                f"source {ours}, destination {theirs}: both must be of one model. The staging of a plan is filled by "
+                "pack_plan",
+            )
+
+
 def _check_atom(a: LayoutLike, b: LayoutLike) -> None:
     if a.atom != b.atom and "block" in (a.atom, b.atom):
         raise LayoutError("atom", f"source {a.atom!r}, destination {b.atom!r}")
@@ -148,6 +161,15 @@ def _check_atom(a: LayoutLike, b: LayoutLike) -> None:
             "blocks of this format cannot be cut, so block_size and heads must be equal: source "
             f"{a.block_size}, {a.head_range}; destination {b.block_size}, {b.head_range}",
         )
+    if a.atom == "block":
+        for ours, theirs in zip(a.parts, b.parts, strict=False):
+            inside = [(part.stride_token, part.stride_head) for part in (ours, theirs)]
+            if inside[0] != inside[1]:
+                raise LayoutError(
+                    "order",
+                    f"part {ours.name}: the insides of blocks of atom 'block' cannot be arranged anew: strides of token "
+                    f"and head are {inside[0]} bytes in the source, {inside[1]} in the destination",
+                )
 
 
 def _layers(a: LayoutLike, b: LayoutLike, layers: Sequence[int] | None) -> list[int]:

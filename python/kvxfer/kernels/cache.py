@@ -279,8 +279,8 @@ def _run(
     max_ctas: int,
     backend: str,
 ) -> None:
-    max_ctas = whole("max_ctas", max_ctas, 0, MOST, expected=">= 0")
-    job = make_job(
+    """Where one side is a packed buffer, its one block begins at ``first_token``."""
+    run_copy(
         src,
         dst,
         src_blocks,
@@ -292,6 +292,29 @@ def _run(
         src_origin=first_token if src_blocks is _ONE_BLOCK else 0,
         dst_origin=first_token if dst_blocks is _ONE_BLOCK else 0,
         max_ctas=max_ctas,
+        backend=backend,
+    )
+
+
+def run_copy(
+    src: Side,
+    dst: Side,
+    src_blocks: Any,
+    dst_blocks: Any,
+    *,
+    max_ctas: int,
+    backend: str,
+    **what: Any,
+) -> None:
+    """Resolves a copy and has a backend do it; ``what`` as :func:`make_job` takes it."""
+    max_ctas = whole("max_ctas", max_ctas, 0, MOST, expected=">= 0")
+    job = make_job(
+        src,
+        dst,
+        src_blocks,
+        dst_blocks,
+        max_ctas=max_ctas,
+        **what,
     )
     module = choose(
         "copy_blocks",

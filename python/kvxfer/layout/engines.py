@@ -7,19 +7,21 @@ Each function is a classmethod of ``KVLayout``; keywords that are not named here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvxfer.errors import LayoutError
 
 if TYPE_CHECKING:
     from kvxfer.layout.kv_layout import KVLayout
 
+T = TypeVar("T")
+
 __all__ = ["flashinfer", "fused", "hnd", "mla", "nhd", "sglang", "trtllm", "vllm", "vllm_split"]
 
 VLLM_ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 
 
-def _choose(field: str, value: str, known: dict[str, str]) -> str:
+def _choose(field: str, value: str, known: dict[str, T]) -> T:
     if value not in known:
         raise LayoutError(field, f"{value!r} is not one of {', '.join(known)}")
     return known[value]
@@ -55,14 +57,26 @@ def vllm(cls: type[KVLayout], /, *, order: str = "LBHNC", **shape: Any) -> KVLay
 
 
 def vllm_split(
-    cls: type[KVLayout], /, *, backend: str = "flash_attn", kv_layout: str = "NHD", **shape: Any
+    cls: type[KVLayout],
+    /,
+    *,
+    backend: str = "flash_attn",
+    kv_layout: str | None = None,
+    **shape: Any,
 ) -> KVLayout:
-    """vLLM before 0.26: ``[2,B,N,H,D]`` a layer; FlashInfer ``[B,2,N,H,D]``; the CPU ``[2,B,H,N,D]``."""
+    """vLLM before 0.26: ``[2,B,N,H,D]`` a layer; FlashInfer ``[B,2,N,H,D]``; the CPU ``[2,B,H,N,D]``.
+
+    ``kv_layout``: ``"NHD"`` (None: that) or ``"HND"``, as VLLM_KV_CACHE_LAYOUT had it, which swaps N and H. The CPU has
+    its own only.
+    """
     if backend == "flashinfer":
-        return flashinfer(cls, kv_layout=kv_layout, **shape)
-    return cls.from_order(
-        _choose("backend", backend, {"flash_attn": "LKBNHC", "cpu": "LKBHNC"}), **shape
+        return flashinfer(cls, kv_layout=kv_layout or "NHD", **shape)
+    orders = _choose(
+        "backend",
+        backend,
+        {"flash_attn": {"NHD": "LKBNHC", "HND": "LKBHNC"}, "cpu": {"HND": "LKBHNC"}},
     )
+    return cls.from_order(_choose("kv_layout", kv_layout or next(iter(orders)), orders), **shape)
 
 
 def flashinfer(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from kvxfer.errors import LayoutError
 from kvxfer.layout.parts import KVPart
@@ -12,6 +13,7 @@ from kvxfer.layout.parts import KVPart
 __all__ = [
     "check_kind",
     "check_order",
+    "check_strides",
     "has_two_parts",
     "kind_of_order",
     "order_from_strides",
@@ -107,6 +109,43 @@ def parts_from_order(
         )
         for i, (name, width, dtype) in enumerate(widths)
     )
+
+
+def check_strides(
+    order: str, parts: Sequence[KVPart], extents: dict[str, int], field: str = "order"
+) -> None:
+    """Refuse strides and bases that do not nest as ``order`` says: its signature would vouch for other bytes.
+
+    Strides may be wider than dense ones (``block_align``, ``layer_align``).
+    """
+    reach = [part.row_nbytes for part in parts]  # bytes from an element's start to its end
+    for axis in reversed(order[:-1]):
+        if axis == "K":
+            apart = parts[1].bases[0] - parts[0].bases[0]
+            _check_nested(field, order, axis, apart, reach[0])
+            reach = [apart + reach[1]] * 2
+            continue
+        for i, part in enumerate(parts):
+            if extents[axis] == 1:
+                continue
+            for stride in _strides(part, axis):
+                _check_nested(field, order, axis, stride, reach[i])
+            reach[i] += (extents[axis] - 1) * _strides(part, axis)[0]
+
+
+def _strides(part: KVPart, axis: str) -> Sequence[int]:
+    if axis == "L":
+        return [after - before for before, after in pairwise(part.bases)]
+    return [{"B": part.stride_block, "N": part.stride_token, "H": part.stride_head}[axis]]
+
+
+def _check_nested(field: str, order: str, axis: str, stride: int, inside: int) -> None:
+    if stride < inside:
+        raise LayoutError(
+            field,
+            f"{order!r} puts {inside} bytes inside each step along {axis}, but the parts take {stride} bytes for "
+            'one: give the order that the strides have, or "" for none',
+        )
 
 
 def order_from_strides(parts: Sequence[KVPart], extents: dict[str, int]) -> str:

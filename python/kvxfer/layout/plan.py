@@ -31,13 +31,15 @@ class TransferPlan:
     """Which bytes go where, factored: ``bases`` x ``template``. Give ``engine.write`` both as they are.
 
     ``direct``: spans from the source's region to the destination's. ``gathered``: the source first copies
-    into staging laid out by ``wire_layout``, and source offsets count in that. ``packed``: both ends have
-    staging of ``wire_layout``, both offsets count in it, and the receiver unpacks.
+    into staging laid out by ``wire_layout`` (``kvxfer.kernels.pack_plan``), and source offsets count in that.
+    ``packed``: both ends have staging of ``wire_layout``, both offsets count in it, and the receiver unpacks
+    (``unpack_plan``).
 
     Attributes:
         layers, heads: what this pair of ranks moves, heads as ``[first, end)`` of the model.
         groups: more than one only when K and V have no common template (unequal width or strides, at
             distances that differ from layer to layer) and the plan is by layer.
+        wire_layout: of the staging; its heads are ``heads``, counted from 0.
         staging_nbytes: bytes of staging at the (source, destination).
         convert: values change on the way (dtype or scales), so the bytes alone do not say it.
         cost_s: estimated seconds of each kind considered, on ``cost_path``.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvxfer.errors import LayoutError
 from kvxfer.layout.aliasing import Axis, Extent, check_disjoint
 from kvxfer.layout.dtypes import itemsize_of
-from kvxfer.layout.orders import check_kind, check_order, has_two_parts
+from kvxfer.layout.orders import check_kind, check_order, check_strides, has_two_parts
 from kvxfer.layout.parts import as_int
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def validate(layout: KVLayout) -> None:
     """Raise ``LayoutError`` naming the first field that contradicts the others."""
     _check_fields(layout)
     _check_parts(layout)
+    _check_order_of_parts(layout)
     check_disjoint(
         [
             Extent(
@@ -111,6 +112,17 @@ def _check_fields(layout: KVLayout) -> None:
     for field in ("format", "group"):
         if not isinstance(getattr(layout, field), str):
             raise LayoutError(field, f"a string is needed, not {getattr(layout, field)!r}")
+
+
+def _check_order_of_parts(layout: KVLayout) -> None:
+    extents = {"L": len(layout.layers), "B": layout.num_blocks, "N": layout.block_size}
+    values = [part for part in layout.parts if not part.is_scale]
+    scales = [part for part in layout.parts if part.is_scale]
+    if layout.order:
+        check_strides(layout.order, values, extents | {"H": layout.num_kv_heads_here})
+    if scales and layout.scales is not None and layout.scales.order:
+        heads = layout.part_heads(scales[0])
+        check_strides(layout.scales.order + "C", scales, extents | {"H": heads}, "scales.order")
 
 
 def _check_parts(layout: KVLayout) -> None:
