@@ -97,8 +97,8 @@ def make_job(
     dst_ids = block_ids_of("dst_blocks", dst_blocks)
     size_a, size_b = src.layout.block_size, dst.layout.block_size
     held = min(src_origin + len(src_ids) * size_a, dst_origin + len(dst_ids) * size_b)
-    by_what = f"{len(src_ids)} source blocks of {size_a} and {len(dst_ids)} destination blocks of {size_b} hold"  # fmt: skip
-    first, end = range_within(held, by_what, num_tokens, first_token)
+    counts = ((len(src_ids), size_a), (len(dst_ids), size_b))
+    first, end = range_within(held, counts, num_tokens, first_token)
     if src.layout.atom == "block" and (first % size_a or end % size_a):
         raise InvalidArgumentError(
             f"num_tokens: tokens {first} to {end} cut a block of {size_a}; contents of atom 'block' move whole"

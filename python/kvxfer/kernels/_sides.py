@@ -127,11 +127,15 @@ class Side:
 
 
 _SEQUENCES = (list, tuple)
+_layouts: set[type] = set()  # the types that have been taken for layouts
 
 
 def check_layout(name: str, layout: Any) -> None:
+    if type(layout) in _layouts:
+        return
     if not hasattr(layout, "head_range"):
         raise InvalidArgumentError(f"{name}: expected a KVLayout, given {shown(layout)}")
+    _layouts.add(type(layout))
 
 
 def head_range_of(layout: LayoutLike, heads: Any) -> tuple[int, int]:
@@ -188,19 +192,20 @@ def token_range(
     layout: LayoutLike, block_ids: Any, num_tokens: int | None, first_token: int
 ) -> tuple[int, int]:
     """Check and fill in the tokens of a sequence that its blocks hold: ``(first, end)``."""
-    held = len(block_ids) * layout.block_size
-    return range_within(held, f"{len(block_ids)} blocks hold", num_tokens, first_token)
+    count, size = len(block_ids), layout.block_size
+    return range_within(count * size, ((count, size),), num_tokens, first_token)
 
 
 def range_within(
-    held: int, by_what: str, num_tokens: int | None, first_token: int
+    held: int, blocks: Sequence[tuple[int, int]], num_tokens: int | None, first_token: int
 ) -> tuple[int, int]:
-    """Check and fill in a range of the ``held`` tokens: ``(first, end)``."""
+    """Check and fill in a range of the ``held`` tokens: ``(first, end)``; for the message, how many blocks of what size."""
     first = whole("first_token", first_token, -MOST)
     end = held if num_tokens is None else whole("num_tokens", num_tokens, -MOST)
     if not 0 <= first <= end <= held:
+        by_what = " and ".join(f"{count} blocks of {size}" for count, size in blocks)
         raise InvalidArgumentError(
-            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {by_what}), "
+            f"num_tokens: expected 0 <= first_token <= num_tokens <= {held} (what {by_what} hold), "
             f"given first_token {first}, num_tokens {end}"
         )
     return first, end

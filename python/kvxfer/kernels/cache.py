@@ -232,8 +232,11 @@ def pack_blocks(
         out = _allocate(tensors, wire)
     target = Side("out", wire, out)
     _check_wire(wire, target, end - first, "out")
-    with _called({"src": "tensors", "dst": "out", "src_blocks": "block_ids"}):
+    try:
         _run(side, target, ids, _ONE_BLOCK, end, first, layers, chosen, max_ctas, backend)
+    except InvalidArgumentError as error:
+        _rename(error, {"src": "tensors", "dst": "out", "src_blocks": "block_ids"})
+        raise
     return out
 
 
@@ -263,8 +266,11 @@ def unpack_blocks(
         wire = src_layout
     source = Side("src", wire, src)
     _check_wire(wire, source, end - first, "src")
-    with _called({"dst": "tensors", "dst_blocks": "block_ids"}):
+    try:
         _run(source, side, _ONE_BLOCK, ids, end, first, layers, chosen, max_ctas, backend)
+    except InvalidArgumentError as error:
+        _rename(error, {"dst": "tensors", "dst_blocks": "block_ids"})
+        raise
 
 
 def _run(
@@ -357,19 +363,10 @@ def _some_heads(layout: LayoutLike, heads: Any) -> tuple[int, int] | None:
     return first, end
 
 
-class _called:
+def _rename(error: InvalidArgumentError, names: dict[str, str]) -> None:
     """A copy says src and dst; who packs or unpacks knows these by other names, and is told of those."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self._names = names
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if type(error) is InvalidArgumentError:
-            message = _COPY_NAMES.sub(lambda m: self._names.get(m[0], m[0]), str(error))
-            error.args = (message,)
+    if type(error) is InvalidArgumentError:
+        error.args = (_COPY_NAMES.sub(lambda match: names.get(match[0], match[0]), str(error)),)
 
 
 _COPY_NAMES = re.compile(r"\b(src|dst)(_blocks)?\b")
