@@ -149,18 +149,16 @@ def test_thousands_of_mixed_transfers_in_flight(world: World) -> None:
     )  # beside an allocated one: mapped and staged mixed
     before = world.theirs
     expected = before.copy()
-    # On a network that loses packets, retries of as many requests come one after the other.
-    how = {"deadline_s": TIMEOUT_S}
     read = []
     transfers = []
     for i in range(count):
         at = i * size
         if i % 3 == 2:
-            transfers.append(world.engine.read(second, world.remote, at, at, size, **how))
+            transfers.append(world.engine.read(second, world.remote, at, at, size))
             read.append(at)
         else:
             source = world.local if i % 2 else second
-            transfers.append(world.engine.write(source, world.remote, at, at, size, **how))
+            transfers.append(world.engine.write(source, world.remote, at, at, size))
             expected[at : at + size] = source.array[at : at + size]
     for transfer in transfers:
         transfer.wait(TIMEOUT_S)
