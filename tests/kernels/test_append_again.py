@@ -59,6 +59,9 @@ WRONG: dict[str, Callable[[Call], Call]] = {
     "strides of key": lambda c: {"key": torch.stack([c["key"]] * 2, -1)[..., 0]},
     "dtype of v_cache": lambda c: {"v_cache": c["v_cache"].half()},
     "scale": lambda c: {"k_scale": 0.0},
+    "no text": lambda c: {"kv_layout": ["NHD"]},
+    "no name of a backend": lambda c: {"backend": ["cpu"]},
+    "no name of a dtype": lambda c: {"kv_dtype": []},
     "layout": lambda c: {"kv_layout": "HND"},
     "another library": lambda c: {"key": c["key"].numpy()},
 }

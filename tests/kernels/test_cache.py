@@ -342,6 +342,27 @@ def test_no_blocks_are_nothing_to_move(backend: str) -> None:
     kernels.copy_blocks(shape, memory, shape, memory.copy(), [], [], backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [(3, "layers: expected a list of layer ids, given 3"), ("01", "layers: expected a list of layer ids, given '01'"),
+     ([0, 0.5], r"layers\[1\]: expected an integer >= 0, given 0.5"), ([True], r"layers\[0\]: expected an integer"),
+     ([[0]], r"layers\[0\]: expected an integer")],
+)  # fmt: skip
+def test_layers_are_a_list_of_integers(layers: Any, match: str) -> None:
+    shape = layout("LKBHNC", num_blocks=3, block_size=4, num_kv_heads=2)
+    memory, packed = np.zeros(shape.nbytes, np.uint8), np.zeros(shape.nbytes, np.uint8)
+    for call in (
+        lambda: kernels.copy_blocks(shape, memory, shape, packed, [0], [0], layers=layers),
+        lambda: kernels.pack_blocks(shape, memory, [0], layers=layers),
+        lambda: kernels.unpack_blocks(packed, shape, memory, [0], layers=layers),
+        lambda: kernels.checksum_blocks(shape, memory, [0], layers=layers),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            call()
+    some = kernels.pack_blocks(shape, memory, [0], layers=np.array([1]))
+    assert some.nbytes * shape.num_layers == kernels.pack_blocks(shape, memory, [0]).nbytes
+
+
 HEADS = [(3, 1), (0,), (0, 1, 2), 3, (2, 2), (-1, 2), (0, 5), (0.0, 2), "ab"]
 
 

@@ -19,6 +19,7 @@ from kvxfer.kernels._sides import (
     Side,
     block_ids_of,
     head_range_of,
+    layers_of,
     locate_layers,
     token_range,
 )
@@ -83,7 +84,9 @@ def make_checksum_job(
         raise InvalidArgumentError(
             f"block_ids[{at}]: expected a block id from 0 to {layout.num_blocks - 1}, given {int(ids[at])}"
         )
-    chosen = list(layout.layers) if layers is None else list(layers)
+    chosen = layers_of(layers)
+    if chosen is None:
+        chosen = list(layout.layers)
     for layer in chosen:
         if layer not in layout.layers:
             raise LayoutError("layers", f"layer {layer} is not held: {list(layout.layers)}")

@@ -147,7 +147,7 @@ def choose(
         return _auto_on_host(op, cache_dtype, scaled)
     needs = Needs(cache_dtype, scaled, call)
     if backend != "auto":
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             names = ", ".join(["auto", *BACKENDS])
             raise InvalidArgumentError(f"backend: expected one of {names}, given {backend!r}")
         reason = _why_not(backend, op, device, needs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ __all__ = [
     "block_ids_of",
     "check_layout",
     "head_range_of",
+    "layers_of",
     "locate_layers",
     "range_within",
     "token_range",
@@ -232,6 +233,15 @@ def block_ids_of(name: str, ids: Any) -> npt.NDArray[np.int64]:
             f"of shape {list(array.shape)}, dtype {array.dtype}"
         )
     return array.astype(np.int64, copy=False)
+
+
+def layers_of(layers: Any) -> list[int] | None:
+    """The layers as a list of integers; None, which means all, stays."""
+    if layers is None:
+        return None
+    if is_torch(layers) or isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise InvalidArgumentError(f"layers: expected a list of layer ids, given {shown(layers)}")
+    return [whole(f"layers[{i}]", layer, -MOST, expected=">= 0") for i, layer in enumerate(layers)]
 
 
 def locate_layers(

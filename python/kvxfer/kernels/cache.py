@@ -32,6 +32,7 @@ from kvxfer.kernels._sides import (
     block_ids_of,
     check_layout,
     head_range_of,
+    layers_of,
     token_range,
 )
 from kvxfer.kernels._wire import wire_side
@@ -45,6 +46,7 @@ __all__ = ["append_kv", "copy_blocks", "pack_blocks", "unpack_blocks"]
 # one such call per layer, alike but for addresses and slots, and the checks take longer than its work.
 _passed: dict[tuple[Any, ...], _Passed] = {}
 _MOST_PASSED = 512
+_TEXT_OR_NONE = (str, type(None))
 
 
 class _Passed(NamedTuple):
@@ -94,7 +96,9 @@ def append_kv(
     Source: reshape_and_cache (vLLM).
     """
     facts = None
-    if k_scale_cache is v_scale_cache is None and type(k_scale) is type(v_scale) is float:
+    names_are_text = type(kv_layout) is type(backend) is str and type(kv_dtype) in _TEXT_OR_NONE
+    numbers_are_floats = type(k_scale) is type(v_scale) is float
+    if k_scale_cache is v_scale_cache is None and numbers_are_floats and names_are_text:
         facts = facts_of((key, value, k_cache, v_cache, slot_mapping))
     known = (facts, kv_layout, k_scale, v_scale, kv_dtype, backend)
     if facts is not None and (passed := _passed.get(known)) is not None:
@@ -193,6 +197,7 @@ def copy_blocks(
         UnavailableError: no backend runs it here, with the reason; or the two GPUs do not reach each other.
     """
     a, b = Side("src", src_layout, src), Side("dst", dst_layout, dst)
+    layers = layers_of(layers)
     _run(a, b, src_blocks, dst_blocks, num_tokens, first_token, layers, None, max_ctas, backend)
 
 
@@ -220,6 +225,7 @@ def pack_blocks(
         num_tokens, first_token, layers, max_ctas: as in :func:`copy_blocks`.
     """
     side = Side("tensors", layout, tensors)
+    layers = layers_of(layers)
     ids = block_ids_of("block_ids", block_ids)
     first, end = token_range(layout, ids, num_tokens, first_token)
     chosen = _some_heads(layout, heads)
@@ -256,6 +262,7 @@ def unpack_blocks(
 ) -> None:
     """Scatter what :func:`pack_blocks` gathered into the blocks of a cache. Arguments as there."""
     side = Side("tensors", layout, tensors)
+    layers = layers_of(layers)
     ids = block_ids_of("block_ids", block_ids)
     first, end = token_range(layout, ids, num_tokens, first_token)
     chosen = _some_heads(layout, heads)
