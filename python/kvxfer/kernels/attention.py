@@ -76,7 +76,7 @@ def paged_decode(
         ``out``, or ``(out, lse)``; LSE float32 ``[batch, num_q_heads]``, natural logarithm.
     Raises:
         InvalidArgumentError: a shape, dtype, stride or device disagrees, or on the host a block id is out of
-            range; the message names it, the expected and the given value.
+            range; the message names it, the expected and the given value. Or torch is asked for a gradient.
         UnavailableError: no kernel for this device; carries the reason.
     Source: PagedAttention (Kwon et al., 2023), split-KV merge as in FlashDecoding.
     """
