@@ -111,6 +111,15 @@ def test_a_function_that_is_asked_for_gradients_says_that_it_has_none(name: str)
     assert torch.equal(run(args[0].detach(), *args[1:], **options)[0], want[0])
 
 
+def test_learned_sinks_are_no_exception() -> None:
+    args, options = arguments("paged_decode")
+    options["sinks"].requires_grad_()
+    with pytest.raises(InvalidArgumentError, match="sinks: expected no gradient to be asked for"):
+        kernels.paged_decode(*args, **options)
+    with pytest.raises(UnavailableError, match="has no gradient"):
+        ops.paged_decode(*args, **options)[0].sum().backward()
+
+
 def test_opcheck_passes_with_gradients_asked_for() -> None:
     args, options = arguments("paged_decode")
     args[0].requires_grad_()

@@ -289,6 +289,7 @@ def _options(
     v_factor = finite("v_scale", v_scale)
     if sinks is not None:
         call.add("sinks", sinks, (num_q_heads,), ("float32",), dense=True)
+        refuse_gradients(call, "sinks")
     return {
         "sm_scale": scale,
         "v_scale": v_factor,
