@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvxfer.errors import LayoutError
+from kvxfer.errors import InvalidArgumentError, LayoutError
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.orders import has_two_parts
 
@@ -17,6 +17,11 @@ _EQUAL = ("group", "num_layers", "num_kv_heads", "head_dim", "head_dim_v", "form
 
 def check_compatible(src: KVLayout, dst: KVLayout) -> bool:
     """Refuse two layouts that cannot be mapped; True when values must be converted on the way."""
+    for side, layout in (("src", src), ("dst", dst)):
+        if not hasattr(layout, "head_range"):
+            raise InvalidArgumentError(
+                f"{side}: expected a KVLayout, given {type(layout).__name__}"
+            )
     for field in _EQUAL:
         ours, theirs = getattr(src, field), getattr(dst, field)
         if ours != theirs:
