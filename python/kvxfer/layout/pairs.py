@@ -77,9 +77,16 @@ def _must_convert(src: KVLayout, dst: KVLayout) -> bool:
             "are never converted",
         )
     for side, layout in (("source", src), ("destination", dst)):
-        if layout.scales is not None and layout.scales.granularity == "token":
+        if layout.scales is not None and not layout.scales.is_fixed:
             raise LayoutError(
-                "scales", f"the {side}'s one scale a token cannot be converted rank by rank"
+                "scales",
+                f"the {side} has scales per {layout.scales.granularity} in memory, which move with their numbers and "
+                f"are never converted: source {src.dtype}, {src.scales}; destination {dst.dtype}, {dst.scales}",
+            )
+        if layout.scales is None and layout.dtype == "int8":
+            raise LayoutError(
+                "scales",
+                f"the {side} is int8 without scales, so what its numbers mean is not known; give the layout scales=",
             )
     return True
 
