@@ -108,6 +108,28 @@ def test_source_blocks_that_nothing_needs_may_be_absent(kind: str) -> None:
     np.testing.assert_array_equal(moved(plan, source, "cpu"), expected)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"dtype": "float16"}, {"dtype": "int8"}),
+        ({"dtype": "int8", "scales": KVScales("tensor", k=0.1, v=0.1)}, {"dtype": "int8"}),
+        (
+            {"dtype": "float16"},
+            {"dtype": "int8", "scales": KVScales("token_head", order="LKBNH", offset=1 << 20)},
+        ),
+    ],
+)
+def test_plans_and_copies_refuse_the_same_conversions(
+    ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    src, dst = (KVLayout.nhd(**SHAPE | each, block_size=4) for each in (ours, theirs))
+    for a, b in ((src, dst), (dst, src)):
+        with pytest.raises(LayoutError):
+            plan_transfer(a, b, [1], [2])
+        with pytest.raises(LayoutError):
+            kernels.copy_blocks(a, memory_of(a), b, memory_of(b), [1], [2])
+
+
 def test_a_direct_plan_has_no_staging() -> None:
     layout = KVLayout.nhd(**SHAPE, block_size=4)
     plan = plan_transfer(layout, layout, [1], [2], kind="direct")

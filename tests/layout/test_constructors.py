@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,24 @@ def test_vllm_split_has_one_tensor_a_layer(how: dict[str, str], axes: str) -> No
     layout = KVLayout.vllm_split(**how, **PAGED)
     assert_same(layout, as_bytes(pool), [(layer[0], layer[1]) for layer in logical])
     assert KVLayout.from_tensors(list(pool), axes, region=pool, **SHAPE) == layout
+
+
+@pytest.mark.parametrize(
+    ("how", "field"),
+    [
+        ({"num_slots": 32, "page_size": 0}, "page_size"),
+        ({"num_slots": "32"}, "num_slots"),
+        ({"num_slots": 32.0}, "num_slots"),
+        ({"num_slots": 0}, "num_slots"),
+        ({"num_slots": -1}, "num_slots"),
+        ({"num_slots": 32, "block_size": 16}, "block_size"),
+        ({"num_slots": 32, "num_blocks": 16}, "num_blocks"),
+    ],
+)
+def test_sglang_names_what_was_given(how: dict[str, Any], field: str) -> None:
+    with pytest.raises(LayoutError) as refused:
+        KVLayout.sglang(**how, **SHAPE)
+    assert refused.value.field == field
 
 
 @pytest.mark.parametrize(

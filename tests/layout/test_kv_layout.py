@@ -219,6 +219,26 @@ def test_views_of_read_only_memory_are_read_only() -> None:
 # -- signature and wire -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"num_layers": 10**9}, "num_layers: 1000000000 is more than 4096"),
+        ({"num_kv_heads": 2**40}, "num_kv_heads: 1099511627776 is more than 65536"),
+        ({"num_blocks": 2**62}, "bytes of cache are beyond any memory"),
+        ({"head_dim": 2**61}, "bytes of cache are beyond any memory"),
+        ({"scales": 1.0}, "scales: a KVScales is needed, not float"),
+        ({"scales": KVScales("token"), "dtype": "int8"}, "scales.order: scales in memory need"),
+    ],
+)
+def test_what_no_memory_could_hold_is_refused_at_once(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(LayoutError, match=text):
+        KVLayout.nhd(**SHAPE | change)
+
+
+def test_one_number_is_a_scale_for_all() -> None:
+    assert KVScales("tensor", k=2, v=np.float32(0.5)) == KVScales("tensor", k=(2.0,), v=(0.5,))
+
+
 @pytest.mark.parametrize("order", ["LKBHNC", "BLKNHC", "LBNHKC", "LBKNHC", "KLBNHC"])
 def test_an_order_must_be_that_of_the_strides(order: str) -> None:
     """Else the signature would vouch for bytes that lie otherwise."""

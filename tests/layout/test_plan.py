@@ -371,3 +371,14 @@ def test_one_scale_a_token_cannot_serve_two_sources() -> None:
     assert plan_of(cache(), cache(tp_size=2), 16, kind="direct").num_spans > 0
     with pytest.raises(LayoutError, match="would need several"):
         plan_of(cache(tp_size=2), cache(), 16)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, {"num_layers": 2}])
+def test_what_is_no_layout_is_named(wrong: Any) -> None:
+    layout = KVLayout.nhd(
+        num_layers=1, num_blocks=4, block_size=4, num_kv_heads=1, head_dim=4, dtype="int8"
+    )
+    with pytest.raises(
+        InvalidArgumentError, match=f"dst: expected a KVLayout, given {type(wrong).__name__}"
+    ):
+        plan_transfer(layout, wrong, [0], [1])

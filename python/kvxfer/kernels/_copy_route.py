@@ -162,8 +162,12 @@ def _check_atom(a: LayoutLike, b: LayoutLike) -> None:
             f"{a.block_size}, {a.head_range}; destination {b.block_size}, {b.head_range}",
         )
     if a.atom == "block":
+        one_head = a.head_range[1] - a.head_range[0] == 1
         for ours, theirs in zip(a.parts, b.parts, strict=False):
-            inside = [(part.stride_token, part.stride_head) for part in (ours, theirs)]
+            inside = [
+                (part.stride_token if a.block_size > 1 else 0, 0 if one_head else part.stride_head)
+                for part in (ours, theirs)
+            ]
             if inside[0] != inside[1]:
                 raise LayoutError(
                     "order",

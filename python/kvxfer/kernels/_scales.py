@@ -66,7 +66,7 @@ def scale_factors(
             "a copy converts between fixed scales, not to or from scales in memory: source "
             f"{src.dtype} with {_name(a)}, destination {dst.dtype} with {_name(b)}",
         )
-    if src.dtype != dst.dtype:
+    if src.dtype != dst.dtype or (a is None) != (b is None):
         for side, layout in (("source", src), ("destination", dst)):
             if layout.dtype == "int8" and layout.scales is None:
                 raise LayoutError(

@@ -18,7 +18,7 @@ from kvxfer.layout.orders import (
     order_from_strides,
     parts_from_order,
 )
-from kvxfer.layout.parts import KVPart, KVScales, as_int
+from kvxfer.layout.parts import MAX_LAYERS, KVPart, KVScales, as_int, check_scales
 from kvxfer.layout.tensors import parts_from_tensors
 from kvxfer.layout.validate import check_heads, part_names
 
@@ -156,7 +156,7 @@ class _Shape:
             raise LayoutError(
                 "num_layers", "how many layers the model has (in this group) must be told"
             )
-        num_layers = as_int("num_layers", num_layers, minimum=1)
+        num_layers = as_int("num_layers", num_layers, minimum=1, maximum=MAX_LAYERS)
         self.layers = tuple(
             range(num_layers)
             if layers is None
@@ -192,9 +192,14 @@ class _Shape:
 
 
 def _scale_parts(scales: KVScales | None, kind: str, extents: dict[str, int]) -> tuple[KVPart, ...]:
+    check_scales(scales)
     if scales is None or scales.is_fixed:
         return ()
     per_head = scales.granularity == "token_head"
+    if not scales.order:
+        raise LayoutError(
+            "scales.order", "scales in memory need the order of their axes, e.g. 'LKBHN'"
+        )
     order = scales.order + "C"
     if not per_head and "H" in order:
         raise LayoutError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvxfer.errors import LayoutError
+from kvxfer.layout.parts import as_int
 
 if TYPE_CHECKING:
     from kvxfer.layout.kv_layout import KVLayout
@@ -50,7 +51,10 @@ def mla(cls: type[KVLayout], /, *, latent_dim: int, order: str = "LBNC", **shape
 
 
 def vllm(cls: type[KVLayout], /, *, order: str = "LBHNC", **shape: Any) -> KVLayout:
-    """vLLM >= 0.26: one of its six names; C holds K then V."""
+    """vLLM >= 0.26, where C holds K then V: ``order`` is one of its six names.
+
+    LBHNC, LBNHC, LHBNC, BLHNC, BLNHC, BHLNC, which is also the order in memory.
+    """
     if order not in VLLM_ORDERS:
         raise LayoutError("order", f"{order!r} is not one of vLLM's {', '.join(VLLM_ORDERS)}")
     return cls.from_order(order[:-1] + "KC", **shape)
@@ -93,7 +97,13 @@ def sglang(
     """SGLang's token pools: K buffers of all layers, then V buffers, each ``[slots + page, heads, dim]``.
 
     Slot 0 (with pages: page 0) is its dummy and a legal id here. Separate allocations: ``with_bases``.
+    ``mla=True``: one latent a slot; ``num_kv_heads`` is 1 and ``head_dim`` its width, the rope part included.
     """
+    for name in ("num_blocks", "block_size"):
+        if name in shape:
+            raise LayoutError(name, "SGLang's pools are given by num_slots and page_size")
+    page_size = as_int("page_size", page_size, minimum=1)
+    num_slots = as_int("num_slots", num_slots, minimum=1)
     if num_slots % page_size:
         raise LayoutError("num_slots", f"{num_slots} is no multiple of page_size {page_size}")
     return cls.from_order(
@@ -105,5 +115,8 @@ def sglang(
 
 
 def trtllm(cls: type[KVLayout], /, *, mla: bool = False, **shape: Any) -> KVLayout:
-    """TensorRT-LLM's pool ``[blocks, layers, 2, heads*tokens*dim]``; one group for each of its pools."""
+    """TensorRT-LLM's pool ``[blocks, layers, 2, heads*tokens*dim]``; one group for each of its pools.
+
+    ``mla=True``: one latent a token; ``num_kv_heads`` is 1 and ``head_dim`` its width.
+    """
     return cls.from_order("BLNC" if mla else "BLKHNC", **shape)

@@ -33,7 +33,8 @@ class KVLayout:
     Args:
         kind: ``split`` (K and V apart), ``fused`` (K and V in one row), ``mla`` or ``state``.
         order: physical axes, outermost first, from ``L B K N H C``; ``""`` for strides that are none.
-        dtype: of the values; ``uint8`` for opaque rows.
+        dtype: of the values: ``float32``, ``float16``, ``bfloat16``, ``float8_e4m3`` (torch's float8_e4m3fn),
+            ``float8_e5m2``, ``int8``; ``uint8`` for opaque rows.
         num_layers, layers: of the model in this group, and the ids held here, ascending.
         num_kv_heads, head_dim, head_dim_v: of the model, not of this rank (MLA: 1, latent width, 0).
         tp_rank, tp_size: give ``head_range`` and ``replica``.

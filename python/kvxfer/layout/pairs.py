@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvxfer.errors import LayoutError
+from kvxfer.errors import InvalidArgumentError, LayoutError
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.orders import has_two_parts
 
@@ -17,6 +17,11 @@ _EQUAL = ("group", "num_layers", "num_kv_heads", "head_dim", "head_dim_v", "form
 
 def check_compatible(src: KVLayout, dst: KVLayout) -> bool:
     """Refuse two layouts that cannot be mapped; True when values must be converted on the way."""
+    for side, layout in (("src", src), ("dst", dst)):
+        if not hasattr(layout, "head_range"):
+            raise InvalidArgumentError(
+                f"{side}: expected a KVLayout, given {type(layout).__name__}"
+            )
     for field in _EQUAL:
         ours, theirs = getattr(src, field), getattr(dst, field)
         if ours != theirs:
@@ -72,9 +77,16 @@ def _must_convert(src: KVLayout, dst: KVLayout) -> bool:
             "are never converted",
         )
     for side, layout in (("source", src), ("destination", dst)):
-        if layout.scales is not None and layout.scales.granularity == "token":
+        if layout.scales is not None and not layout.scales.is_fixed:
             raise LayoutError(
-                "scales", f"the {side}'s one scale a token cannot be converted rank by rank"
+                "scales",
+                f"the {side} has scales per {layout.scales.granularity} in memory, which move with their numbers and "
+                f"are never converted: source {src.dtype}, {src.scales}; destination {dst.dtype}, {dst.scales}",
+            )
+        if layout.scales is None and layout.dtype == "int8":
+            raise LayoutError(
+                "scales",
+                f"the {side} is int8 without scales, so what its numbers mean is not known; give the layout scales=",
             )
     return True
 

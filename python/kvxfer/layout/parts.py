@@ -10,13 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvxfer.errors import LayoutError
 from kvxfer.layout.dtypes import itemsize_of
 
-__all__ = ["KVPart", "KVScales", "as_int"]
+__all__ = ["MAX_HEADS", "MAX_LAYERS", "KVPart", "KVScales", "as_int", "check_scales"]
 
 
-def as_int(field: str, value: Any, *, minimum: int | None = None) -> int:
+# Far beyond any model: what a peer or a slip of the pen asks for must not be worked on for minutes.
+MAX_LAYERS = 4096
+MAX_HEADS = 65_536
+
+
+def as_int(
+    field: str, value: Any, *, minimum: int | None = None, maximum: int | None = None
+) -> int:
     """``value`` as a Python int: NumPy's would wrap silently in the first multiplication past its width."""
     try:
         number = operator.index(value)
@@ -24,6 +33,8 @@ def as_int(field: str, value: Any, *, minimum: int | None = None) -> int:
         raise LayoutError(field, f"an integer is needed, not {value!r}") from None
     if minimum is not None and number < minimum:
         raise LayoutError(field, f"{number} is less than {minimum}")
+    if maximum is not None and number > maximum:
+        raise LayoutError(field, f"{number} is more than {maximum}")
     return int(number)
 
 
@@ -116,6 +127,8 @@ class KVScales:
             given: Sequence[float] | None = getattr(self, field)
             if given is None:
                 continue
+            if isinstance(given, int | float | np.number):
+                given = (float(given),)
             if not self.is_fixed:
                 raise LayoutError(
                     f"scales.{field}", f"{self.granularity!r} scales lie in memory, not in {field}="
@@ -133,3 +146,9 @@ class KVScales:
     @property
     def is_fixed(self) -> bool:
         return self.granularity in ("tensor", "head")
+
+
+def check_scales(scales: object) -> None:
+    """Refuse what is neither None nor a KVScales."""
+    if scales is not None and not isinstance(scales, KVScales):
+        raise LayoutError("scales", f"a KVScales is needed, not {type(scales).__name__}")

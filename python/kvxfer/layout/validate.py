@@ -10,7 +10,7 @@ from kvxfer.errors import LayoutError
 from kvxfer.layout.aliasing import Axis, Extent, check_disjoint
 from kvxfer.layout.dtypes import itemsize_of
 from kvxfer.layout.orders import check_kind, check_order, check_strides, has_two_parts
-from kvxfer.layout.parts import as_int
+from kvxfer.layout.parts import MAX_HEADS, MAX_LAYERS, as_int, check_scales
 
 if TYPE_CHECKING:
     from kvxfer.layout.kv_layout import KVLayout
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["MAX_BLOCK_SIZE", "check_heads", "normalize", "part_names", "validate"]
 
 MAX_BLOCK_SIZE = 256
+
+_MAXIMUM = {"num_layers": MAX_LAYERS, "num_kv_heads": MAX_HEADS, "tp_size": MAX_HEADS}
+_MAX_NBYTES = 1 << 60
 
 _MINIMUM = {
     "num_layers": 1,
@@ -34,7 +37,10 @@ _MINIMUM = {
 def normalize(layout: KVLayout) -> None:
     """Bring every number to a Python int and every sequence to a tuple."""
     for name, minimum in _MINIMUM.items():
-        object.__setattr__(layout, name, as_int(name, getattr(layout, name), minimum=minimum))
+        value = getattr(layout, name)
+        object.__setattr__(
+            layout, name, as_int(name, value, minimum=minimum, maximum=_MAXIMUM.get(name))
+        )
     layers = tuple(as_int("layers", layer, minimum=0) for layer in layout.layers)
     object.__setattr__(layout, "layers", layers)
     object.__setattr__(layout, "parts", tuple(layout.parts))
@@ -60,6 +66,8 @@ def validate(layout: KVLayout) -> None:
     """Raise ``LayoutError`` naming the first field that contradicts the others."""
     _check_fields(layout)
     _check_parts(layout)
+    if layout.nbytes > _MAX_NBYTES:
+        raise LayoutError("num_blocks", f"{layout.nbytes} bytes of cache are beyond any memory")
     _check_order_of_parts(layout)
     check_disjoint(
         [
@@ -128,6 +136,7 @@ def _check_order_of_parts(layout: KVLayout) -> None:
 def _check_parts(layout: KVLayout) -> None:
     names = list(part_names(layout.kind))
     scales = layout.scales
+    check_scales(scales)
     if scales is not None:
         if layout.dtype == "uint8":
             raise LayoutError("scales", "rows of dtype uint8 are opaque and carry no scales")

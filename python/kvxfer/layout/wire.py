@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import LayoutError
-from kvxfer.layout.parts import KVPart, KVScales
+from kvxfer.layout.parts import MAX_LAYERS, KVPart, KVScales
 
 if TYPE_CHECKING:
     from kvxfer.layout.kv_layout import KVLayout
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "from_wire", "signature", "to_wire"]
 
 VERSION = 1
-_MAX_LAYERS = 4096  # a peer's message is checked before it is believed
 
 
 def _digest(value: Any) -> str:
@@ -75,7 +74,7 @@ def from_wire(message: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     if set(values) != names:
         raise LayoutError("wire", f"fields {sorted(set(values) ^ names)} are missing or unknown")
     for name in ("layers", "parts"):
-        if not isinstance(values[name], (list, tuple)) or len(values[name]) > _MAX_LAYERS:
+        if not isinstance(values[name], (list, tuple)) or len(values[name]) > MAX_LAYERS:
             raise LayoutError(name, "a list of sane length is needed")
     for name in ("kind", "order", "dtype"):
         if not isinstance(values[name], str):
