@@ -25,6 +25,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("kvxfer")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A process opens libcuda once, whichever test is the first to: the software one, where any test needs that."""
+    if any(item.path.name == "test_gpu_memory.py" for item in items):
+        from kvxfer.testing import fake_cuda
+
+        path, _ = fake_cuda.library()
+        if path is not None:
+            os.environ["KVXFER_LIBCUDA"] = str(path)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The per-user cookie and caches go to a throw-away home, in this process and in its children."""
