@@ -2,11 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda_driver/api.hpp"
 
-#include <dlfcn.h>
-
-#include <cstdlib>
-#include <type_traits>
-
+#include "common/dynamic_library.hpp"
 #include "common/error.hpp"
 
 namespace kvxfer::cuda_driver {
@@ -28,38 +24,25 @@ struct Loaded {
   std::string reason;
 
   Loaded() {
-    const char* name = std::getenv("KVXFER_LIBCUDA");
-    if (name == nullptr || *name == '\0') name = "libcuda.so.1";
     // Never closed: whoever has made the memory uses it too.
-    void* library = ::dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) {
-      const char* why = ::dlerror();
-      reason = cat(name, " cannot be opened: ", why != nullptr ? why : "no reason given",
-                   "; it comes with NVIDIA's driver");
-      return;
-    }
-    const auto find = [&](auto& function, const char* symbol, bool needed = true) {
-      function =
-          reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(library, symbol));
-      if (function == nullptr && needed && reason.empty())
-        reason = cat(name, " has no ", symbol, ": it is too old, or another library");
-    };
-    find(api.init, "cuInit");
-    find(api.error_name, "cuGetErrorName");
-    find(api.device_count, "cuDeviceGetCount");
-    find(api.device, "cuDeviceGet");
-    find(api.device_attribute, "cuDeviceGetAttribute");
-    find(api.device_name, "cuDeviceGetName");
-    find(api.device_bus_id, "cuDeviceGetPCIBusId");
-    find(api.pointer_attributes, "cuPointerGetAttributes");
-    find(api.pointer_attribute, "cuPointerGetAttribute");
-    find(api.set_pointer_attribute, "cuPointerSetAttribute");
-    find(api.push_context, "cuCtxPushCurrent_v2");
-    find(api.pop_context, "cuCtxPopCurrent_v2");
-    find(api.primary_state, "cuDevicePrimaryCtxGetState");
-    find(api.primary_retain, "cuDevicePrimaryCtxRetain");
-    find(api.primary_release, "cuDevicePrimaryCtxRelease_v2");
-    find(api.range_handle, "cuMemGetHandleForAddressRange", false);
+    DynamicLibrary library("KVXFER_LIBCUDA", "libcuda.so.1", "NVIDIA's driver");
+    library.find(api.init, "cuInit");
+    library.find(api.error_name, "cuGetErrorName");
+    library.find(api.device_count, "cuDeviceGetCount");
+    library.find(api.device, "cuDeviceGet");
+    library.find(api.device_attribute, "cuDeviceGetAttribute");
+    library.find(api.device_name, "cuDeviceGetName");
+    library.find(api.device_bus_id, "cuDeviceGetPCIBusId");
+    library.find(api.pointer_attributes, "cuPointerGetAttributes");
+    library.find(api.pointer_attribute, "cuPointerGetAttribute");
+    library.find(api.set_pointer_attribute, "cuPointerSetAttribute");
+    library.find(api.push_context, "cuCtxPushCurrent_v2");
+    library.find(api.pop_context, "cuCtxPopCurrent_v2");
+    library.find(api.primary_state, "cuDevicePrimaryCtxGetState");
+    library.find(api.primary_retain, "cuDevicePrimaryCtxRetain");
+    library.find(api.primary_release, "cuDevicePrimaryCtxRelease_v2");
+    library.find(api.range_handle, "cuMemGetHandleForAddressRange", false);
+    reason = library.reason();
     if (!reason.empty()) return;
     if (const Result result = api.init(0); result != kSuccess)
       reason = text_of(api, "cuInit", result);

@@ -229,11 +229,7 @@ def pack_blocks(
     ids = block_ids_of("block_ids", block_ids)
     first, end = token_range(layout, ids, num_tokens, first_token)
     chosen = _some_heads(layout, heads)
-    if out_layout is None:
-        wire = _wire(layout, end - first, layers, chosen)
-    else:
-        check_layout("out_layout", out_layout)
-        wire = out_layout
+    wire = _wire("out_layout", out_layout, layout, end - first, layers, chosen)
     if out is None:
         out = _allocate(tensors, wire)
     target = Side("out", wire, out)
@@ -266,11 +262,7 @@ def unpack_blocks(
     ids = block_ids_of("block_ids", block_ids)
     first, end = token_range(layout, ids, num_tokens, first_token)
     chosen = _some_heads(layout, heads)
-    if src_layout is None:
-        wire = _wire(layout, end - first, layers, chosen)
-    else:
-        check_layout("src_layout", src_layout)
-        wire = src_layout
+    wire = _wire("src_layout", src_layout, layout, end - first, layers, chosen)
     source = Side("src", wire, src)
     _check_wire(wire, source, end - first, "src")
     try:
@@ -348,11 +340,17 @@ def run_copy(
 
 
 def _wire(
+    name: str,
+    given: LayoutLike | None,
     layout: LayoutLike,
     num_tokens: int,
     layers: Sequence[int] | None,
     heads: tuple[int, int] | None,
 ) -> Any:
+    """The packed buffer's layout: the one that was given, else the usual one."""
+    if given is not None:
+        check_layout(name, given)
+        return given
     chosen = list(layout.layers) if layers is None else list(layers)
     return wire_side(layout, num_tokens, chosen, heads or layout.head_range)
 

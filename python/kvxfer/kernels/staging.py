@@ -37,6 +37,8 @@ class PlanLike(Protocol):
     @property
     def num_tokens(self) -> int: ...
     @property
+    def staging_origin(self) -> int: ...
+    @property
     def wire_layout(self) -> Any: ...
     @property
     def src_blocks(self) -> npt.NDArray[np.int64]: ...
@@ -53,9 +55,6 @@ class _Staging:
         self.num_kv_heads = plan.dst.num_kv_heads
         fixed = plan.dst.scales is not None and plan.dst.scales.is_fixed
         self.scales = plan.dst.scales if fixed else self._wire.scales
-        size = self._wire.block_size
-        first = plan.first_token
-        self.origin = first if plan.kind == "packed" else first // size * size
         self.block_ids = np.arange(self._wire.num_blocks, dtype=np.int64)
 
     def __getattr__(self, name: str) -> Any:
@@ -110,7 +109,7 @@ def pack_plan(
             layers=plan.layers,
             heads=plan.heads,
             src_origin=block * size,
-            dst_origin=wire.origin,
+            dst_origin=plan.staging_origin,
             max_ctas=max_ctas,
             backend=backend,
         )
@@ -140,7 +139,7 @@ def unpack_plan(
         first_token=plan.first_token,
         layers=plan.layers,
         heads=plan.heads,
-        src_origin=wire.origin,
+        src_origin=plan.staging_origin,
         max_ctas=max_ctas,
         backend=backend,
     )

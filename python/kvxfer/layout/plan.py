@@ -19,7 +19,7 @@ from kvxfer.layout.pairs import check_compatible, heads_sent, layers_sent
 from kvxfer.layout.parts import as_int
 from kvxfer.layout.segments import Int64, Segments, block_ids, make_segments
 from kvxfer.layout.spans import Side, SpanGroup, Spans, build_groups
-from kvxfer.layout.staging import gathered_layout, packed_groups, packed_layout, staging_origin
+from kvxfer.layout.staging import gathered_layout, packed_groups, packed_layout
 
 __all__ = ["KINDS", "TransferPlan", "plan_transfer"]
 
@@ -126,6 +126,14 @@ class TransferPlan:
         """Spans from ``wire_layout`` to the destination's region; of a gathered plan, its own spans."""
         return self._staging_groups(packing=False)
 
+    @property
+    def staging_origin(self) -> int:
+        """The token at which the staging's blocks begin; of a direct plan, which has none, ``first_token``."""
+        if self.kind != "gathered":
+            return self.first_token
+        size = self.dst.block_size
+        return self.first_token // size * size
+
     def describe(self) -> str:
         """The plan for a person: sides, spans, kind, and why that kind."""
         return describe(self)
@@ -147,7 +155,7 @@ class TransferPlan:
         if self.convert and packing:
             raise InvalidArgumentError("packing converts values here: no byte spans can say how")
         ids = np.arange(wire.num_blocks, dtype=np.int64)
-        origin = staging_origin(self.kind, wire, self.first_token)
+        origin = self.staging_origin
         staging = Side(wire, self.heads[0])
         if packing:
             ends = (Side(self.src, self.src.head_range[0]), staging)

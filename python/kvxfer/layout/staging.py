@@ -14,15 +14,10 @@ from kvxfer.layout.parts import KVScales
 from kvxfer.layout.segments import Segments
 from kvxfer.layout.spans import Side, SpanGroup, Spans, build_groups
 
-__all__ = ["CHUNK_NBYTES", "gathered_layout", "packed_groups", "packed_layout", "staging_origin"]
+__all__ = ["CHUNK_NBYTES", "gathered_layout", "packed_groups", "packed_layout"]
 
 # Pieces of a packed buffer: large enough for any link, small enough that unpacking starts early.
 CHUNK_NBYTES = 4 << 20
-
-
-def staging_origin(kind: str, wire: KVLayout, first_token: int) -> int:
-    """The token at which the staging buffer's block list begins."""
-    return first_token if kind == "packed" else first_token // wire.block_size * wire.block_size
 
 
 def packed_layout(
