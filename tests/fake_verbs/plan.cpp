@@ -170,6 +170,7 @@ const std::map<Text, Reader> kReaders = {
     {"max_mr", [](Plan& p, const Word& w) { p.max_mr = w.whole(0, 1 << 20); }},
     {"max_mr_size", [](Plan& p, const Word& w) { p.max_mr_size = w.count(w.value); }},
     {"max_rd_atomic", [](Plan& p, const Word& w) { p.max_rd_atomic = w.whole(0, 128); }},
+    {"soft_roce", [](Plan& p, const Word& w) { p.soft_roce = w.whole(0, 1) == 1; }},
     {"windows", [](Plan& p, const Word& w) { p.windows = w.whole(0, 3); }},
     {"memlock", [](Plan& p, const Word& w) { p.memlock = w.count(w.value); }},
     {"hold_reg", [](Plan& p, const Word& w) { p.hold_reg = w.count(w.value); }},

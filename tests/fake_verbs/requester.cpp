@@ -158,7 +158,11 @@ void execute_locally(Nic& nic, QueuePair& qp, SendRequest& r) {
 
 // Whether the request may go out now; a new one gets its numbers.
 bool start(Nic& nic, QueuePair& qp, SendRequest& r) {
-  if (r.has_psn) return true;
+  if (r.has_psn) {
+    // Soft-RoCE's fence waits for every READ without an answer, that which is sent again included.
+    const bool again = psn_diff(r.first_psn, qp.sent_psn) < 0;
+    return !(nic.plan.soft_roce && again && r.is_read() && (r.flags & IBV_SEND_FENCE) != 0);
+  }
   if (qp.state == IBV_QPS_SQD) return false;
   const int ahead = reads_ahead(qp, r.number);
   if (r.flags & IBV_SEND_FENCE && ahead > 0) return false;

@@ -24,7 +24,7 @@ int fill_device(Context& context, ibv_device_attr* out) {
   out->node_guid = out->sys_image_guid = htobe64(context.of->guid);
   out->max_mr_size = plan.max_mr_size;
   out->page_size_cap = ~uint64_t{0xfff};
-  out->vendor_id = 0xfacade;
+  out->vendor_id = plan.soft_roce ? 0xffffff : 0xfacade;
   out->max_qp = plan.max_qp;
   out->max_qp_wr = plan.max_qp_wr;
   out->device_cap_flags = IBV_DEVICE_RC_RNR_NAK_GEN | IBV_DEVICE_PORT_ACTIVE_EVENT;

@@ -74,6 +74,26 @@ def test_loss_delay_and_repetition_cost_time_alone(
     assert all(new > old for new, old in zip(after, before, strict=True)), "nothing went wrong"
 
 
+@pytest.mark.parametrize("way", ["seed=3 lose_ack=0.02 soft_roce=1"], indirect=True)
+def test_reads_do_not_wait_for_a_fence_that_waits_for_itself(
+    pair: tuple[TransferEngine, PeerProcess],
+) -> None:
+    """On Soft-RoCE a fenced READ whose answer is lost was never sent again: all that followed stood still."""
+    engine, target = pair
+    size, count = 512, 500
+    target.call("add_region", "kv", NBYTES, "registered")
+    data = np.random.default_rng(6).integers(0, 256, NBYTES, np.uint8)
+    target.call("fill", "kv", data.tobytes())
+    local = engine.allocate(NBYTES, "kv")
+    remote = engine.connect(target.address).regions["kv"]
+    before = fake_verbs.counts("timeouts", "retransmissions")
+    reads = [engine.read(local, remote, at, at, size) for at in range(0, size * count, size)]
+    for each in reads:
+        each.wait(TIMEOUT_S)
+    assert np.array_equal(local.array[: size * count], data[: size * count])
+    assert fake_verbs.counts("timeouts", "retransmissions") != before, "nothing was lost"
+
+
 @pytest.mark.parametrize("way", ["seed=9 error=0.05:any"], indirect=True)
 def test_failed_completions_end_transfers_once_with_a_typed_error(
     pair: tuple[TransferEngine, PeerProcess], way: Way

@@ -177,21 +177,35 @@ class Agent:
         return str(xfer.state)
 
     def start_endless_writes(self, name: str, remote: str, lease: bytes) -> None:
-        """Keeps the pipe to the peer full without the driver's help, until a write fails."""
+        """Keeps the pipe to the peer full without the driver's help, until a write fails; none does because it is slow."""
         peer = self._peer()
         region, target = self.regions[name], peer.regions[remote]
 
         def run() -> None:
             while True:
                 xfer = self.engine.write(
-                    region, target, 0, 0, region.nbytes, lease=lease, arrival=0
+                    region,
+                    target,
+                    0,
+                    0,
+                    region.nbytes,
+                    lease=lease,
+                    arrival=0,
+                    deadline_s=TIMEOUT_S,
                 )
                 try:
-                    xfer.wait(TIMEOUT_S)
-                except KvxferError:
+                    xfer.wait(2 * TIMEOUT_S)
+                except KvxferError as error:
+                    self.write_error = type(error).__name__
                     return
 
-        threading.Thread(target=run, daemon=True).start()
+        self.write_error = ""
+        self.writing = threading.Thread(target=run, daemon=True)
+        self.writing.start()
+
+    def end_of_writes(self) -> str:
+        self.writing.join(TIMEOUT_S)
+        return self.write_error
 
     def region_names(self) -> list[str]:
         return list(self.regions)

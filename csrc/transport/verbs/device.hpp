@@ -46,6 +46,9 @@ class Device {
   bool has_windows() const noexcept {
     return (limits_.device_cap_flags & IBV_DEVICE_MEM_WINDOW_TYPE_2B) != 0 && limits_.max_mw > 0;
   }
+  // Whether a fenced READ whose answer is lost is sent again. Soft-RoCE (Linux 6.1) counts it among
+  // the READs that it has to wait for, so that it waits for itself, for ever and without an error.
+  bool has_sound_fence() const noexcept { return limits_.vendor_id != kSoftRoceVendor; }
   // Whether new connections may use it. Written by the thread that hears of events; relaxed: who
   // comes too late finds a port that does not answer.
   bool is_up() const noexcept { return up_.load(std::memory_order_relaxed) && !is_lost(); }
@@ -57,6 +60,8 @@ class Device {
   MrPtr register_memory(void* base, size_t nbytes, int access, const std::string& what) const;
 
  private:
+  static constexpr uint32_t kSoftRoceVendor = 0xffffff;
+
   explicit Device(ibv_context* context);
   // Null, with the reason, when the port cannot be used. `num_ports`: of the device, once known.
   static std::shared_ptr<Device> open(ibv_device* device, uint8_t port, int& num_ports,

@@ -6,7 +6,8 @@
 // they go behind it with a fence, so that this NIC begins with them only when that has come: a
 // queue pair answers READs in order, but a responder may fetch the memory of several at once, and a
 // word that was fetched before the data that it speaks for would prove nothing. Where it is on
-// several rails, between which nothing is ordered, they wait for its completions.
+// several rails, between which nothing is ordered, or the device's fence is not sound, they wait
+// for its completions.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -76,6 +77,7 @@ Rail* Outgoing::rail_for_words(Ticket ticket, const Flight& flight) const noexce
   const uint64_t missing = flight.request->nbytes - flight.landed;
   if (missing == 0) return rails_.pick(flight.memory->node());
   for (const auto& rail : rails_) {
+    if (!rail->device->has_sound_fence()) continue;
     uint64_t nbytes = 0;
     for (const ChunkPtr& chunk : rail->pulls.in_flight())
       if (!chunk->job && !chunk->probe && chunk->ticket.slot == ticket.slot)
@@ -98,6 +100,7 @@ bool Outgoing::look_at_words() {
     Rail* const rail = rail_for_words(ticket, *flight);
     if (rail == nullptr) continue;
     words_due_.erase(it);
+    const bool fence = flight->landed < flight->request->nbytes;  // else nothing is to be awaited
     auto& words = words_[ticket.slot];
     words = {flight->region.value + 1, flight->lease.value + 1};  // not open, until the NIC says so
     auto* const to = reinterpret_cast<std::byte*>(words.data());
@@ -111,7 +114,7 @@ bool Outgoing::look_at_words() {
     add(flight->region, to);
     if (flight->lease.present) add(flight->lease, to + sizeof(uint64_t));
     ++flight->num_inside;
-    rail->pulls.post(std::move(chunk), true);
+    rail->pulls.post(std::move(chunk), fence);
     return true;
   }
   return false;
