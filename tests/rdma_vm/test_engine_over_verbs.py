@@ -115,16 +115,20 @@ def of(*ways: str) -> str:
     return " or ".join(f"[{way}{end}" for way in ways for end in ("]", "-allocated", "-registered"))
 
 
-# Both kinds of memory, one way each; then some of what depends on rails and on losses.
+# Everything, pulled; what else than that a push must keep; then some of what depends on rails and on losses.
+LANDING = (
+    "(random_scatter and (-0- or -1-)) or arrivals_are or arrivals_under or no_place_for or "
+    "predecessor or foreign_and or revoked_lease or expired_lease or cancel_ends"
+)
 CORE = (
-    "[verbs] or [verbs-push] or [verbs-allocated or [verbs-push-registered or test_verbs_rails or "
+    f"[verbs] or [verbs-allocated or (verbs-push-registered and ({LANDING})) or test_verbs_rails or "
     "((two-rails-allocated or cable-registered) and "
     "((random_scatter and (-0- or -1-)) or thousands_of_notifications or predecessor))"
 )
 
 
 def test_the_core_of_all_in_one_boot(verbs: Guest) -> None:
-    """The conformance suite pulled and pushed, a peer that dies, two rails, a cable that loses packets.
+    """The conformance suite pulled, what pushing may break, a peer that dies, two rails, a cable that loses packets.
 
     One guest, one pytest and one fork server for all of it: they are most of what a run costs.
     """
@@ -133,7 +137,7 @@ def test_the_core_of_all_in_one_boot(verbs: Guest) -> None:
     count = passed(
         verbs, *files, options=("--netem", "loss 0.5% delay 1ms"), places=places, select=CORE
     )
-    assert count >= 95
+    assert count >= 68
 
 
 def test_bytes_are_right_over_a_cable_that_loses_packets_and_a_cut_is_seen(verbs: Guest) -> None:
