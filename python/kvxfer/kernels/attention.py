@@ -19,6 +19,7 @@ from kvxfer.kernels._arrays import (
 from kvxfer.kernels._dispatch import choose, takes_numpy
 from kvxfer.kernels._numbers import MOST, finite, flag, whole
 from kvxfer.kernels.plan import DecodePlan, check_plan
+from kvxfer.layout.parts import MAX_BLOCK_SIZE
 
 __all__ = ["merge_states", "paged_decode", "paged_prefill"]
 
@@ -205,9 +206,9 @@ def add_caches(
     call.add("v_cache", v_cache, (*shape[:3], "head_dim_v"), (call.dtypes["k_cache"],))
     name_bytes(call, kv_dtype, "k_cache", "v_cache")
     block_size = shape[1] if nhd else shape[2]
-    if not 1 <= block_size <= 256:
+    if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise InvalidArgumentError(
-            f"k_cache: expected a block size from 1 to 256, given {block_size} "
+            f"k_cache: expected a block size from 1 to {MAX_BLOCK_SIZE}, given {block_size} "
             f"(kv_layout {kv_layout}, shape {list(shape)})"
         )
     if not nhd:
