@@ -557,7 +557,9 @@ def test_memory_of_another_dtype_than_its_layouts_is_refused(
     raw = torch.zeros(shape.nbytes, dtype=torch.uint8)
     given = is_of.removesuffix("fn")
     name = "tensors" if which == "checksum" else which
-    match = f"^{name}: expected memory of dtype {told} like its layout, or raw bytes.*, given {given}"
+    match = (
+        f"^{name}: expected memory of dtype {told} like its layout, or raw bytes.*, given {given}"
+    )
     memory = raw.view(dtype)
     with pytest.raises(InvalidArgumentError, match=match):
         memory_call(shape, memory, which)
@@ -590,7 +592,7 @@ def test_scales_in_memory_may_lie_in_arrays_of_their_own_dtype() -> None:
     factors = np.ones((shape.nbytes - plain.nbytes) // 4, np.float32)
     packed = kernels.pack_blocks(shape, [numbers, factors], [1])
     assert packed.nbytes == shape.nbytes // 2
-    with pytest.raises(InvalidArgumentError, match="tensors: expected memory of dtype float32 or int8 .*, given float16"):  # fmt: skip
+    with pytest.raises(InvalidArgumentError, match=r"tensors: expected memory of dtype float32 or int8 .*, given float16"):  # fmt: skip
         kernels.pack_blocks(shape, [numbers, factors.view(np.float16)], [1])
 
 

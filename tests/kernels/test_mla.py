@@ -46,7 +46,7 @@ def check(given: tuple[NpArray, NpArray], q: NpArray, dense: list[NpArray], late
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [1, 16, 64])
+@pytest.mark.parametrize("block_size", [1, 16, 64, 528])
 def test_it_attends_to_latents(
     rng: np.random.Generator, backend: str, dtype: str, block_size: int
 ) -> None:

@@ -111,11 +111,15 @@ KVXFER_INLINE void mask_panel(const Attention& a, int64_t key_begin, int64_t cou
 }
 
 KVXFER_INLINE bool all_finite(const float* values, int64_t n) {
-  Vf zeros{};
+  constexpr int64_t kSums = 4;  // one alone would wait for itself
+  Vf zeros[kSums] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) zeros += load(values + i) * 0.0f;
-  if (i < n) zeros += load_part(values + i, n - i) * 0.0f;
-  return all_equal(zeros, Vf{});  // a NaN or an infinity times 0 is NaN, and equals nothing
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+    for (int64_t j = 0; j < kSums; ++j) zeros[j] += load(values + i + j * kLanes) * 0.0f;
+  for (; i < n; i += kLanes)
+    zeros[0] += load_part(values + i, n - i < kLanes ? n - i : kLanes) * 0.0f;
+  // A NaN or an infinity times 0 is NaN, and equals nothing.
+  return all_equal((zeros[0] + zeros[1]) + (zeros[2] + zeros[3]), Vf{});
 }
 
 // multiply_panel<true> over the values of a tile that a mask's edge crosses and that hold a NaN or

@@ -123,7 +123,6 @@ class Side:
                     return True
         return False
 
-
     def check_dtypes(self, name: str) -> None:
         """Refuse memory that says of itself that it holds other numbers than the layout's.
 

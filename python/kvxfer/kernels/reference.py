@@ -226,9 +226,9 @@ def _softmax(logits: F32, sink: np.float32 | None) -> tuple[F32, F32]:
 
 def _sum_of_seen(weights: F32, seen: npt.NDArray[np.bool_], v: F32) -> F32:
     """``weights @ v``, but that a key adds nothing to a row that may not see it, whatever lies there: 0 * NaN is NaN."""
-    finite = np.isfinite(v).all(axis=1)
-    total: F32 = weights @ np.where(finite[:, None], v, np.float32(0))
-    for key in np.flatnonzero(~finite):
+    strange = np.count_nonzero(~np.isfinite(v), axis=1) > 0
+    total: F32 = weights @ np.where(strange[:, None], np.float32(0), v)
+    for key in np.flatnonzero(strange):
         rows = seen[:, key]
         total[rows] += weights[rows, key, None] * v[key]
     return total

@@ -112,7 +112,9 @@ def _check_complete(
     wanted = set(range(*dst.head_range))
     lacking: dict[tuple[int, ...], list[int]] = {}  # heads -> layers
     for layer in dst.layers:
-        got = {h for i, layers in sent if layer in layers for h in range(*heads_sent(sources[i], dst))}
+        got = {
+            h for i, layers in sent if layer in layers for h in range(*heads_sent(sources[i], dst))
+        }
         if wanted - got:
             lacking.setdefault(tuple(sorted(wanted - got)), []).append(layer)
     for heads, layers in lacking.items():

@@ -15,7 +15,15 @@ import numpy as np
 from kvxfer.errors import LayoutError
 from kvxfer.layout.dtypes import itemsize_of
 
-__all__ = ["MAX_BLOCK_SIZE", "MAX_HEADS", "MAX_LAYERS", "KVPart", "KVScales", "as_int", "check_scales"]
+__all__ = [
+    "MAX_BLOCK_SIZE",
+    "MAX_HEADS",
+    "MAX_LAYERS",
+    "KVPart",
+    "KVScales",
+    "as_int",
+    "check_scales",
+]
 
 
 # Far beyond any model: what a peer or a slip of the pen asks for must not be worked on for minutes.
