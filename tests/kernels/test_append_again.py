@@ -52,6 +52,29 @@ def test_the_second_call_writes_what_a_first_one_would(
     assert any(again)
 
 
+@pytest.mark.parametrize("name", ["key", "value", "k_cache", "v_cache"])
+def test_an_append_that_is_asked_for_gradients_says_that_it_has_none(
+    backend: str, name: str
+) -> None:
+    """Once: they were dropped in silence; also by the second call, which skips checks."""
+    kernels.append_kv(**call("NHD", torch.float32, 1), backend=backend)
+    given = call("NHD", torch.float32, 2)
+    want = {part: given[part].clone() for part in ("k_cache", "v_cache")}
+    kernels.append_kv(**given | want, backend=backend)
+    given[name].requires_grad_()
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match=f"{name}: expected no gradient to be asked for.*no_grad"):  # fmt: skip
+            kernels.append_kv(**given, backend=backend)
+        assert not given["k_cache"].any()
+        assert not given["v_cache"].any()
+        with torch.no_grad():
+            into = {part: torch.zeros_like(w) for part, w in want.items()}
+            if name in into:
+                into[name].requires_grad_()
+            kernels.append_kv(**given | into, backend=backend)
+        assert all(torch.equal(into[part].detach(), want[part]) for part in want)
+
+
 WRONG: dict[str, Callable[[Call], Call]] = {
     "slot out of range": lambda c: {"slot_mapping": c["slot_mapping"] + 20},
     "dtype of slots": lambda c: {"slot_mapping": c["slot_mapping"].int()},

@@ -86,7 +86,7 @@ def stack(rows: list[tuple[NpArray, NpArray]]) -> tuple[NpArray, NpArray]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("block_size", [1, 5, 16, 256])
+@pytest.mark.parametrize("block_size", [1, 5, 16, 256, 528])
 def test_decode_at_the_edges_of_blocks(
     rng: np.random.Generator, backend: str, block_size: int, form: str
 ) -> None:
@@ -129,7 +129,7 @@ def test_decode_head_sizes_groups_and_dtypes(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("block_size", [1, 16, 48])
+@pytest.mark.parametrize("block_size", [1, 16, 48, 528])
 def test_prefill_of_fresh_prompts_and_of_chunks(
     rng: np.random.Generator, backend: str, block_size: int, form: str
 ) -> None:
@@ -233,6 +233,46 @@ def test_a_nan_that_may_be_read_is_not_hidden(rng: np.random.Generator, backend:
         assert np.isnan(out[1, 0]).any()
         assert np.isfinite(out[0]).all()
         assert np.isfinite(out[1, 1]).all()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("causal", "window_left"), [(True, -1), (True, 20), (False, 20)])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_what_a_row_may_not_see_does_not_reach_it(
+    rng: np.random.Generator,
+    backend: str,
+    which: str,
+    causal: bool,
+    window_left: int,
+    wrong: float,
+) -> None:
+    # Once: a later token's NaN came to all rows of its tile, by a weight of 0 that multiplied it.
+    length, new, tokens = 190, 170, [30, 64, 101]
+    tokens += [189] if causal else []  # which all rows see otherwise
+    cache = paged(rng, [length], head_dim=24, head_dim_v=20)
+    q = encode(rng.standard_normal((new, 4, 24)), "float32")
+
+    def run() -> tuple[NpArray, NpArray]:
+        return kernels.paged_prefill(
+            q, cache.k, cache.v, np.array([0, new], np.int32), cache.block_table, cache.seq_lens,
+            kv_layout="HND", causal=causal, window_left=window_left, return_lse=True, backend=backend,
+        )  # fmt: skip
+
+    clean, clean_lse = run()
+    sees = np.zeros(new, bool)
+    positions = np.arange(length - new, length)
+    for token in tokens:
+        getattr(cache, which)[cache.block_table[0, token // 16], 0, token % 16, 3] = wrong
+        sees |= (not causal or token <= positions) & (
+            window_left < 0 or token >= positions - window_left
+        )
+    assert 0 < sees.sum() < new
+    out, lse = run()
+    assert np.array_equal(out[~sees], clean[~sees])
+    assert np.array_equal(lse[~sees], clean_lse[~sees])
+    assert np.array_equal(out[:, 2:], clean[:, 2:]), "the other KV head"
+    if which == "v" or np.isnan(wrong):
+        assert not np.isfinite(out[sees, :2, 3]).any(), "what is seen is not hidden"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

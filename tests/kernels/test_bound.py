@@ -78,6 +78,14 @@ def test_numpy_arrays_and_gradients_take_the_long_way() -> None:
         assert torch.equal(bound(*caches(), tracked), expected)
     with pytest.raises(InvalidArgumentError, match="q: expected no gradient to be asked for"):
         bound(*caches(), tracked)
+    for at, name in enumerate(("k_cache", "v_cache")):
+        learned = list(caches())
+        learned[at].requires_grad_()
+        with pytest.raises(InvalidArgumentError, match=f"{name}: expected no gradient"):
+            bound(*learned, step())
+    tracked = step() | {"key": step()["key"].clone().requires_grad_()}
+    with pytest.raises(InvalidArgumentError, match="key: expected no gradient to be asked for"):
+        bound(*caches(), tracked)
 
 
 @pytest.mark.parametrize(

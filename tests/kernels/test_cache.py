@@ -15,7 +15,7 @@ from paged_cases import DTYPES, NpArray, digest, encode
 
 from kvxfer import kernels
 from kvxfer.errors import InvalidArgumentError, LayoutError
-from kvxfer.layout import KVLayout
+from kvxfer.layout import KVLayout, KVScales
 
 # Values whose narrowing is a trap: ties, subnormals, overflow, signed zero, infinity, NaN.
 TRAPS = np.array(
@@ -58,7 +58,7 @@ def test_append_rounds_to_nearest_even(backend: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
-@pytest.mark.parametrize("block_size", [1, 16, 33])
+@pytest.mark.parametrize("block_size", [1, 16, 33, 528])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_writes_its_slots_and_no_other_byte(
     rng: np.random.Generator, backend: str, dtype: str, block_size: int, kv_layout: str
@@ -181,6 +181,80 @@ def test_copy_between_any_two_layouts_moves_exactly_the_tokens(case: dict[str, A
     )  # fmt: skip
     assert np.array_equal(dst_memory, want)
     assert digest(src_memory) == before
+
+
+@pytest.mark.parametrize("sizes", [(528, 1056), (1056, 528), (528, 16), (48, 528)])
+def test_copies_between_blocks_as_large_as_those_of_hybrid_models(
+    rng: np.random.Generator, backend: str, sizes: tuple[int, int]
+) -> None:
+    first, end = 37, 1200
+    src, dst = (
+        layout(order, num_blocks=-(-end // size) + 1, block_size=size, num_kv_heads=2)
+        for order, size in zip(("LKBNHC", "BLKHNC"), sizes, strict=True)
+    )
+    src_blocks, dst_blocks = (rng.permutation(side.num_blocks)[:-1].tolist() for side in (src, dst))
+    memory, got = random_memory(rng, src), random_memory(rng, dst)
+    want = got.copy()
+    rows = gather(src, memory, src_blocks, first, end)
+    for layer, parts in zip(dst.layers, dst.views(want), strict=True):
+        for part, view in enumerate(parts):
+            for token in range(first, end):
+                view[dst_blocks[token // sizes[1]], token % sizes[1]] = rows[layer, part, token]
+    kernels.copy_blocks(
+        src, memory, dst, got, src_blocks, dst_blocks, num_tokens=end, first_token=first, backend=backend
+    )  # fmt: skip
+    assert np.array_equal(got, want)
+
+
+# Quiet and signalling NaN with payloads, of both signs.
+NAN_BITS = {
+    "float32": np.array([0x7FC00000, 0x7F800001, 0xFFBFFFFF, 0x7FABCDEF, 0xFFC12345], np.uint32),
+    "float16": np.array([0x7E00, 0x7C01, 0xFDFF, 0x7D55, 0xFE23], np.uint16),
+    "bfloat16": np.array([0x7FC0, 0x7F81, 0xFFBF, 0x7FA5, 0xFFC7], np.uint16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_keeps_its_dtype_keeps_the_bits_of_its_nans(backend: str, dtype: str) -> None:
+    bits = np.resize(NAN_BITS[dtype], (3, 2, 40))
+    rows = bits if dtype == "bfloat16" else bits.view(dtype)
+    k, v = np.zeros((2, 1, 2, 2, 40), rows.dtype)  # 1 block of 2 slots
+    kernels.append_kv(rows[:2], rows[1:], k, v, np.array([1, 0], np.int64), backend=backend)
+    assert np.array_equal(k[0].view(bits.dtype), bits[[1, 0]])
+    assert np.array_equal(v[0].view(bits.dtype), bits[[2, 1]])
+    src, dst = (
+        layout(order, num_blocks=2, block_size=4, num_kv_heads=2, dtype=dtype)
+        for order in ("LKBHNC", "LKBNHC")
+    )
+    memory = np.resize(bits.reshape(-1), src.nbytes // bits.itemsize).view(np.uint8).copy()
+    out, back = np.zeros_like(memory), np.zeros_like(memory)
+    kernels.copy_blocks(src, memory, dst, out, [0, 1], [1, 0], backend=backend)
+    kernels.copy_blocks(dst, out, src, back, [1, 0], [0, 1], backend=backend)
+    assert np.array_equal(back, memory)
+    packed = kernels.pack_blocks(dst, out, [1, 0], backend=backend)
+    again = np.zeros_like(memory)
+    kernels.unpack_blocks(packed, src, again, [0, 1], backend=backend)
+    assert np.array_equal(again, memory)
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_changes_its_dtype_has_nans_where_it_had_them(
+    backend: str, dtype: str, target: str
+) -> None:
+    src, dst = (
+        layout("LKBHNC", num_blocks=1, block_size=4, num_kv_heads=2, dtype=name)
+        for name in (dtype, target)
+    )
+    bits = NAN_BITS[dtype].copy()
+    bits[-1] = 0
+    memory = np.resize(bits, src.nbytes // bits.itemsize).view(np.uint8).copy()
+    out = np.zeros(dst.nbytes, np.uint8)
+    kernels.copy_blocks(src, memory, dst, out, [0], [0], backend=backend)
+    got = out.view(NAN_BITS[target].dtype)
+    infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[target]
+    is_nan = (got & np.array((1 << (8 * got.itemsize - 1)) - 1, got.dtype)) > infinity
+    assert np.array_equal(is_nan, np.resize([True] * 4 + [False], len(got)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -444,11 +518,82 @@ def test_memory_of_anything_but_numbers_is_refused(array: NpArray) -> None:
 @pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_memory_of_ml_dtypes_is_taken(rng: np.random.Generator, name: str) -> None:
     dtype = getattr(pytest.importorskip("ml_dtypes"), name)
-    shape = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2)
+    told = name.removesuffix("fn")
+    shape = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2, dtype=told)
     memory = random_memory(rng, shape)
     target = np.zeros(shape.nbytes // np.dtype(dtype).itemsize, dtype)
     kernels.copy_blocks(shape, memory, shape, target, [0, 1], [0, 1])
     assert np.array_equal(target.view(np.uint8), memory.reshape(-1).view(np.uint8))
+
+
+def memory_call(shape: KVLayout, memory: Any, which: str) -> None:
+    good = np.zeros(shape.nbytes, np.uint8)
+    if not isinstance(memory, np.ndarray):
+        good = pytest.importorskip("torch").from_numpy(good)
+    {
+        "src": lambda: kernels.copy_blocks(shape, memory, shape, good, [0], [1]),
+        "dst": lambda: kernels.copy_blocks(shape, good, shape, memory, [0], [1]),
+        "out": lambda: kernels.pack_blocks(shape, good, [0], out=memory),
+        "tensors": lambda: kernels.unpack_blocks(good, shape, memory, [0]),
+        "checksum": lambda: kernels.checksum_blocks(shape, memory, [0]),
+    }[which]()
+
+
+@pytest.mark.parametrize("which", ["src", "dst", "out", "tensors", "checksum"])
+@pytest.mark.parametrize(
+    ("told", "is_of"),
+    [
+        ("bfloat16", "float16"), ("float16", "bfloat16"), ("float32", "float16"), ("float8_e4m3", "float8_e5m2"),
+        ("float8_e5m2", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), ("float32", "float64"), ("int8", "bool"),
+    ],
+)  # fmt: skip
+def test_memory_of_another_dtype_than_its_layouts_is_refused(
+    told: str, is_of: str, which: str
+) -> None:
+    # Once: float16 memory under a bfloat16 layout, of the same width, was copied and converted as what it was not.
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, is_of)
+    shape = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2, dtype=told)
+    raw = torch.zeros(shape.nbytes, dtype=torch.uint8)
+    given = is_of.removesuffix("fn")
+    name = "tensors" if which == "checksum" else which
+    match = (
+        f"^{name}: expected memory of dtype {told} like its layout, or raw bytes.*, given {given}"
+    )
+    memory = raw.view(dtype)
+    with pytest.raises(InvalidArgumentError, match=match):
+        memory_call(shape, memory, which)
+    if is_of in ("float16", "float64", "bool"):
+        with pytest.raises(InvalidArgumentError, match=match):
+            memory_call(shape, memory.numpy(), which)
+
+
+@pytest.mark.parametrize("which", ["src", "dst", "out", "tensors", "checksum"])
+def test_memory_of_the_layouts_dtype_and_of_raw_bytes_is_taken(which: str) -> None:
+    torch = pytest.importorskip("torch")
+    for told in ("float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8", "uint8"):
+        shape = layout("LKBHNC", num_blocks=2, block_size=4, num_kv_heads=2, dtype=told)
+        raw = torch.zeros(shape.nbytes, dtype=torch.uint8)
+        own = getattr(torch, told.replace("e4m3", "e4m3fn"))
+        anything = [torch.float16, torch.bfloat16, torch.float32] if told == "uint8" else []
+        for dtype in (own, torch.uint8, torch.int8, torch.int16, torch.int64, *anything):
+            memory_call(shape, raw.view(dtype), which)
+        for numpy in (np.uint8, np.int8, np.uint16, np.int64):
+            memory_call(shape, raw.numpy().view(numpy), which)
+
+
+def test_scales_in_memory_may_lie_in_arrays_of_their_own_dtype() -> None:
+    plain = layout("LKBNHC", num_blocks=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="int8")
+    scales = KVScales("token_head", order="LKBNH", offset=plain.nbytes)
+    shape = layout(
+        "LKBNHC", num_blocks=2, block_size=4, num_kv_heads=2, head_dim=8, dtype="int8", scales=scales
+    )  # fmt: skip
+    numbers = np.zeros(plain.nbytes, np.int8)
+    factors = np.ones((shape.nbytes - plain.nbytes) // 4, np.float32)
+    packed = kernels.pack_blocks(shape, [numbers, factors], [1])
+    assert packed.nbytes == shape.nbytes // 2
+    with pytest.raises(InvalidArgumentError, match=r"tensors: expected memory of dtype float32 or int8 .*, given float16"):  # fmt: skip
+        kernels.pack_blocks(shape, [numbers, factors.view(np.float16)], [1])
 
 
 def test_one_cache_may_be_copied_within_but_not_onto_what_is_read(

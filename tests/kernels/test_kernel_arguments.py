@@ -63,7 +63,7 @@ ATTENTION: list[tuple[str, Change, str]] = [
     ("kv blocks", to("v_cache", np.zeros((4, 8, 2, 16), np.float32)), r"v_cache: expected shape \[5, 8, 2,"),
     ("channels", to("k_cache", np.zeros((5, 8, 2, 32), np.float32)[..., ::2]), "k_cache: .*adjacent.*given stride 2"),
     ("reversed", to("v_cache", np.zeros((5, 8, 2, 16), np.float32)[::-1]), "v_cache: expected strides >= 0"),
-    ("block size", lambda c: c.update(k_cache=np.zeros((1, 300, 2, 16), np.float32), v_cache=np.zeros((1, 300, 2, 16), np.float32)), "block size from 1 to 256, given 300"),
+    ("block size", lambda c: c.update(k_cache=np.zeros((1, 65537, 2, 16), np.float32), v_cache=np.zeros((1, 65537, 2, 16), np.float32)), "block size from 1 to 65536, given 65537"),
     ("kv_layout", to("kv_layout", "NDH"), "kv_layout: expected 'NHD' or 'HND', given 'NDH'"),
     ("table dtype", to("block_table", np.zeros((2, 3), np.int64)), "block_table: expected dtype int32, given int64"),
     ("lens shape", to("seq_lens", np.zeros((2, 1), np.int32)), r"seq_lens: expected shape"),

@@ -147,12 +147,37 @@ def test_staging_that_is_too_short_is_refused() -> None:
         kernels.pack_plan(plan, memory_of(src), np.zeros(plan.staging_nbytes[0] - 1, np.uint8))
 
 
+def test_staging_names_the_callers_memory() -> None:
+    """Once: the texts said dst of the sender's staging, and src of the receiver's, which no argument is called."""
+    src, dst = KVLayout.nhd(**SHAPE, block_size=4), KVLayout.hnd(**SHAPE, block_size=4)
+    plan = plan_transfer(src, dst, [1], [2], kind="packed")
+    source, target = memory_of(src), np.zeros(dst.nbytes, np.uint8)
+    staging = np.zeros(plan.staging_nbytes[0], np.uint8)
+    fixed = staging.copy()
+    fixed.setflags(write=False)
+    half = staging.view(np.float16).astype(np.float32)
+    pack, unpack = kernels.pack_plan, kernels.unpack_plan
+    for match, call in {
+        r"^staging: layer \d, part . needs bytes": lambda: pack(plan, source, staging[:-1]),
+        r"^src: layer \d, part . needs bytes": lambda: pack(plan, source[:9], staging),
+        "^staging: expected writable memory": lambda: pack(plan, source, fixed),
+        "^staging: expected memory apart from src ": lambda: pack(plan, source, source[: staging.size]),
+        "^staging: expected memory of dtype float16 ": lambda: pack(plan, source, half),
+        r"^staging: layer \d, part . needs": lambda: unpack(plan, staging[:-1], target),
+        r"^dst: layer \d, part . needs": lambda: unpack(plan, staging, target[:9]),
+        "^dst: expected memory apart from staging ": lambda: unpack(plan, target[: staging.size], target),
+        "^staging: expected memory of dtype float16 like": lambda: unpack(plan, half, target),
+    }.items():  # fmt: skip
+        with pytest.raises(InvalidArgumentError, match=match):
+            call()
+
+
 def test_heads_of_the_staging_are_not_mistaken_for_the_models() -> None:
     src = KVLayout.nhd(**SHAPE, block_size=4)
     dst = KVLayout.hnd(**SHAPE, block_size=4, tp_size=2, tp_rank=1)
     plan = plan_transfer(src, dst, [1], [2], kind="packed")
     assert plan.wire_layout is not None
-    with pytest.raises(LayoutError, match=r"num_kv_heads: source 8, destination 4.*pack_plan"):
+    with pytest.raises(LayoutError, match=r"num_kv_heads: source has 8, destination 4.*pack_plan"):
         kernels.copy_blocks(
             src,
             memory_of(src),

@@ -14,6 +14,7 @@ from kvxfer import kernels
 from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels.triton import tune_prefill
 from kvxfer.kernels.triton._tiles import (
+    EDGE_N,
     PrefillShape,
     PrefillTile,
     prefill_candidates,
@@ -24,7 +25,13 @@ from kvxfer.kernels.triton.attention_prefill import prefill_shape
 
 pytestmark = needs_interpreter
 
-EDGES = {1: [0, 2, 40], 3: [0, 1, 2, 3, 4, 40], 16: [0, 1, 15, 16, 17, 90], 64: [63, 64, 65, 150]}
+EDGES = {
+    1: [0, 2, 40],
+    3: [0, 1, 2, 3, 4, 40],
+    16: [0, 1, 15, 16, 17, 90],
+    64: [63, 64, 65, 150],
+    528: [1, 527, 528, 529, 560],
+}
 
 
 def both(op: str, *arguments: Any, **options: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -160,6 +167,43 @@ def test_prefill_at_the_edges_of_blocks(block_size: int) -> None:
     lengths = [0, 1, max(1, n - 1), n, n + 1, 70]
     new = [0, 1, max(1, n - 1), 1, n + 1, 37]
     assert_close(*both("paged_prefill", *prefill_inputs(lengths, new, block_size=n)))
+
+
+def test_prefill_over_blocks_as_large_as_those_of_hybrid_models() -> None:
+    """528 tokens are no multiple of a tile, so that tiles lie in two blocks."""
+    assert_close(
+        *both("paged_prefill", *prefill_inputs([40, 530, 560], [5, 3, 40], block_size=528))
+    )
+
+
+@pytest.mark.parametrize("window_left", [-1, 20])
+def test_how_far_what_is_masked_reaches(window_left: int) -> None:
+    """A NaN in K reaches no row that may not see it; in V, rows of its tile, since 0 * NaN is NaN."""
+    inputs = prefill_inputs([150], [150], block_size=16, num_q_heads=1)
+    q, k, v, _, table, _ = inputs
+    options: dict[str, Any] = {"window_left": window_left, "backend": "triton"}
+    clean = kernels.paged_prefill(*inputs, **options)
+    token, positions = 101, torch.arange(150)
+    sees = (positions >= token) & ((window_left < 0) | (positions <= token + window_left))
+    for which in (k, v):
+        place = which[table[0, token // 16].long(), token % 16, 0]
+        kept = place[3].item()
+        place[3] = float("nan")
+        out = kernels.paged_prefill(*inputs, **options)
+        place[3] = kept
+        assert torch.isnan(out[sees, 0, 3]).all()
+        far = ~sees
+        if which is v:
+            tile = prefill_tile(prefill_shape(q, k, v, 1, plain=window_left < 0))
+            rows, keys = tile.block_m - 1, min(tile.block_n, EDGE_N) - 1
+            assert rows <= 127, "as the docs of paged_prefill say"
+            assert keys <= 63, "as the docs of paged_prefill say"
+            far &= (positions < token - rows - keys) | (
+                positions > token + max(0, window_left) + rows
+            )
+            assert torch.isnan(out[~sees & ~far]).any(), "mended? then so should be the docs"
+        assert far.any()
+        assert torch.equal(out[far], clean[far])
 
 
 def test_prefill_from_every_place_near_the_edge_of_a_tile() -> None:

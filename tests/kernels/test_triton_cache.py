@@ -92,6 +92,22 @@ def test_nan_and_infinity_survive_the_way_to_bfloat16() -> None:
     assert torch.equal(bits(k.flatten()[1:]), bits(want[1:]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_keeps_its_dtype_keeps_the_bits_of_its_nans(dtype: Any) -> None:
+    """Signalling ones too: once the interpreter's detour for bfloat16 made them quiet."""
+    patterns = {
+        torch.float32: [0x7FC00000, 0x7F800001, 0x7FABCDEF, -1],
+        torch.float16: [0x7E00, 0x7C01, 0x7D55, -1],
+        torch.bfloat16: [0x7FC0, 0x7F81, 0x7FA5, -1],
+    }[dtype]
+    rows = torch.tensor(patterns, dtype=bits(torch.zeros(1, dtype=dtype)).dtype).view(dtype)
+    rows = rows.view(1, 1, 4).expand(1, 2, 4).contiguous()
+    k, v = torch.zeros(1, 1, 2, 4, dtype=dtype), torch.zeros(1, 1, 2, 4, dtype=dtype)
+    kernels.append_kv(rows, rows, k, v, torch.tensor([0]), backend="triton")
+    assert torch.equal(bits(k[0]), bits(rows))
+    assert torch.equal(bits(v[0]), bits(rows))
+
+
 SHAPE: dict[str, Any] = {"num_kv_heads": 4, "num_layers": 3}
 
 

@@ -190,6 +190,18 @@ def test_torch_tensors_are_read_in_place() -> None:
     assert layout.views(pool.view(torch.uint8).numpy().reshape(-1))[1][1].dtype == np.uint16
 
 
+@pytest.mark.parametrize(("is_of", "told"), [("float16", "bfloat16"), ("bfloat16", "float16"), ("float8_e5m2", "float8_e4m3"), ("float8_e4m3fn", "int8")])  # fmt: skip
+def test_a_tensor_of_another_float_dtype_than_is_told_is_refused(is_of: str, told: str) -> None:
+    """Once only the widths were compared. Integers of the width are raw, as a library without the type has them."""
+    torch = pytest.importorskip("torch")
+    pool = torch.zeros(L, 2, B, N, H, D, dtype=getattr(torch, is_of))
+    with pytest.raises(LayoutError, match=f"tensor 0 is of {is_of.removesuffix('fn')}, {told} is told") as caught:  # fmt: skip
+        KVLayout.from_tensors(pool, "LKBNHC", **SHAPE | {"dtype": told})
+    assert caught.value.field == "dtype"
+    for raw in (torch.int16, torch.uint16) if pool.element_size() == 2 else (torch.uint8,):
+        assert KVLayout.from_tensors(pool.view(raw), "LKBNHC", **SHAPE | {"dtype": told}).dtype == told  # fmt: skip
+
+
 def test_padded_blocks_have_no_order_and_still_work() -> None:
     pool = numbered(L, 2, B, N + 1, H, D)[:, :, :, :N]
     layout = KVLayout.from_tensors(pool, "LKBNHC", **SHAPE)

@@ -30,7 +30,7 @@ SHAPE: dict[str, Any] = {
     ("order", "change", "field"),
     [
         ("LKBNHC", {"num_blocks": 0}, "num_blocks"),
-        ("LKBNHC", {"block_size": 257}, "block_size"),
+        ("LKBNHC", {"block_size": 65_537}, "block_size"),
         ("LKBNHC", {"block_size": 2.0}, "block_size"),
         ("LKBNHC", {"dtype": "bf16"}, "dtype"),
         ("LKBNHC", {"num_layers": None}, "num_layers"),

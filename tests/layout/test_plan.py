@@ -289,6 +289,37 @@ def test_layouts_that_cannot_be_mapped_name_the_field_and_both_values(
         transfer_pairs([ours], [theirs])
 
 
+def test_pairs_of_all_but_one_source_rank_are_refused() -> None:
+    """Once: they were short of its heads in silence, and the destination took what it had for the whole."""
+    ranks = [llama("LKBNHC", tp_size=4, tp_rank=r) for r in range(4)]
+    ours, theirs = llama("LKBHNC", tp_size=2, tp_rank=1), llama("LKBHNC", tp_size=2)
+    assert len(transfer_pairs(ranks, [ours, theirs])) == 4
+    with pytest.raises(LayoutError, match=r"destination 0 \(rank 1 of 2\) would get no heads \[6, 7\] of layers \[0, 1,.*"
+                       r"of the 4 source ranks of these layers \[3\] are missing") as caught:  # fmt: skip
+        transfer_pairs(ranks[:3], [ours])
+    assert caught.value.field == "tp_rank"
+    assert transfer_pairs(ranks[:3], [theirs]), "whose heads the missing one does not hold"
+    assert transfer_pairs(ranks[:3], []) == ()
+    with pytest.raises(LayoutError, match=r"destination 0 holds \[0, 1,.*\], which no source does"):
+        transfer_pairs([], [ours])
+
+
+def test_pairs_without_a_stage_or_a_replica_are_refused() -> None:
+    dst = llama("LKBHNC")
+    stages = [llama("LKBNHC", layers=range(16)), llama("LKBNHC", layers=range(16, 32))]
+    assert len(transfer_pairs(stages, [dst])) == 2
+    with pytest.raises(LayoutError, match=r"destination 0 holds \[16, .*31\], which no source does") as caught:  # fmt: skip
+        transfer_pairs(stages[:1], [dst])
+    assert caught.value.field == "layers"
+    # Ranks that hold the same heads share the layers, so that each of them is needed.
+    replicas = [llama("LKBNHC", num_kv_heads=1, tp_size=2, tp_rank=r) for r in range(2)]
+    dst = llama("LKBHNC", num_kv_heads=1)
+    assert len(transfer_pairs(replicas, [dst])) == 2
+    with pytest.raises(LayoutError, match=r"no heads \[0\] of layers \[1, 3, .*\[1\] are missing"):
+        transfer_pairs(replicas[:1], [dst])
+    assert transfer_pairs(replicas[:1], [dst], spread=False) == ((0, 0, tuple(range(32))),)
+
+
 def test_a_latent_does_not_map_onto_keys_and_values() -> None:
     shape = {"num_blocks": 4, "block_size": 4, "dtype": "uint8", "num_layers": 2}
     latent = KVLayout.mla(latent_dim=8, **shape)

@@ -91,7 +91,11 @@ def moves(draw: st.DrawFn) -> Move:
 def test_every_destination_byte_is_written_once_and_from_its_source(
     move: Move, by_layer: bool, spread: bool
 ) -> None:
-    plans = move.plans(kind="direct", by_layer=by_layer, spread=spread)
+    check_covered(move, by_layer=by_layer, spread=spread)
+
+
+def check_covered(move: Move, **how: bool) -> None:
+    plans = move.plans(kind="direct", **how)
     for j in range(len(move.dst)):
         arrived: dict[int, int] = {}
         wanted_at_all: set[int] = set()
@@ -103,6 +107,24 @@ def test_every_destination_byte_is_written_once_and_from_its_source(
             assert not set(moved) & set(arrived), "two sources write the same byte"
             arrived |= moved
         assert set(arrived) == wanted_at_all
+
+
+@pytest.mark.parametrize("sizes", [(528, 1056), (1056, 528), (528, 16), (48, 528), (528, 528)])
+def test_blocks_as_large_as_those_of_hybrid_models(sizes: tuple[int, int]) -> None:
+    model = Model(num_layers=2, num_heads=2, head_dim=2, head_dim_v=1, dtype="uint8")
+    rng = np.random.default_rng(sizes)
+    num_tokens = 1200
+    ranks, lists = [], []
+    for order, size, tp_size in (("LKBNHC", sizes[0], 1), ("BLHKNC", sizes[1], 2)):
+        needed = -(-num_tokens // size)
+        ranks.append(
+            tuple(Rank(model, order, needed + 2, size, (0, 1), r, tp_size) for r in range(tp_size))
+        )
+        lists.append(rng.permutation(needed + 2)[:needed])
+    move = Move(*ranks, *lists, 37, num_tokens)
+    check_covered(move)
+    for kind in ("gathered", "packed"):
+        check_staged(move, kind, by_layer=False)
 
 
 @given(moves(), st.booleans())
@@ -158,6 +180,10 @@ def test_pairs_are_exactly_the_plans_that_move_something(move: Move, spread: boo
 def test_staged_plans_land_the_same_bytes_as_direct_ones(
     move: Move, kind: str, by_layer: bool
 ) -> None:
+    check_staged(move, kind, by_layer=by_layer)
+
+
+def check_staged(move: Move, kind: str, *, by_layer: bool) -> None:
     direct, staged = move.plans(kind="direct"), move.plans(kind=kind, by_layer=by_layer)
     for pair, plan in staged.items():
         if not direct[pair].num_spans:

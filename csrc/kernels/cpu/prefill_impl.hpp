@@ -79,19 +79,63 @@ KVXFER_INLINE void multiply_panel(const float* a, int64_t a_row, int64_t a_step,
     for (int j = 0; j < kPanelVectors; ++j) store(out + i * kPanel + j * kLanes, acc[i][j]);
 }
 
+// Which keys the query rows at these positions may not see.
+struct Sight {
+  Vi position, oldest;
+  bool causal;
+
+  KVXFER_INLINE Sight(const Attention& a, const int32_t* positions)
+      : position(*reinterpret_cast<const ViLoose*>(positions)), causal(a.causal) {
+    const int64_t most = 1 << 30;
+    const int64_t reach = a.window_left < 0 || a.window_left > most ? most : a.window_left;
+    oldest = position - static_cast<int32_t>(reach);
+  }
+  KVXFER_INLINE Vi hides(int64_t at) const {
+    const Vi key = Vi{} + static_cast<int32_t>(at);
+    Vi hidden = key < oldest;
+    if (causal) hidden |= key > position;
+    return hidden;
+  }
+};
+
 // Keys outside what a row may see get -inf. Only tiles that a mask's edge crosses come here.
 KVXFER_INLINE void mask_panel(const Attention& a, int64_t key_begin, int64_t count,
                               const int32_t* positions, float* scores) {
-  const int64_t reach = a.window_left < 0 || a.window_left > (1 << 30) ? (1 << 30) : a.window_left;
   for (int j = 0; j < kPanelVectors; ++j) {
-    const Vi position = *reinterpret_cast<const ViLoose*>(positions + j * kLanes);
-    const Vi oldest = position - static_cast<int32_t>(reach);
+    const Sight sight(a, positions + j * kLanes);
     for (int64_t t = 0; t < count; ++t) {
-      const Vi key = Vi{} + static_cast<int32_t>(key_begin + t);
-      Vi hidden = key < oldest;
-      if (a.causal) hidden |= key > position;
       float* at = scores + t * kPanel + j * kLanes;
-      store(at, hidden ? splat(-__builtin_inff()) : load(at));
+      store(at, sight.hides(key_begin + t) ? splat(-__builtin_inff()) : load(at));
+    }
+  }
+}
+
+KVXFER_INLINE bool all_finite(const float* values, int64_t n) {
+  constexpr int64_t kSums = 4;  // one alone would wait for itself
+  Vf zeros[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes)
+    for (int64_t j = 0; j < kSums; ++j) zeros[j] += load(values + i + j * kLanes) * 0.0f;
+  for (; i < n; i += kLanes)
+    zeros[0] += load_part(values + i, n - i < kLanes ? n - i : kLanes) * 0.0f;
+  // A NaN or an infinity times 0 is NaN, and equals nothing.
+  return all_equal((zeros[0] + zeros[1]) + (zeros[2] + zeros[3]), Vf{});
+}
+
+// multiply_panel<true> over the values of a tile that a mask's edge crosses and that hold a NaN or
+// an infinity: there a weight of 0 does not suffice, and keys that a row may not see are left out.
+// No attempt at speed: finite values do not come here, and their sums are the same in both.
+void add_seen_values(const Attention& a, int64_t key_begin, int64_t count, const int32_t* positions,
+                     const float* v, int64_t v_row, const float* weights, float* values) {
+  for (int j = 0; j < kPanelVectors; ++j) {
+    const Sight sight(a, positions + j * kLanes);
+    for (int64_t d = 0; d < a.head_dim_v; ++d) {
+      Vf acc = load(values + d * kPanel + j * kLanes);
+      for (int64_t t = 0; t < count; ++t) {
+        const Vf more = acc + splat(v[t * v_row + d]) * load(weights + t * kPanel + j * kLanes);
+        acc = sight.hides(key_begin + t) ? acc : more;
+      }
+      store(values + d * kPanel + j * kLanes, acc);
     }
   }
 }
@@ -231,6 +275,10 @@ void prefill_typed(const Attention& a, const PrefillItem& item, void* scratch) {
     gather_tile(v_rows[now], v_shift, count, a.head_dim_v, dv, scales_of(a.v_scales), s.v);
     const int64_t next_count = begin + count < keys_end ? tile_count(begin + count) : 0;
     locate_tile(a, item.sequence, begin + count, next_count, k_rows[now ^ 1], v_rows[now ^ 1]);
+    const auto crosses = [&](int64_t low, int64_t high) {  // a mask's edge, for rows up to `high`
+      return (a.causal && begin + count - 1 > low) || begin < window_begin(high, a.window_left);
+    };
+    const bool strange = crosses(lowest, highest) && !all_finite(s.v, count * dv);
     int64_t ahead = 0;
     for (int64_t panel = 0; panel < panels; ++panel) {
       // The next tile's rows come in while this one is multiplied.
@@ -253,11 +301,14 @@ void prefill_typed(const Attention& a, const PrefillItem& item, void* scratch) {
           store(s.scores + i, soft_cap(load(s.scores + i), cap_log2));
         }
       }
-      const bool crosses = (a.causal && begin + count - 1 > panel_low) ||
-                           begin < window_begin(panel_high, a.window_left);
-      if (crosses) mask_panel(a, begin, count, positions, s.scores);
+      const bool masked = crosses(panel_low, panel_high);
+      if (masked) mask_panel(a, begin, count, positions, s.scores);
       soften_panel(s.scores, count, s.highest + panel * kPanel, s.sums + panel * kPanel, values,
                    a.head_dim_v);
+      if (masked && strange) {
+        add_seen_values(a, begin, count, positions, s.v, dv, s.scores, values);
+        continue;
+      }
       for (int64_t d = 0; d < dv; d += kBroadcast) {
         multiply_panel<true>(s.v + d, 1, dv, s.scores, count, values + d * kPanel);
       }

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.layout.dtypes import SHORT_NAMES
 
 __all__ = [
     "CACHE_DTYPES",
@@ -49,8 +50,6 @@ _NUMPY_NAMES = {
     np.dtype(np.int8): "int8",
     np.dtype(np.uint8): "uint8",
 }
-# Libraries add what their type leaves out: "fn" for finite.
-_SHORT_NAMES = {"float8_e4m3fn": "float8_e4m3"}
 
 
 # A decode step makes some ten calls of five arrays each, so what is asked of an array here is asked
@@ -78,11 +77,11 @@ def dtype_of(array: Array) -> str:
             name = str(array.dtype.name)
             if not array.dtype.isnative:  # its name is the native one's, its numbers are not
                 return f"{name} of the other byte order ({array.dtype.str}; astype converts it)"
-        return _SHORT_NAMES.get(name, name)
+        return SHORT_NAMES.get(name, name)
     known = _torch_names.get(array.dtype)
     if known is None:
         name = str(array.dtype).removeprefix("torch.")
-        known = _torch_names[array.dtype] = _SHORT_NAMES.get(name, name)
+        known = _torch_names[array.dtype] = SHORT_NAMES.get(name, name)
     return known
 
 
@@ -151,7 +150,7 @@ def facts_of(tensors: Sequence[Array]) -> tuple[Any, ...] | None:
     kind = torch.Tensor
     facts: list[Any] = []
     for tensor in tensors:
-        if type(tensor) is not kind or not tensor.is_cpu:
+        if type(tensor) is not kind or not tensor.is_cpu or tensor.requires_grad:
             return None
         facts += tensor.shape, tensor.stride(), tensor.dtype
     return tuple(facts)

@@ -75,6 +75,7 @@ def make_checksum_job(
 ) -> ChecksumJob:
     """Resolve a checksum; every mistake is refused here."""
     layout = side.layout
+    side.check_dtypes("tensors")
     ids = block_ids_of("block_ids", block_ids)
     begin, end = token_range(layout, ids, num_tokens, first_token)
     used = slice(begin // layout.block_size, -(-end // layout.block_size))

@@ -21,6 +21,7 @@ from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._copy_route import CopyRoute, route_between
 from kvxfer.kernels._host import cut_segments
 from kvxfer.kernels._sides import Side, block_ids_of, range_within
+from kvxfer.layout.rules import check_whole_tokens
 
 __all__ = ["BlockLists", "CopyJob", "make_job"]
 
@@ -99,10 +100,7 @@ def make_job(
     held = min(src_origin + len(src_ids) * size_a, dst_origin + len(dst_ids) * size_b)
     counts = ((len(src_ids), size_a), (len(dst_ids), size_b))
     first, end = range_within(held, counts, num_tokens, first_token)
-    if src.layout.atom == "block" and (first % size_a or end % size_a):
-        raise InvalidArgumentError(
-            f"num_tokens: tokens {first} to {end} cut a block of {size_a}; contents of atom 'block' move whole"
-        )
+    check_whole_tokens(src.layout, first, end)
     route = route_between(src, dst, layers, heads, first == end)
     tokens = (src_origin, dst_origin, first, end)
     apart = first < end and _in_one_cache(src, dst)

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError, LayoutError
-from kvxfer.kernels._arrays import CACHE_DTYPES, FLOAT_DTYPES
+from kvxfer.kernels._arrays import FLOAT_DTYPES
 from kvxfer.kernels._memo import remember
 from kvxfer.kernels._scales import scale_factors
 from kvxfer.kernels._sides import LayoutLike, Side, locate_layers
+from kvxfer.layout.rules import check_equal, check_whole_blocks, must_convert
 
 __all__ = ["CopyRoute", "PartCopy", "route_between"]
 
@@ -103,6 +104,8 @@ def route_between(
         id(b),
         src.sizes,
         dst.sizes,
+        src.dtypes,
+        dst.dtypes,
         None if layers is None else tuple(layers),
         None if heads is None else tuple(heads),
         empty,
@@ -110,10 +113,14 @@ def route_between(
     known = _known.get(key)
     if known is not None:
         return known
-    if a.format != b.format:
-        raise LayoutError("format", f"source {a.format!r}, destination {b.format!r}")
-    _check_model(a, b)
-    _check_atom(a, b)
+    src.check_dtypes("src")
+    dst.check_dtypes("dst")
+    check_equal(a, b, ("format",))
+    # Layers and heads are matched by their numbers, which mean the same in one model only.
+    advice = "Both must be of one model; the staging of a plan is filled by pack_plan"
+    check_equal(a, b, ("num_layers", "num_kv_heads"), advice)
+    check_whole_blocks(a, b)
+    must_convert(a, b)
     chosen, first_head, num_heads = _common(a, b, layers, heads)
     route = CopyRoute(
         layouts=(a, b),
@@ -138,42 +145,6 @@ def _common(
             )
         low, high = heads
     return chosen, low, max(0, high - low)
-
-
-def _check_model(a: LayoutLike, b: LayoutLike) -> None:
-    """Layers and heads are matched by their numbers, which mean the same in one model only."""
-    for name in ("num_layers", "num_kv_heads"):
-        ours, theirs = getattr(a, name), getattr(b, name)
-        if ours != theirs:
-            raise LayoutError(
-                name,
-                f"source {ours}, destination {theirs}: both must be of one model. The staging of a plan is filled by "
-                "pack_plan",
-            )
-
-
-def _check_atom(a: LayoutLike, b: LayoutLike) -> None:
-    if a.atom != b.atom and "block" in (a.atom, b.atom):
-        raise LayoutError("atom", f"source {a.atom!r}, destination {b.atom!r}")
-    if a.atom == "block" and (a.block_size, a.head_range) != (b.block_size, b.head_range):
-        raise LayoutError(
-            "atom",
-            "blocks of this format cannot be cut, so block_size and heads must be equal: source "
-            f"{a.block_size}, {a.head_range}; destination {b.block_size}, {b.head_range}",
-        )
-    if a.atom == "block":
-        one_head = a.head_range[1] - a.head_range[0] == 1
-        for ours, theirs in zip(a.parts, b.parts, strict=False):
-            inside = [
-                (part.stride_token if a.block_size > 1 else 0, 0 if one_head else part.stride_head)
-                for part in (ours, theirs)
-            ]
-            if inside[0] != inside[1]:
-                raise LayoutError(
-                    "order",
-                    f"part {ours.name}: the insides of blocks of atom 'block' cannot be arranged anew: strides of token "
-                    f"and head are {inside[0]} bytes in the source, {inside[1]} in the destination",
-                )
 
 
 def _layers(a: LayoutLike, b: LayoutLike, layers: Sequence[int] | None) -> list[int]:
@@ -204,13 +175,6 @@ def _parts(
         if part.width != target.width:
             raise LayoutError(
                 "head_dim", f"part {part.name}: source {part.width}, destination {target.width}"
-            )
-        both = (part.dtype, target.dtype)
-        if part.dtype != target.dtype and not all(d in CACHE_DTYPES for d in both):
-            raise LayoutError(
-                "dtype",
-                f"part {part.name}: expected equal dtypes, or a conversion among "
-                f"{', '.join(CACHE_DTYPES)}; source {part.dtype}, destination {target.dtype}",
             )
         result.append(
             PartCopy(

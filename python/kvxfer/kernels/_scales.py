@@ -10,8 +10,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvxfer.errors import LayoutError
-
 __all__ = ["ScaledLike", "ScalesLike", "scale_factors"]
 
 
@@ -20,6 +18,8 @@ class ScalesLike(Protocol):
 
     @property
     def granularity(self) -> str: ...
+    @property
+    def is_fixed(self) -> bool: ...
     @property
     def k(self) -> Sequence[float] | None: ...
     @property
@@ -49,31 +49,14 @@ def scale_factors(
 ) -> npt.NDArray[np.float32] | None:
     """``[layers, heads, 2]``: what was stored times the first, over the second, is to be stored.
 
-    None where stored numbers stay as they are but for their dtype.
-
-    Raises:
-        LayoutError: one side keeps its scales in memory, and the stored numbers would have to change.
+    None where stored numbers stay as they are but for their dtype. The sides have passed ``layout.rules``, so scales in
+    memory are on both or on neither, and move along as parts of their own.
     """
     a, b = src.scales, dst.scales
-    if a is None and b is None and src.dtype == dst.dtype:
+    if a is None and b is None:
         return None
-    in_memory = [x is not None and x.granularity in ("token", "token_head") for x in (a, b)]
-    if any(in_memory):
-        if all(in_memory) and src.dtype == dst.dtype:
-            return None  # the scales move along, as parts of their own
-        raise LayoutError(
-            "scales",
-            "a copy converts between fixed scales, not to or from scales in memory: source "
-            f"{src.dtype} with {_name(a)}, destination {dst.dtype} with {_name(b)}",
-        )
-    if src.dtype != dst.dtype or (a is None) != (b is None):
-        for side, layout in (("source", src), ("destination", dst)):
-            if layout.dtype == "int8" and layout.scales is None:
-                raise LayoutError(
-                    "scales",
-                    f"the {side} is int8 without scales, so what its numbers mean is not known; give the "
-                    "layout scales=",
-                )
+    if any(scales is not None and not scales.is_fixed for scales in (a, b)):
+        return None
     factors = np.ones((len(layers), num_heads, 2), np.float32)
     for column, (layout, scales) in enumerate(((src, a), (dst, b))):
         if scales is None or part.endswith("_scale"):
@@ -86,7 +69,3 @@ def scale_factors(
         heads = slice(first_head, first_head + num_heads) if per_head > 1 else slice(None)
         factors[:, :, column] = table[:, heads]
     return None if np.array_equal(factors[..., 0], factors[..., 1]) else factors
-
-
-def _name(scales: ScalesLike | None) -> str:
-    return "no scales" if scales is None else f"scales per {scales.granularity}"

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layout over memory: what the kernels read of a KVLayout, and where its rows lie in the given pieces.
 
-A KVLayout is read by its fields alone; ``kernels`` does not import ``layout``.
+A KVLayout is read by its fields alone, so that what stands for one (a packed buffer, a plan's staging) will do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kvxfer.kernels._arrays import Array, as_numpy, is_torch
 from kvxfer.kernels._host import address_of
 from kvxfer.kernels._numbers import MOST, shown, whole
 from kvxfer.kernels._scales import ScaledLike
+from kvxfer.layout.dtypes import DTYPES, meaning_of
 
 __all__ = [
     "ITEMSIZE",
@@ -37,15 +38,7 @@ __all__ = [
     "token_range",
 ]
 
-ITEMSIZE = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-    "uint8": 1,
-}
+ITEMSIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 class PartLike(Protocol):
@@ -63,6 +56,8 @@ class PartLike(Protocol):
     def stride_token(self) -> int: ...
     @property
     def stride_head(self) -> int: ...
+    @property
+    def per_head(self) -> bool: ...
     @property
     def bases(self) -> Sequence[int]: ...
 
@@ -103,6 +98,7 @@ class Side:
         if len(arrays) == 1:
             self.addresses: tuple[int, ...] = (address,)
             self.sizes: tuple[int, ...] = (arrays[0].nbytes,)  # bytes
+            self.dtypes: tuple[Any, ...] = (arrays[0].dtype,)  # the library's own
             return
         places = [_place(name, array) for array in arrays]
         for device, _ in places:
@@ -112,6 +108,7 @@ class Side:
                 )
         self.addresses = tuple([address for _, address in places])
         self.sizes = tuple([array.nbytes for array in arrays])
+        self.dtypes = tuple([array.dtype for array in arrays])
 
     @cached_property
     def pieces(self) -> tuple[Array, ...]:
@@ -125,6 +122,21 @@ class Side:
                 if start < low + size and low < start + length and length and size:
                     return True
         return False
+
+    def check_dtypes(self, name: str) -> None:
+        """Refuse memory that says of itself that it holds other numbers than the layout's.
+
+        Integers (of any width) are raw bytes, and rows of dtype uint8 are opaque: these say nothing. Scales in memory
+        may lie in arrays of their own dtype.
+        """
+        held = {part.dtype for part in self.layout.parts}
+        for array in self.arrays:
+            meaning = meaning_of(array)
+            if meaning is not None and meaning not in held and "uint8" not in held:
+                raise InvalidArgumentError(
+                    f"{name}: expected memory of dtype {' or '.join(sorted(held))} like its layout, or raw bytes (uint8), "
+                    f"given {meaning}"
+                )
 
 
 _SEQUENCES = (list, tuple)

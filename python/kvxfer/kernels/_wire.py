@@ -11,6 +11,7 @@ from typing import Any
 from kvxfer.kernels._memo import remember
 from kvxfer.kernels._scales import ScalesLike
 from kvxfer.kernels._sides import ITEMSIZE, LayoutLike
+from kvxfer.layout.parts import KVPart
 
 __all__ = ["wire_side"]
 
@@ -20,23 +21,12 @@ _MOST_KNOWN = 256
 
 
 @dataclass(frozen=True)
-class _Part:
-    name: str
-    width: int
-    dtype: str
-    stride_block: int
-    stride_token: int
-    stride_head: int
-    bases: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Wire:
     layers: tuple[int, ...]
     num_blocks: int
     block_size: int
     head_range: tuple[int, int]
-    parts: tuple[_Part, ...]
+    parts: tuple[KVPart, ...]
     nbytes: int
     format: str
     dtype: str
@@ -72,7 +62,7 @@ def _new_wire(
     for part, row in zip(layout.parts, rows, strict=True):
         bases = tuple(start + index * per_layer for index in range(len(layers)))
         parts.append(
-            _Part(part.name, part.width, part.dtype, per_layer, row, row * num_tokens, bases)
+            KVPart(part.name, part.width, part.dtype, per_layer, row, row * num_tokens, bases)
         )
         start += num_heads * num_tokens * row
     return _Wire(

@@ -19,6 +19,7 @@ from kvxfer.kernels._arrays import (
 from kvxfer.kernels._dispatch import choose, takes_numpy
 from kvxfer.kernels._numbers import MOST, finite, flag, whole
 from kvxfer.kernels.plan import DecodePlan, check_plan
+from kvxfer.layout.parts import MAX_BLOCK_SIZE
 
 __all__ = ["merge_states", "paged_decode", "paged_prefill"]
 
@@ -131,7 +132,10 @@ def paged_prefill(
         q: ``[num_tokens, num_q_heads, head_dim]``.
         cu_seqlens_q: ``[batch + 1]`` int32, from 0 to num_tokens, not descending; equal neighbours: no rows.
         seq_lens: ``[batch]`` int32, tokens of context, the new ones included.
-        causal: a row sees keys up to its own position; False: all of the context.
+        causal: a row sees keys up to its own position; False: all of the context. What a row may not see does not
+            reach it, but for one limit of the ``triton`` backend: it multiplies V by weights of 0, so that a NaN or an
+            infinity in V also reaches rows of the same tile: of less than 191 tokens before it, and with a window of
+            less than 128 behind the last that sees it. Slots past ``seq_lens`` reach no one.
         out: ``[num_tokens, num_q_heads, head_dim_v]``.
         k_cache, v_cache, block_table, sm_scale, kv_layout, window_left, logits_soft_cap, sinks, k_scale, v_scale,
             k_scale_cache, v_scale_cache, kv_dtype: as in :func:`paged_decode`.
@@ -205,9 +209,9 @@ def add_caches(
     call.add("v_cache", v_cache, (*shape[:3], "head_dim_v"), (call.dtypes["k_cache"],))
     name_bytes(call, kv_dtype, "k_cache", "v_cache")
     block_size = shape[1] if nhd else shape[2]
-    if not 1 <= block_size <= 256:
+    if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise InvalidArgumentError(
-            f"k_cache: expected a block size from 1 to 256, given {block_size} "
+            f"k_cache: expected a block size from 1 to {MAX_BLOCK_SIZE}, given {block_size} "
             f"(kv_layout {kv_layout}, shape {list(shape)})"
         )
     if not nhd:

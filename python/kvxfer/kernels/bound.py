@@ -40,6 +40,7 @@ class BoundCache:
             call.torch
             and call.device == "cpu"
             and k_cache.shape == v_cache.shape
+            and not (k_cache.requires_grad or v_cache.requires_grad)
             # Half precision would need views of another dtype per call: not the case worth shortening.
             and call.dtypes["k_cache"] == "float32"
             and all(

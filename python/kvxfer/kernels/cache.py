@@ -36,11 +36,11 @@ from kvxfer.kernels._sides import (
     token_range,
 )
 from kvxfer.kernels._wire import wire_side
-from kvxfer.kernels.attention import add_caches, add_scale_caches
+from kvxfer.kernels.attention import add_caches, add_scale_caches, refuse_gradients
 
 _ONE_BLOCK = np.zeros(1, np.int64)  # the block list of a packed buffer, which starts at first_token
 
-__all__ = ["append_kv", "copy_blocks", "pack_blocks", "unpack_blocks"]
+__all__ = ["append_kv", "copy_blocks", "pack_blocks", "rename_sides", "unpack_blocks"]
 
 # Appends of host tensors that have passed all checks: what these looked at, and what takes the addresses of the next. A decode step makes
 # one such call per layer, alike but for addresses and slots, and the checks take longer than its work.
@@ -79,7 +79,9 @@ def append_kv(
     Numbers past the range of an 8-bit dtype become its largest (float8 e4m3: 448, e5m2: 57344; int8: -128, 127).
 
     Args:
-        key: ``[num_tokens, num_kv_heads, head_dim]``, float32, float16 or bfloat16, channels adjacent.
+        key: ``[num_tokens, num_kv_heads, head_dim]``, float32, float16 or bfloat16, channels adjacent. What the cache
+            has the dtype of keeps its bits, those of a NaN too, unless a scale divides it; any other NaN stays one (int8:
+            -128), but its bits depend on the backend.
         value: ``[num_tokens, num_kv_heads, head_dim_v]``, dtype of ``key``.
         k_cache, v_cache: written in place, so no element may be in both; axes by ``kv_layout`` as in :func:`paged_decode`.
         slot_mapping: ``[num_tokens]`` int64, ``block_id * block_size + offset``; -1 skips the token.
@@ -91,7 +93,8 @@ def append_kv(
         kv_dtype: of caches that are NumPy ``uint8``: ``"float8_e4m3"`` or ``"float8_e5m2"``; never guessed.
     Raises:
         InvalidArgumentError: a shape, dtype, stride or device disagrees, or on the host a slot is out of range;
-            the message names it, the expected and the given value. The cache is untouched then.
+            the message names it, the expected and the given value. Or torch is asked for a gradient. The cache is
+            untouched then.
         UnavailableError: no kernel for this device; carries the reason.
     Source: reshape_and_cache (vLLM).
     """
@@ -134,6 +137,7 @@ def append_kv(
     written = ("k_cache", "v_cache", "k_scale_cache", "v_scale_cache")
     for name in written[: 4 if scaled else 2]:
         call.check_written(name)
+    refuse_gradients(call, "key", "value", *written[: 4 if scaled else 2])
     for k_name, v_name in (written[:2], written[2:])[: 2 if scaled else 1]:
         if share_elements(call.views[k_name], call.views[v_name]):
             raise InvalidArgumentError(
@@ -180,7 +184,9 @@ def copy_blocks(
     Args:
         src_layout, dst_layout: ``KVLayout`` of each side; the heads and layers that both hold are copied.
         src, dst: the memory: one contiguous array, or several that form one linear offset space in the order
-            given (as in ``engine.register``). May be one cache under one layout, with disjoint blocks. On a GPU
+            given (as in ``engine.register``). Of the layout's dtype (where scales lie in memory, or of theirs), or of
+            integers of any width, which are raw bytes; float16 memory under a bfloat16 layout is refused. A layout of
+            opaque rows (uint8) takes any. May be one cache under one layout, with disjoint blocks. On a GPU
             one side may be pinned host memory, which the kernel then reads or writes across the bus; and ``dst``
             may be memory (of ``cudaMalloc``, as torch's is) of another GPU that the source's reaches. It runs on the
             source's GPU, in its current stream: what uses ``dst`` on the other one waits for an event of that stream.
@@ -189,7 +195,9 @@ def copy_blocks(
         num_tokens, first_token: tokens ``[first_token, num_tokens)`` are copied; None: all that both hold.
         layers: global layer ids; None: those that both hold.
         src_layout.scales, dst_layout.scales: where both are fixed (or none) and differ, written = read * its scale
-            over the other's; scales in memory move with the data, between equal dtypes only.
+            over the other's; scales in memory move with the data, between equal dtypes only. Where neither dtype nor
+            scale changes the bits stay as they are; where one does, a NaN stays one
+            (int8: -128), but its bits depend on the backend, whether it is a signalling one too.
         max_ctas: on a GPU, the most thread blocks to use (0: no limit). Of no effect on the host.
     Raises:
         LayoutError: the layouts cannot be mapped; names the field.
@@ -237,7 +245,7 @@ def pack_blocks(
     try:
         _run(side, target, ids, _ONE_BLOCK, end, first, layers, chosen, max_ctas, backend)
     except InvalidArgumentError as error:
-        _rename(error, {"src": "tensors", "dst": "out", "src_blocks": "block_ids"})
+        rename_sides(error, {"src": "tensors", "dst": "out", "src_blocks": "block_ids"})
         raise
     return out
 
@@ -268,7 +276,7 @@ def unpack_blocks(
     try:
         _run(source, side, _ONE_BLOCK, ids, end, first, layers, chosen, max_ctas, backend)
     except InvalidArgumentError as error:
-        _rename(error, {"dst": "tensors", "dst_blocks": "block_ids"})
+        rename_sides(error, {"dst": "tensors", "dst_blocks": "block_ids"})
         raise
 
 
@@ -368,7 +376,7 @@ def _some_heads(layout: LayoutLike, heads: Any) -> tuple[int, int] | None:
     return first, end
 
 
-def _rename(error: InvalidArgumentError, names: dict[str, str]) -> None:
+def rename_sides(error: InvalidArgumentError, names: dict[str, str]) -> None:
     """A copy says src and dst; who packs or unpacks knows these by other names, and is told of those."""
     if type(error) is InvalidArgumentError:
         error.args = (_COPY_NAMES.sub(lambda match: names.get(match[0], match[0]), str(error)),)

@@ -10,6 +10,7 @@ from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import CACHE_DTYPES, FLOAT_DTYPES, Array, Operands
 from kvxfer.kernels._numbers import MOST, finite, whole
 from kvxfer.kernels.attention import attend, name_bytes
+from kvxfer.layout.parts import MAX_BLOCK_SIZE
 
 __all__ = ["mla_decode"]
 
@@ -61,9 +62,9 @@ def mla_decode(
     shape = ("num_blocks", "block_size", width)
     _, block_size, _ = call.add("latent_cache", latent_cache, shape, (*CACHE_DTYPES, "uint8"))
     name_bytes(call, kv_dtype, "latent_cache")
-    if not 1 <= block_size <= 256:
+    if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise InvalidArgumentError(
-            f"latent_cache: expected a block size from 1 to 256, given {block_size}"
+            f"latent_cache: expected a block size from 1 to {MAX_BLOCK_SIZE}, given {block_size}"
         )
     call.add("block_table", block_table, (batch, "max_blocks"), ("int32",))
     call.add("seq_lens", seq_lens, (batch,), ("int32",))

@@ -21,6 +21,7 @@ from kvxfer.kernels._copy_route import PartCopy
 from kvxfer.kernels._float8 import LARGEST, float8_values, to_float8
 from kvxfer.kernels._mla import mla_by_decode
 from kvxfer.kernels._sides import ITEMSIZE
+from kvxfer.layout.dtypes import DTYPES
 
 __all__ = [
     "CACHE_DTYPES",
@@ -189,13 +190,16 @@ def paged_prefill(
         if window_left >= 0:
             seen &= keys[None, :] >= positions[:, None] - window_left
         for head in range(q.shape[1]):
-            logits = to_float32(q[first:end, head]) @ k[:, head // group].T * np.float32(sm_scale)
-            if logits_soft_cap > 0:
-                cap = np.float32(logits_soft_cap)
-                logits = cap * np.tanh(logits / cap)
-            sink = None if sinks is None else sinks[head]
-            weights, head_lse = _softmax(np.where(seen, logits, -np.inf), sink)
-            values = weights @ v[:, head // group] * np.float32(v_scale)
+            # Of infinities come NaN, which go where they are seen and are masked where they are not.
+            with np.errstate(invalid="ignore"):
+                logits = to_float32(q[first:end, head]) @ k[:, head // group].T
+                logits *= np.float32(sm_scale)
+                if logits_soft_cap > 0:
+                    cap = np.float32(logits_soft_cap)
+                    logits = cap * np.tanh(logits / cap)
+                sink = None if sinks is None else sinks[head]
+                weights, head_lse = _softmax(np.where(seen, logits, -np.inf), sink)
+                values = _sum_of_seen(weights, seen, v[:, head // group]) * np.float32(v_scale)
             out[first:end, head] = from_float32(values, out.dtype)
             if lse is not None:
                 lse[first:end, head] = head_lse
@@ -218,6 +222,16 @@ def _softmax(logits: F32, sink: np.float32 | None) -> tuple[F32, F32]:
         lse = np.log(total) + finite
     safe = np.where(total == 0, np.float32(1), total)
     return weights / safe[:, None], lse
+
+
+def _sum_of_seen(weights: F32, seen: npt.NDArray[np.bool_], v: F32) -> F32:
+    """``weights @ v``, but that a key adds nothing to a row that may not see it, whatever lies there: 0 * NaN is NaN."""
+    strange = np.count_nonzero(~np.isfinite(v), axis=1) > 0
+    total: F32 = weights @ np.where(strange[:, None], np.float32(0), v)
+    for key in np.flatnonzero(strange):
+        rows = seen[:, key]
+        total[rows] += weights[rows, key, None] * v[key]
+    return total
 
 
 def _check_columns(sequence: int, length: int, columns: int, block_size: int) -> None:
@@ -267,14 +281,6 @@ def merge_states(
     out[...] = from_float32((a + b) / safe[..., None], out.dtype)
     with np.errstate(divide="ignore"):
         lse[...] = np.log(total) + finite
-
-
-_NUMPY_DTYPE = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "int8": np.int8,
-}
 
 
 def copy_blocks(job: CopyJob) -> None:
@@ -345,10 +351,9 @@ def _rows(job: CopyJob, part: PartCopy, base: tuple[int, int], *, src: bool) -> 
     extent = job.route.src_extent if src else job.route.dst_extent
     name = part.src_dtype if src else part.dst_dtype
     block, token, head = part.src_strides if src else part.dst_strides
-    dtype = np.dtype(_NUMPY_DTYPE.get(name, np.uint8))
     rows: NpArray = np.ndarray(
         (*extent, job.route.num_heads, part.width),
-        dtype,
+        DTYPES[name],
         buffer=pieces[base[0]],
         offset=base[1],
         strides=(block, token, head, ITEMSIZE[name]),

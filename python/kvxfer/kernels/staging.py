@@ -14,13 +14,13 @@ import numpy.typing as npt
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.kernels._arrays import Array
 from kvxfer.kernels._sides import Side
-from kvxfer.kernels.cache import run_copy
+from kvxfer.kernels.cache import rename_sides, run_copy
 
 __all__ = ["pack_plan", "unpack_plan"]
 
 
 class PlanLike(Protocol):
-    """What is read of a ``TransferPlan``; ``kernels`` does not import ``layout``."""
+    """What is read of a ``TransferPlan``."""
 
     @property
     def src(self) -> Any: ...
@@ -97,22 +97,26 @@ def pack_plan(
     wire = _staging_of(plan)
     source, target = Side("src", plan.src, src), Side("staging", wire, staging)
     size = plan.src.block_size
-    for first, end in _runs(plan.src_blocks, size, plan.first_token, plan.num_tokens):
-        block = first // size
-        run_copy(
-            source,
-            target,
-            plan.src_blocks[block : -(-end // size)],
-            wire.block_ids,
-            num_tokens=end,
-            first_token=first,
-            layers=plan.layers,
-            heads=plan.heads,
-            src_origin=block * size,
-            dst_origin=plan.staging_origin,
-            max_ctas=max_ctas,
-            backend=backend,
-        )
+    try:
+        for first, end in _runs(plan.src_blocks, size, plan.first_token, plan.num_tokens):
+            block = first // size
+            run_copy(
+                source,
+                target,
+                plan.src_blocks[block : -(-end // size)],
+                wire.block_ids,
+                num_tokens=end,
+                first_token=first,
+                layers=plan.layers,
+                heads=plan.heads,
+                src_origin=block * size,
+                dst_origin=plan.staging_origin,
+                max_ctas=max_ctas,
+                backend=backend,
+            )
+    except InvalidArgumentError as error:
+        rename_sides(error, {"dst": "staging", "src_blocks": "plan.src_blocks"})
+        raise
 
 
 def unpack_plan(
@@ -130,19 +134,23 @@ def unpack_plan(
     """
     wire = _staging_of(plan)
     source, target = Side("staging", wire, staging), Side("dst", plan.dst, dst)
-    run_copy(
-        source,
-        target,
-        wire.block_ids,
-        plan.dst_blocks,
-        num_tokens=plan.num_tokens,
-        first_token=plan.first_token,
-        layers=plan.layers,
-        heads=plan.heads,
-        src_origin=plan.staging_origin,
-        max_ctas=max_ctas,
-        backend=backend,
-    )
+    try:
+        run_copy(
+            source,
+            target,
+            wire.block_ids,
+            plan.dst_blocks,
+            num_tokens=plan.num_tokens,
+            first_token=plan.first_token,
+            layers=plan.layers,
+            heads=plan.heads,
+            src_origin=plan.staging_origin,
+            max_ctas=max_ctas,
+            backend=backend,
+        )
+    except InvalidArgumentError as error:
+        rename_sides(error, {"src": "staging", "dst_blocks": "plan.dst_blocks"})
+        raise
 
 
 def _runs(ids: npt.NDArray[np.int64], size: int, first: int, end: int) -> Iterator[tuple[int, int]]:

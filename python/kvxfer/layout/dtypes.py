@@ -10,7 +10,7 @@ import numpy as np
 
 from kvxfer.errors import LayoutError
 
-__all__ = ["DTYPES", "FP8_MAX", "itemsize_of", "numpy_dtype"]
+__all__ = ["DTYPES", "SHORT_NAMES", "itemsize_of", "meaning_of", "numpy_dtype"]
 
 # NumPy has neither bfloat16 nor fp8: their bytes travel as unsigned integers of the same size.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -23,7 +23,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype(np.uint8),  # opaque rows: never converted
 }
 
-FP8_MAX = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}
+# Libraries add what their type leaves out: "fn" for finite.
+SHORT_NAMES = {"float8_e4m3fn": "float8_e4m3"}
 
 
 def numpy_dtype(name: str, field: str = "dtype") -> np.dtype[Any]:
@@ -37,3 +38,13 @@ def numpy_dtype(name: str, field: str = "dtype") -> np.dtype[Any]:
 def itemsize_of(name: str, field: str = "dtype") -> int:
     """Bytes of one element of ``name``."""
     return numpy_dtype(name, field).itemsize
+
+
+def meaning_of(array: Any) -> str | None:
+    """What an array's own dtype says that its elements are; None for integers, which are bytes of no told meaning.
+
+    Integers hold what libraries have no type for, and raw memory: of these a layout's dtype is believed. A dtype that
+    is a number format of its own (``float16``) is compared with the layout's.
+    """
+    name = str(getattr(array, "dtype", "int")).removeprefix("torch.")
+    return None if name.startswith(("int", "uint")) else SHORT_NAMES.get(name, name)

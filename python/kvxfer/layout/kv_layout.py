@@ -36,6 +36,7 @@ class KVLayout:
         dtype: of the values: ``float32``, ``float16``, ``bfloat16``, ``float8_e4m3`` (torch's float8_e4m3fn),
             ``float8_e5m2``, ``int8``; ``uint8`` for opaque rows.
         num_layers, layers: of the model in this group, and the ids held here, ascending.
+        block_size: tokens of a block, 1 to 65,536; a packed buffer, which is one block, may have more.
         num_kv_heads, head_dim, head_dim_v: of the model, not of this rank (MLA: 1, latent width, 0).
         tp_rank, tp_size: give ``head_range`` and ``replica``.
         format, atom: packed contents name their format and the smallest piece that may be cut:
@@ -131,7 +132,8 @@ class KVLayout:
                 and the kind is ``split``, each of these is a (K, V) pair.
             axes: what each dimension means, e.g. ``KBNHC``; ``S`` stands for slots, that is block and
                 token in one dimension. Without K and with ``kind="fused"`` the C axis holds K then V.
-            dtype: told, because fp8 and bf16 caches are often plain bytes to their tensor library.
+            dtype: told, because fp8 and bf16 caches are often plain integers to their tensor library. Tensors of
+                another float dtype are refused, unless rows are opaque (``uint8``).
             region: where offsets count from: the NumPy array or tensor that they are views of, or a list
                 of byte offsets, one for each tensor (``region.piece_offsets``). None for one tensor
                 alone: offsets count from its first byte.

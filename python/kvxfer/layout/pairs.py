@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from kvxfer.errors import InvalidArgumentError, LayoutError
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.orders import has_two_parts
+from kvxfer.layout.rules import check_equal, check_whole_blocks, must_convert
 
 __all__ = ["check_compatible", "heads_sent", "layers_sent", "transfer_pairs"]
 
@@ -22,73 +23,20 @@ def check_compatible(src: KVLayout, dst: KVLayout) -> bool:
             raise InvalidArgumentError(
                 f"{side}: expected a KVLayout, given {type(layout).__name__}"
             )
-    for field in _EQUAL:
-        ours, theirs = getattr(src, field), getattr(dst, field)
-        if ours != theirs:
-            raise LayoutError(
-                field, f"source has {ours!r}, destination {theirs!r}; they must be equal"
-            )
+    check_equal(src, dst, _EQUAL)
     if src.kind != dst.kind and not (has_two_parts(src.kind) and has_two_parts(dst.kind)):
         raise LayoutError("kind", f"source has {src.kind!r}, destination {dst.kind!r}")
-    if src.atom == "block":
-        _check_whole_blocks(src, dst)
-    return _must_convert(src, dst)
-
-
-def _check_whole_blocks(src: KVLayout, dst: KVLayout) -> None:
-    for field in ("block_size", "head_range"):
-        ours, theirs = getattr(src, field), getattr(dst, field)
-        if ours != theirs:
-            raise LayoutError(
-                field,
-                f"source has {ours}, destination {theirs}; contents of atom 'block' cannot be cut",
-            )
-    for ours, theirs in zip(src.parts, dst.parts, strict=True):
-        inside = [
-            [axis for axis in layout.part_axes(part) if axis[0] != "block"]
-            for layout, part in ((src, ours), (dst, theirs))
-        ]
-        if inside[0] != inside[1]:
-            raise LayoutError(
-                "order", f"{ours.name} of atom 'block' has other strides at the destination"
-            )
-
-
-def _must_convert(src: KVLayout, dst: KVLayout) -> bool:
-    same_scales = src.scales is None and dst.scales is None
-    if src.scales is not None and dst.scales is not None:
-        a, b = src.scales, dst.scales
-        same_scales = (a.granularity, a.dtype, a.k, a.v) == (b.granularity, b.dtype, b.k, b.v)
-    if src.dtype == dst.dtype and same_scales:
-        if src.scales is not None and src.scales.granularity == "token":
-            first, end = src.head_range
-            if not (first <= dst.head_range[0] and dst.head_range[1] <= end):
-                raise LayoutError(
-                    "scales",
-                    f"one scale a token covers the source's heads {src.head_range}; the destination's "
-                    f"{dst.head_range} would need several",
-                )
-        return False
-    if "uint8" in (src.dtype, dst.dtype) or src.atom != "element":
-        field = "dtype" if src.dtype != dst.dtype else "scales"
-        raise LayoutError(
-            field,
-            f"source has {getattr(src, field)!r}, destination {getattr(dst, field)!r}; opaque contents "
-            "are never converted",
-        )
-    for side, layout in (("source", src), ("destination", dst)):
-        if layout.scales is not None and not layout.scales.is_fixed:
+    check_whole_blocks(src, dst)
+    converts = must_convert(src, dst)
+    if not converts and src.scales is not None and src.scales.granularity == "token":
+        first, end = src.head_range
+        if not (first <= dst.head_range[0] and dst.head_range[1] <= end):
             raise LayoutError(
                 "scales",
-                f"the {side} has scales per {layout.scales.granularity} in memory, which move with their numbers and "
-                f"are never converted: source {src.dtype}, {src.scales}; destination {dst.dtype}, {dst.scales}",
+                f"one scale a token covers the source's heads {src.head_range}; the destination's "
+                f"{dst.head_range} would need several",
             )
-        if layout.scales is None and layout.dtype == "int8":
-            raise LayoutError(
-                "scales",
-                f"the {side} is int8 without scales, so what its numbers mean is not known; give the layout scales=",
-            )
-    return True
+    return converts
 
 
 def heads_sent(src: KVLayout, dst: KVLayout) -> tuple[int, int]:
@@ -138,23 +86,45 @@ def transfer_pairs(
     """Every (source index, destination index, layers) that moves something.
 
     Both sides compute it, and so know the arrivals to expect: for a layer, the pairs that name it.
+
+    Args:
+        src_layouts: of all source ranks, since each sends its share only; of the destination's any will do.
+    Raises:
+        LayoutError: two layouts cannot be mapped; or a destination would not get all of its layers and heads,
+            because source ranks are missing: it names them, the layers and the heads.
     """
     pairs = []
-    for i, src in enumerate(src_layouts):
-        for j, dst in enumerate(dst_layouts):
-            check_compatible_fields(src, dst)
+    for j, dst in enumerate(dst_layouts):
+        for i, src in enumerate(src_layouts):
+            check_equal(src, dst, _EQUAL)  # also of ranks that exchange nothing
             layers = layers_sent(src, dst, spread=spread)
             if layers:
                 check_compatible(src, dst)
                 pairs.append((i, j, layers))
-    return tuple(pairs)
+        _check_complete(src_layouts, j, dst, [(i, layers) for i, k, layers in pairs if k == j])
+    return tuple(sorted(pairs))
 
 
-def check_compatible_fields(src: KVLayout, dst: KVLayout) -> None:
-    """The rules that hold even for ranks that exchange nothing."""
-    for field in _EQUAL:
-        ours, theirs = getattr(src, field), getattr(dst, field)
-        if ours != theirs:
-            raise LayoutError(
-                field, f"source has {ours!r}, destination {theirs!r}; they must be equal"
-            )
+def _check_complete(
+    sources: Sequence[KVLayout], index: int, dst: KVLayout, sent: list[tuple[int, tuple[int, ...]]]
+) -> None:
+    """Refuse a destination that would not get each of its heads of each of its layers."""
+    wanted = set(range(*dst.head_range))
+    lacking: dict[tuple[int, ...], list[int]] = {}  # heads -> layers
+    for layer in dst.layers:
+        got = {
+            h for i, layers in sent if layer in layers for h in range(*heads_sent(sources[i], dst))
+        }
+        if wanted - got:
+            lacking.setdefault(tuple(sorted(wanted - got)), []).append(layer)
+    for heads, layers in lacking.items():
+        holders = [src for src in sources if layers[0] in src.layers]
+        if not holders:
+            raise LayoutError("layers", f"destination {index} holds {layers}, which no source does")
+        tp_size = holders[0].tp_size
+        missing = sorted(set(range(tp_size)) - {src.tp_rank for src in holders})
+        raise LayoutError(
+            "tp_rank",
+            f"destination {index} (rank {dst.tp_rank} of {dst.tp_size}) would get no heads {list(heads)} of layers "
+            f"{layers}: of the {tp_size} source ranks of these layers {missing} are missing; give the layouts of all",
+        )

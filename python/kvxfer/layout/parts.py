@@ -15,12 +15,22 @@ import numpy as np
 from kvxfer.errors import LayoutError
 from kvxfer.layout.dtypes import itemsize_of
 
-__all__ = ["MAX_HEADS", "MAX_LAYERS", "KVPart", "KVScales", "as_int", "check_scales"]
+__all__ = [
+    "MAX_BLOCK_SIZE",
+    "MAX_HEADS",
+    "MAX_LAYERS",
+    "KVPart",
+    "KVScales",
+    "as_int",
+    "check_scales",
+]
 
 
 # Far beyond any model: what a peer or a slip of the pen asks for must not be worked on for minutes.
 MAX_LAYERS = 4096
 MAX_HEADS = 65_536
+# vLLM's hybrid models make a block of attention as large as a state: 528 tokens and more.
+MAX_BLOCK_SIZE = 65_536
 
 
 def as_int(

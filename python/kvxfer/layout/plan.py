@@ -17,6 +17,7 @@ from kvxfer.layout.describe import describe
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.pairs import check_compatible, heads_sent, layers_sent
 from kvxfer.layout.parts import as_int
+from kvxfer.layout.rules import check_whole_tokens
 from kvxfer.layout.segments import Int64, Segments, block_ids, make_segments
 from kvxfer.layout.spans import Side, SpanGroup, Spans, build_groups
 from kvxfer.layout.staging import gathered_layout, packed_groups, packed_layout
@@ -273,11 +274,7 @@ def _token_range(
         if end > first and len(ids) * layout.block_size < end:
             needed = -(-end // layout.block_size)
             raise InvalidArgumentError(f"{name}: has {len(ids)} ids, {end} tokens need {needed}")
-    if src.atom == "block" and (first % src.block_size or end % src.block_size):
-        raise LayoutError(
-            "atom",
-            f"tokens {first} to {end} cut a block of {src.block_size}; atom 'block' moves whole blocks",
-        )
+    check_whole_tokens(src, first, end)
     return first, end
 
 

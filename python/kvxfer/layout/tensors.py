@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvxfer.errors import LayoutError
-from kvxfer.layout.dtypes import itemsize_of
+from kvxfer.layout.dtypes import itemsize_of, meaning_of
 from kvxfer.layout.orders import has_two_parts
 from kvxfer.layout.parts import KVPart, as_int
 
@@ -31,13 +31,15 @@ class _Array:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
+    meaning: str | None  # of its elements, where its own dtype says it
 
     @classmethod
     def read(cls, name: str, tensor: Any) -> _Array:
         if hasattr(tensor, "data_ptr") and hasattr(tensor, "stride"):
             size = int(tensor.element_size())
             strides = tuple(int(stride) * size for stride in tensor.stride())
-            return cls(int(tensor.data_ptr()), tuple(map(int, tensor.shape)), strides, size)
+            shape = tuple(map(int, tensor.shape))
+            return cls(int(tensor.data_ptr()), shape, strides, size, meaning_of(tensor))
         for protocol in ("__array_interface__", "__cuda_array_interface__"):
             face = getattr(tensor, protocol, None)
             if face is None:
@@ -46,7 +48,7 @@ class _Array:
             size = int(face["typestr"][2:])
             given = face.get("strides")
             strides = tuple(map(int, given)) if given is not None else _dense(shape, size)
-            return cls(int(face["data"][0]), shape, strides, size)
+            return cls(int(face["data"][0]), shape, strides, size, meaning_of(tensor))
         raise LayoutError(
             "tensors", f"{name} is a {type(tensor).__name__}, not a tensor or an array"
         )
@@ -74,7 +76,8 @@ def parts_from_tensors(
 ) -> FoundParts:
     """Read ``widths`` (name, elements, dtype) out of ``tensors`` whose dimensions ``axes`` names."""
     _check_axes(axes, kind)
-    itemsize = itemsize_of(widths[0][2])
+    dtype = widths[0][2]
+    itemsize = itemsize_of(dtype)
     pairs = has_two_parts(kind) and "K" not in axes and kind != "fused"
     arrays = _arrays(tensors, by_layer="L" not in axes, pairs=pairs, num_layers=num_layers)
     offsets = _offsets(arrays, region)
@@ -84,7 +87,7 @@ def parts_from_tensors(
     inside = sum(width for _, width, _ in widths) if kind == "fused" and "K" not in axes else 0
     first = True
     for index, (array, offset) in enumerate(zip(arrays, offsets, strict=True)):
-        steps, sizes = _dimensions(index, array, axes, itemsize, block_size)
+        steps, sizes = _dimensions(index, array, axes, dtype, block_size)
         if sizes.get("L", num_layers) != num_layers:
             raise LayoutError(
                 "layers", f"the tensor has {sizes['L']} layers, {num_layers} are held here"
@@ -180,17 +183,20 @@ def _offsets(arrays: list[_Array], region: Any) -> list[int]:
 
 
 def _dimensions(
-    index: int, array: _Array, axes: str, itemsize: int, block_size: int | None
+    index: int, array: _Array, axes: str, dtype: str, block_size: int | None
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Byte stride and extent of each axis, S resolved into B and N."""
     if len(array.shape) != len(axes):
         raise LayoutError(
             "axes", f"{axes!r} names {len(axes)} dimensions, tensor {index} has {len(array.shape)}"
         )
+    itemsize = itemsize_of(dtype)
     if array.itemsize != itemsize:
         raise LayoutError(
             "dtype", f"tensor {index} has elements of {array.itemsize} bytes, {itemsize} are told"
         )
+    if array.meaning not in (None, dtype) and dtype != "uint8":
+        raise LayoutError("dtype", f"tensor {index} is of {array.meaning}, {dtype} is told")
     steps = dict(zip(axes, array.strides, strict=True))
     sizes = dict(zip(axes, array.shape, strict=True))
     if sizes["C"] > 1 and steps["C"] != itemsize:

@@ -10,14 +10,12 @@ from kvxfer.errors import LayoutError
 from kvxfer.layout.aliasing import Axis, Extent, check_disjoint
 from kvxfer.layout.dtypes import itemsize_of
 from kvxfer.layout.orders import check_kind, check_order, check_strides, has_two_parts
-from kvxfer.layout.parts import MAX_HEADS, MAX_LAYERS, as_int, check_scales
+from kvxfer.layout.parts import MAX_BLOCK_SIZE, MAX_HEADS, MAX_LAYERS, as_int, check_scales
 
 if TYPE_CHECKING:
     from kvxfer.layout.kv_layout import KVLayout
 
-__all__ = ["MAX_BLOCK_SIZE", "check_heads", "normalize", "part_names", "validate"]
-
-MAX_BLOCK_SIZE = 256
+__all__ = ["check_heads", "normalize", "part_names", "validate"]
 
 _MAXIMUM = {"num_layers": MAX_LAYERS, "num_kv_heads": MAX_HEADS, "tp_size": MAX_HEADS}
 _MAX_NBYTES = 1 << 60

@@ -76,17 +76,16 @@ def _to_float8_by_bits(wide, dtype: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit  # type: ignore[untyped-decorator]
 def narrow(values, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``values`` as ``dtype``, to nearest even; 8-bit dtypes saturate, and a NaN stays one (int8: -128)."""
-    if dtype == tl.int8:
-        result = values if values.dtype == tl.int8 else _to_int8(widen(values, tl.float32))
+    """``values`` as ``dtype``, to nearest even; 8-bit dtypes saturate, a NaN stays one (int8: -128), and what is of ``dtype`` its bits."""
+    if values.dtype == dtype:
+        result = values
+    elif dtype == tl.int8:
+        result = _to_int8(widen(values, tl.float32))
     elif dtype == tl.float8e4nv or dtype == tl.float8e5:
-        if values.dtype == dtype:
-            result = values
-        else:
-            limit = largest_of(dtype)
-            wide = widen(values, tl.float32)
-            wide = tl.where(wide > limit, limit, tl.where(wide < -limit, -limit, wide))
-            result = _to_float8_by_bits(wide, dtype) if BY_BITS else wide.to(dtype)
+        limit = largest_of(dtype)
+        wide = widen(values, tl.float32)
+        wide = tl.where(wide > limit, limit, tl.where(wide < -limit, -limit, wide))
+        result = _to_float8_by_bits(wide, dtype) if BY_BITS else wide.to(dtype)
     elif BY_BITS and dtype == tl.bfloat16:
         wide = widen(values, tl.float32)
         bits = wide.to(tl.uint32, bitcast=True)

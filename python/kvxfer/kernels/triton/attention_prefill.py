@@ -5,7 +5,8 @@
 Keys come in three stretches: tiles that the window cuts, tiles that every row sees whole (no mask at all),
 tiles that the diagonal or the length cuts. Plain tile loads; Triton emits wgmma from 64 rows on. Where sequences
 bring fewer rows than a tile has, the heads of a GQA group share a tile, as rows of it. 8-bit caches become float16
-after the load (``_numbers.operand_dtype``). Tiles come from ``_tiles``, which can also be told to measure.
+after the load (``_numbers.operand_dtype``). Within a masked tile a weight of 0 meets whatever V holds, and 0 * NaN is
+NaN: to leave such keys out row by row would take a second product, or V's tile in registers. Tiles come from ``_tiles``, which can also be told to measure.
 """
 
 from __future__ import annotations
