@@ -47,6 +47,12 @@ if(KVXFER_WITH_VERBS)
   add_test(NAME verbs_rails COMMAND test_verbs_rails)
   set_tests_properties(verbs_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
+  add_executable(test_verbs_hostile ${CMAKE_CURRENT_LIST_DIR}/test_verbs_hostile.cpp $<TARGET_OBJECTS:doctest_main>)
+  target_include_directories(test_verbs_hostile SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(test_verbs_hostile PRIVATE kvxfer_engine fake_verbs)
+  add_test(NAME verbs_hostile COMMAND test_verbs_hostile)
+  set_tests_properties(verbs_hostile PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+
   add_executable(test_verbs_control ${CMAKE_CURRENT_LIST_DIR}/test_verbs_control.cpp $<TARGET_OBJECTS:doctest_main>)
   target_include_directories(test_verbs_control SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
   target_link_libraries(test_verbs_control PRIVATE kvxfer_engine fake_verbs)

@@ -89,6 +89,9 @@ void Channel::message(Type type, std::initializer_list<ByteView> parts) {
   std::lock_guard lock(mutex_);
   if (dead_) return;
   if (queued_.empty() && fits(nbytes, kReserve)) return send(type, {parts.begin(), parts.size()});
+  if (queued_.size() >= kMaxQueued || nbytes > kMaxQueuedBytes - queued_nbytes_)
+    return overrun_.store(true, std::memory_order_relaxed);
+  queued_nbytes_ += nbytes;
   Message queued{type, {}};
   queued.body.reserve(nbytes);
   for (const ByteView& part : parts)
@@ -106,6 +109,7 @@ bool Channel::flush() noexcept {
   while (!queued_.empty() && fits(queued_.front().body.size(), kReserve)) {
     const ByteView body(queued_.front().body);
     send(queued_.front().type, {&body, 1});
+    queued_nbytes_ -= body.size();
     queued_.pop_front();
     some = true;
   }
@@ -128,6 +132,7 @@ void Channel::shut() noexcept {
   std::lock_guard lock(mutex_);
   dead_ = true;
   queued_.clear();
+  queued_nbytes_ = 0;
   any_queued_.store(false, std::memory_order_relaxed);
 }
 

@@ -46,6 +46,9 @@ class Channel {
   // The most is a power of two, so that a fragment's place is its number modulo that, also when
   // numbers wrap.
   static constexpr uint32_t kMaxBuffers = 64, kMinBuffers = 52;
+  // Of messages that wait for room. An honest peer leaves fewer untaken: some answers a request, and
+  // for each of its leases what a window covers and has for keys.
+  static constexpr size_t kMaxQueued = 64 * 1024, kMaxQueuedBytes = size_t{256} << 20;
   // What each direction of these devices gets; 0 when one cannot have enough.
   static uint32_t num_buffers(const Device& device) noexcept;
   static uint32_t num_buffers(const Devices& devices) noexcept;
@@ -68,6 +71,8 @@ class Channel {
   bool is_wide() noexcept;
   // errno of a post that failed: messages must move, or the connection end. 0: none has.
   int error() const noexcept { return error_.load(std::memory_order_relaxed); }
+  // More is queued than a peer that takes what it is told would leave: one was dropped.
+  bool is_overrun() const noexcept { return overrun_.load(std::memory_order_relaxed); }
   // For reports: the rail that carries messages, and whether they wait for the peer to carry on.
   size_t rail() const noexcept { return rail_.load(std::memory_order_relaxed); }
   bool is_waiting() const noexcept { return !resumed_.load(std::memory_order_relaxed); }
@@ -149,6 +154,7 @@ class Channel {
   // Over what is below and whatever is posted; held for copies of at most some 90 KiB and one post.
   std::mutex mutex_;
   std::deque<Message> queued_;
+  size_t queued_nbytes_ = 0;
   bool dead_ = false;
   size_t current_ = kNoRail;
   uint32_t window_ = 0;  // fragments that the peer need not have taken
@@ -161,7 +167,7 @@ class Channel {
   std::vector<ibv_sge> sges_;
   // Whether there is something to flush, for a look without the lock. Relaxed: whoever stores it
   // is, or wakes, the progress thread.
-  std::atomic<bool> any_queued_{false}, credit_due_{false};
+  std::atomic<bool> any_queued_{false}, credit_due_{false}, overrun_{false};
   std::atomic<int> error_{0};
   // Relaxed: written under the mutex, read without it by reports alone.
   std::atomic<size_t> rail_{0};

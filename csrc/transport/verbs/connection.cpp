@@ -289,6 +289,9 @@ void VerbsConnection::deliver(Rail& rail, ChunkPtr chunk, ibv_wc_status status) 
 
 bool VerbsConnection::step() {
   bool some = take_messages();
+  if (channel_.is_overrun() && !is_dead())
+    broken("it goes on asking, and takes none of the answers");
+  if (is_dead()) return some;
   for (const auto& rail : rails_) {
     some |= take_completions(*rail);
     if (is_dead()) return some;
