@@ -156,6 +156,28 @@ TEST_CASE("control: a message whose acknowledgement is lost is not acted on twic
   CHECK(failed[0] == failed[1]);
 }
 
+TEST_CASE("control: a post that fails moves messages and loses none") {
+  for (const char* verb : {"post_send", "post_recv"}) {
+    for (int n = 1; n <= 9; n += 2) {
+      CAPTURE(verb);
+      CAPTURE(n);
+      Moving w;
+      {
+        // Of either side: nothing but messages is posted meanwhile.
+        const Plan plan("fail=" + std::string(verb) + "@" + std::to_string(n) + ":EIO");
+        std::vector<TransferPtr> sent;
+        for (int i = 0; i < 20; ++i) sent.push_back(w.notify());
+        for (const TransferPtr& each : sent) finish(each);
+        w.check_all_came();
+      }
+      CHECK(eventually([&] { return w.over(1); }));
+      CHECK(w.alive());
+      finish(w.write());
+      CHECK(w.same());
+    }
+  }
+}
+
 TEST_CASE("control: bytes that go in messages are whole and in order") {
   for (const Loss how : kLosses) {
     CAPTURE(static_cast<int>(how));
