@@ -39,7 +39,7 @@ struct World : Pair {
   uint32_t puller_of_b() const { return peer_ends().rails[0].pull.number; }
   uint32_t puller_of_a() const { return ends(to_b).rails[0].pull.number; }
   uint32_t source_of_a() const { return ends(to_b).rails[0].source.number; }
-  uint32_t control_of_b() const { return peer_ends().control.number; }
+  uint32_t control_of_b() const { return peer_ends().rails[0].control.number; }
 
  private:
   verbs::Ends peer_ends() const { return ends(to_a); }

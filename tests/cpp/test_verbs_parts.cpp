@@ -181,7 +181,8 @@ TEST_CASE("rails: ports of one subnet first, in our order, each port once") {
   CHECK(pairs_of({port(0, 1), port(1, 1)}, {port(1, 2), port(0, 2)}) == Pairs{{0, 1}, {1, 0}});
   // Two ports in one subnet: each takes the first that is left.
   CHECK(pairs_of({port(0, 1), port(0, 3)}, {port(0, 2), port(0, 4)}) == Pairs{{0, 0}, {1, 1}});
-  // Whoever shares no subnet gets what is left, behind all who do: the first carries the messages.
+  // Whoever shares no subnet gets what is left, behind all who do: the first carries the messages
+  // to begin with.
   CHECK(pairs_of({port(5, 1), port(1, 1)}, {port(1, 2), port(6, 2)}) == Pairs{{1, 0}, {0, 1}});
   CHECK(pairs_of({port(0, 1), port(1, 1)}, {port(1, 2)}) == Pairs{{1, 0}});
   CHECK(pairs_of({port(0, 1)}, {}) == Pairs{});

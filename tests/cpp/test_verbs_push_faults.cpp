@@ -197,6 +197,8 @@ TEST_CASE("push: the death of either side ends everything, and leaves nothing be
     CAPTURE(who);
     {
       PushWorld w;
+      // Of several rails the others go on (test_verbs_control.cpp).
+      if (who >= 2 && w.writer().size() > 1) continue;
       w.warm_up();
       const LeasePtr lease = w.grant(0, 4 * kBytes, 1);
       finish(w.write(lease, 4096));

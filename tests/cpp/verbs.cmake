@@ -29,8 +29,8 @@ if(KVXFER_WITH_VERBS)
   target_link_libraries(test_verbs PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs COMMAND test_verbs)
   set_tests_properties(verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
-  # But for what is said of the only port.
-  add_test(NAME verbs_two_rails COMMAND test_verbs "-tce=*port that goes down ends*")
+  # But for what is said of the only port and device.
+  add_test(NAME verbs_two_rails COMMAND test_verbs "-tce=*port that goes down ends*,*removing the device ends*")
   set_tests_properties(verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
   add_executable(test_verbs_memory ${CMAKE_CURRENT_LIST_DIR}/test_verbs_memory.cpp $<TARGET_OBJECTS:doctest_main>)
@@ -46,4 +46,16 @@ if(KVXFER_WITH_VERBS)
   target_link_libraries(test_verbs_rails PRIVATE kvxfer_engine fake_verbs)
   add_test(NAME verbs_rails COMMAND test_verbs_rails)
   set_tests_properties(verbs_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
+
+  add_executable(test_verbs_hostile ${CMAKE_CURRENT_LIST_DIR}/test_verbs_hostile.cpp $<TARGET_OBJECTS:doctest_main>)
+  target_include_directories(test_verbs_hostile SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(test_verbs_hostile PRIVATE kvxfer_engine fake_verbs)
+  add_test(NAME verbs_hostile COMMAND test_verbs_hostile)
+  set_tests_properties(verbs_hostile PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
+
+  add_executable(test_verbs_control ${CMAKE_CURRENT_LIST_DIR}/test_verbs_control.cpp $<TARGET_OBJECTS:doctest_main>)
+  target_include_directories(test_verbs_control SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(test_verbs_control PRIVATE kvxfer_engine fake_verbs)
+  add_test(NAME verbs_control COMMAND test_verbs_control)
+  set_tests_properties(verbs_control PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 endif()

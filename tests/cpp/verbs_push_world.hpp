@@ -52,8 +52,8 @@ struct PushWorld : Pair {
   }
   uint32_t sink(size_t rail = 0) const { return owner()[rail].sink; }
   uint32_t pusher(size_t rail = 0) const { return writer()[rail].pusher; }
-  uint32_t control_of_a() const { return of(to_b).ends().control.number; }
-  uint32_t control_of_b() const { return of(to_a).ends().control.number; }
+  uint32_t control_of_a() const { return of(to_b).ends().rails[0].control.number; }
+  uint32_t control_of_b() const { return of(to_a).ends().rails[0].control.number; }
   std::string explained() const { return a->explain(*to_b); }
   bool alive() const { return to_b->alive.load() && to_a->alive.load(); }
   bool explains(const std::string& text) const {

@@ -60,6 +60,12 @@ FAKE_VERBS_EXPORT void fake_verbs_fail_next(uint32_t qp_num, ibv_wc_status statu
   nic.doomed[qp_num] = status;
 }
 
+FAKE_VERBS_EXPORT void fake_verbs_tamper(fake_verbs_tamperer tamper) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  nic.tamper = tamper;
+}
+
 FAKE_VERBS_EXPORT int fake_verbs_break_qp(uint32_t qp_num) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();

@@ -19,6 +19,32 @@ bool has_data(ibv_wr_opcode opcode) {
          opcode == IBV_WR_SEND || opcode == IBV_WR_SEND_WITH_IMM || opcode == IBV_WR_SEND_WITH_INV;
 }
 
+// The same request, each time with other bytes; only the last one is signalled. Empty: as it is.
+std::vector<SendRequest> tampered(fake_verbs_tamperer tamper, const QueuePair& qp,
+                                  const SendRequest& request) {
+  std::vector<std::byte> bytes(request.inlined);
+  for (const ibv_sge& sge : request.sges) {
+    const auto* from = reinterpret_cast<const std::byte*>(sge.addr);
+    bytes.insert(bytes.end(), from, from + sge.length);
+  }
+  std::vector<std::vector<std::byte>> said;
+  const auto say = [](void* to, const void* from, uint32_t nbytes) {
+    const auto* begin = static_cast<const std::byte*>(from);
+    static_cast<decltype(said)*>(to)->emplace_back(begin, begin + nbytes);
+  };
+  if (tamper(qp.qp_num, bytes.data(), static_cast<uint32_t>(bytes.size()), say, &said) == 0)
+    return {};
+  std::vector<SendRequest> out(said.size(), request);
+  for (size_t i = 0; i < said.size(); ++i) {
+    out[i].signaled &= i + 1 == said.size();
+    out[i].flags |= IBV_SEND_INLINE;
+    out[i].sges.clear();
+    out[i].length = said[i].size();
+    out[i].inlined = std::move(said[i]);
+  }
+  return out;
+}
+
 bool is_known(ibv_wr_opcode opcode) { return opcode <= IBV_WR_SEND_WITH_INV; }
 
 // Fills what is known when it is posted; an errno.
@@ -89,9 +115,15 @@ int post_send(ibv_qp* base, ibv_send_wr* wr, ibv_send_wr** bad_wr) {
       *bad_wr = wr;
       break;
     }
-    request.number = qp.posted++;
-    qp.sends.push_back(std::move(request));
-    nic.count_request(qp);
+    std::vector<SendRequest> requests;
+    if (nic.tamper && request.opcode == IBV_WR_SEND && request.length > 0)
+      requests = tampered(nic.tamper, qp, request);
+    if (requests.empty()) requests.push_back(std::move(request));
+    for (SendRequest& each : requests) {
+      each.number = qp.posted++;
+      qp.sends.push_back(std::move(each));
+      nic.count_request(qp);
+    }
   }
   // Those before the bad one are on their way.
   if (qp.state == IBV_QPS_ERR) qp.flushing = true;

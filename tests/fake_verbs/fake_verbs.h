@@ -34,6 +34,15 @@ void fake_verbs_pass(uint32_t qp_num, int num_packets);
  * sent, half of the time after all of it has landed. */
 void fake_verbs_fail_next(uint32_t qp_num, enum ibv_wc_status status);
 
+/* For peers that break a protocol: what this process SENDs goes by `tamper` first. Either 0, and it
+ * is sent as it is, or it is replaced by what was said, any number of messages of this queue pair,
+ * in order. Called in ibv_post_send, where no verb and no function of this file may be called.
+ * NULL: honest again. */
+typedef void (*fake_verbs_say)(void* to, const void* bytes, uint32_t nbytes);
+typedef int (*fake_verbs_tamperer)(uint32_t qp_num, const void* bytes, uint32_t nbytes,
+                                   fake_verbs_say say, void* to);
+void fake_verbs_tamper(fake_verbs_tamperer tamper);
+
 /* The QP breaks: ERR and IBV_EVENT_QP_FATAL. ENOENT. */
 int fake_verbs_break_qp(uint32_t qp_num);
 

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "device.hpp"
+#include "fake_verbs.h"
 #include "network.hpp"
 #include "plan.hpp"
 
@@ -88,6 +89,7 @@ class Nic {
 
   Plan plan;
   int devices_at_start = 1;  // as KVXFER_FAKE_VERBS has it; written before there is a second thread
+  fake_verbs_tamperer tamper = nullptr;
   std::mt19937_64 random;
   Network network;
   Statistics statistics;

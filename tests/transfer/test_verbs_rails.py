@@ -79,6 +79,49 @@ def test_two_processes_stripe_over_two_rails(two_rails: tuple[TransferEngine, Pe
     assert min(pulled) >= NBYTES
 
 
+def test_messages_move_when_a_port_of_one_side_goes(
+    two_rails: tuple[TransferEngine, PeerProcess],
+) -> None:
+    if fake_verbs.real_devices():
+        pytest.skip("ports of NICs that are there stay up")
+    engine, target = two_rails
+    target.call("add_region", "kv", 8 * NBYTES, "registered")
+    local = engine.allocate(8 * NBYTES, "kv")
+    local.array[:] = np.random.default_rng(9).integers(0, 256, 8 * NBYTES, np.uint8)
+    peer = engine.connect(target.address)
+
+    def until_both_serve() -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            text = engine.explain(peer)
+            if text.count("; in use") == 2 and "could not carry messages" not in text:
+                return
+            assert time.monotonic() < deadline, text
+            time.sleep(0.01)
+
+    sent, transfers = 0, []
+    for lost in (0, 1, 0, 1):
+        until_both_serve()
+        # The target hears of it by a message over the other rail alone.
+        transfers.append(engine.write(local, peer.regions["kv"], 0, 0, 8 * NBYTES))
+        for _ in range(20):
+            transfers.append(engine.notify(peer, b"%d" % sent))
+            sent += 1
+            if sent % 20 == 10:
+                fake_verbs.set_port(f"fake{lost}", 1, up=False)
+        for each in transfers:
+            each.wait(TIMEOUT_S)
+        fake_verbs.set_port(f"fake{lost}", 1, up=True)
+        assert f"messages over rail {1 - lost}" in engine.explain(peer)
+    assert "moved 4 time(s)" in engine.explain(peer)
+    assert target.call("bytes_of", "kv") == local.array.tobytes()
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(numbers := target.call("drain")) < sent:
+        assert time.monotonic() < deadline, numbers
+        time.sleep(0.01)
+    assert numbers == list(range(sent))
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_writes_under_leases_are_pushed_where_both_sides_say_so(devices: int) -> None:
     way = on_devices(devices, push=True)

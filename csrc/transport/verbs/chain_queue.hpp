@@ -13,7 +13,9 @@
 #include <span>
 #include <vector>
 
-#include "transport/verbs/channel.hpp"
+#include "transport/verbs/queue_pair.hpp"
+#include "transport/verbs/records.hpp"
+#include "transport/verbs/work.hpp"
 
 namespace kvxfer::verbs {
 

@@ -1,137 +1,98 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
+// The stream of messages; channel_pairs.cpp has the queue pairs that carry it.
 #include "transport/verbs/channel.hpp"
 
 #include <algorithm>
-#include <cerrno>
+#include <cstddef>
+#include <cstring>
 #include <utility>
-
-#include "common/error.hpp"
 
 namespace kvxfer::verbs {
 namespace {
-constexpr uint32_t kMaxInline = 220;
 constexpr uint32_t kSignalEvery = 16;  // of unsignalled ones only a later completion tells
-constexpr uint32_t kReserve = 1;       // of the peer's buffers, for kCredit
+constexpr uint32_t kReserve = 1;       // of the window, for kCredit
 }  // namespace
-
-uint32_t Channel::num_buffers(const Device& device) noexcept {
-  // One more work request is the marker of stop().
-  const int most = std::min(device.limits().max_qp_wr - 1, int{kMaxBuffers});
-  return most < int{kMinBuffers} ? 0 : static_cast<uint32_t>(most);
-}
-
-Channel::Channel(std::shared_ptr<Device> device, ibv_cq* cq, uint32_t num_buffers)
-    : device_(std::move(device)),
-      num_buffers_(num_buffers),
-      psn_(random_psn()),
-      shape_{.max_send = num_buffers + 1, .max_recv = num_buffers, .max_inline = kMaxInline},
-      memory_(size_t{2} * num_buffers * kFragmentBytes),
-      mr_(device_->register_memory(memory_.data(), memory_.size(), IBV_ACCESS_LOCAL_WRITE,
-                                   "message buffers")),
-      qp_(make_qp(*device_, cq, shape_, 0)),
-      chain_(num_buffers),
-      sges_(num_buffers) {
-  for (uint32_t buffer = 0; buffer < num_buffers_; ++buffer)
-    if (const int err = post_receive(buffer))
-      throw Error(Code::kTransport,
-                  cat("ibv_post_recv(buffer ", buffer, ") on ", device_->name(),
-                      " failed: ", errno_text(err)),
-                  err, "verbs");
-  posted_ = told_ = num_buffers_;
-}
-
-Channel::~Channel() {
-  if (qp_) (void)stop_qp(qp_.get());
-}
-
-void Channel::connect(const Route& route, const QpEnd& remote, uint32_t peer_buffers) {
-  connect_qp(*device_, qp_.get(), route, remote, psn_, 0, 0);
-  std::lock_guard lock(mutex_);
-  peer_posted_ = peer_buffers_ = peer_buffers;
-}
-
-int Channel::post_receive(uint32_t buffer) noexcept {
-  ibv_sge sge{reinterpret_cast<uint64_t>(memory_.data()) + uint64_t{buffer} * kFragmentBytes,
-              kFragmentBytes, mr_->lkey};
-  ibv_recv_wr wr{};
-  wr.wr_id = work_id(Work::kReceive, buffer);
-  wr.sg_list = &sge;
-  wr.num_sge = 1;
-  ibv_recv_wr* bad = nullptr;
-  return ibv_post_recv(qp_.get(), &wr, &bad);
-}
 
 bool Channel::fits(size_t nbytes, uint32_t reserve) const noexcept {
   const auto needed = static_cast<uint32_t>(std::max<size_t>((nbytes + kRoom - 1) / kRoom, 1));
-  return needed + reserve <= peer_posted_ - sent_ && needed <= num_buffers_ - (sent_ - completed_);
+  return needed + reserve <= window_ - (sent_ - acked_) &&
+         needed <= num_buffers_ - (sent_ - completed_);
 }
 
-// As one chain with one doorbell. False: the post failed, error() says why.
-bool Channel::send(Type type, std::span<const ByteView> parts) noexcept {
+// Into the buffers where it stays until the peer has taken it; and out, unless messages are about
+// to move: then it goes with what is sent again.
+void Channel::send(Type type, std::span<const ByteView> parts) noexcept {
   size_t nbytes = 0;
   for (const ByteView& part : parts) nbytes += part.size();
   size_t left = nbytes, part = 0, offset = 0;
-  uint32_t count = 0;
   const uint32_t first = sent_;
   do {
-    const uint32_t number = first + count;
-    std::byte* const buffer =
-        memory_.data() + size_t{num_buffers_ + number % num_buffers_} * kFragmentBytes;
-    const Head head{static_cast<uint32_t>(type), static_cast<uint32_t>(nbytes), posted_, 0};
-    std::memcpy(buffer, &head, sizeof head);
+    const uint32_t place = place_of(sent_);
+    std::byte* const at = buffer(num_buffers_ + place);
+    const Head head{static_cast<uint32_t>(type), static_cast<uint32_t>(nbytes), 0, sent_};
+    std::memcpy(at, &head, sizeof head);
     size_t filled = 0;
     while (filled < std::min<size_t>(left, kRoom)) {
       const size_t n = std::min(kRoom - filled, parts[part].size() - offset);
-      if (n > 0) std::memcpy(buffer + sizeof head + filled, parts[part].data() + offset, n);
+      if (n > 0) std::memcpy(at + sizeof head + filled, parts[part].data() + offset, n);
       filled += n;
       offset += n;
       if (offset == parts[part].size()) ++part, offset = 0;
     }
     left -= filled;
-    sges_[count] = {reinterpret_cast<uint64_t>(buffer), static_cast<uint32_t>(sizeof head + filled),
-                    mr_->lkey};
-    ibv_send_wr& wr = chain_[count];
-    wr = {};
-    wr.wr_id = work_id(Work::kSend, number);
-    wr.opcode = IBV_WR_SEND;
-    wr.sg_list = &sges_[count];
-    wr.num_sge = 1;
-    if (sges_[count].length <= shape_.max_inline) wr.send_flags |= IBV_SEND_INLINE;
-    if (number % kSignalEvery == kSignalEvery - 1) wr.send_flags |= IBV_SEND_SIGNALED;
-    if (count > 0) chain_[count - 1].next = &wr;
-    ++count;
+    lengths_[place] = static_cast<uint32_t>(sizeof head + filled);
+    ++sent_;
   } while (left > 0);
-  ibv_send_wr* bad = nullptr;
-  sent_ += count;
-  told_ = posted_;
+  if (!is_waiting() && error() == 0 && !pairs_[current_].is_stopping()) post_from(first);
+}
+
+// As one chain with one doorbell.
+void Channel::post_from(uint32_t first) noexcept {
+  const uint32_t count = sent_ - first;
+  if (count == 0) return;
+  ControlPair& pair = pairs_[current_];
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t number = first + i, place = place_of(number);
+    std::memcpy(buffer(num_buffers_ + place) + offsetof(Head, received), &received_,
+                sizeof received_);
+    sges_[i] = sge_of(pair, num_buffers_ + place, lengths_[place]);
+    ibv_send_wr& wr = chain_[i];
+    wr = {};
+    wr.wr_id = pair.id(Work::kSend, number);
+    wr.next = i + 1 < count ? &chain_[i + 1] : nullptr;
+    wr.opcode = IBV_WR_SEND;
+    wr.sg_list = &sges_[i];
+    wr.num_sge = 1;
+    if (sges_[i].length <= pair.max_inline()) wr.send_flags |= IBV_SEND_INLINE;
+    if (number % kSignalEvery == kSignalEvery - 1) wr.send_flags |= IBV_SEND_SIGNALED;
+  }
+  told_ = received_;
   credit_due_.store(false, std::memory_order_relaxed);
-  const int err = ibv_post_send(qp_.get(), chain_.data(), &bad);
-  if (err == 0) return true;
-  // Part of the chain may be under way, so the stream is torn: the connection ends.
-  error_.store(err, std::memory_order_relaxed);
-  return false;
+  // Part of a chain that fails may be under way: this queue pair is of no use any more.
+  if (const int err = pair.post_send(chain_.data())) error_.store(err, std::memory_order_relaxed);
 }
 
 Sent Channel::try_message(Type type, std::initializer_list<ByteView> parts) noexcept {
   size_t nbytes = 0;
   for (const ByteView& part : parts) nbytes += part.size();
   std::lock_guard lock(mutex_);
-  if (dead_ || error() != 0) return Sent::kBroken;
+  if (dead_) return Sent::kBroken;
   if (!queued_.empty() || !fits(nbytes, kReserve)) return Sent::kNoRoom;
-  return send(type, {parts.begin(), parts.size()}) ? Sent::kSent : Sent::kBroken;
+  send(type, {parts.begin(), parts.size()});
+  return Sent::kSent;
 }
 
 void Channel::message(Type type, std::initializer_list<ByteView> parts) {
   size_t nbytes = 0;
   for (const ByteView& part : parts) nbytes += part.size();
   std::lock_guard lock(mutex_);
-  if (dead_ || error() != 0) return;
-  if (queued_.empty() && fits(nbytes, kReserve)) {
-    (void)send(type, {parts.begin(), parts.size()});
-    return;
-  }
-  Queued queued{type, {}};
+  if (dead_) return;
+  if (queued_.empty() && fits(nbytes, kReserve)) return send(type, {parts.begin(), parts.size()});
+  if (queued_.size() >= kMaxQueued || nbytes > kMaxQueuedBytes - queued_nbytes_)
+    return overrun_.store(true, std::memory_order_relaxed);
+  queued_nbytes_ += nbytes;
+  Message queued{type, {}};
   queued.body.reserve(nbytes);
   for (const ByteView& part : parts)
     queued.body.insert(queued.body.end(), part.begin(), part.end());
@@ -144,38 +105,80 @@ bool Channel::flush() noexcept {
     return false;
   bool some = false;
   std::lock_guard lock(mutex_);
-  while (!dead_ && error() == 0 && !queued_.empty() &&
-         fits(queued_.front().body.size(), kReserve)) {
+  if (dead_) return false;
+  while (!queued_.empty() && fits(queued_.front().body.size(), kReserve)) {
     const ByteView body(queued_.front().body);
-    if (!send(queued_.front().type, {&body, 1})) break;
+    send(queued_.front().type, {&body, 1});
+    queued_nbytes_ -= body.size();
     queued_.pop_front();
     some = true;
   }
   any_queued_.store(!queued_.empty(), std::memory_order_relaxed);
-  if (!dead_ && error() == 0 && posted_ - told_ >= num_buffers_ / 2 && fits(0, 0))
-    some |= send(Type::kCredit, {});
+  // While messages move it is told by kResume.
+  if (!is_waiting() && error() == 0 && received_ - told_ >= window_ / 2 && fits(0, 0)) {
+    send(Type::kCredit, {});
+    some = true;
+  }
   return some;
 }
 
 bool Channel::is_wide() noexcept {
   std::lock_guard lock(mutex_);
-  return !dead_ && queued_.empty() && peer_posted_ - sent_ > peer_buffers_ / 2 &&
+  return !dead_ && !is_waiting() && queued_.empty() && sent_ - acked_ < window_ / 2 &&
          sent_ - completed_ < num_buffers_ / 2;
 }
 
-void Channel::on_sent(uint64_t number) noexcept {
+void Channel::shut() noexcept {
   std::lock_guard lock(mutex_);
-  completed_ = static_cast<uint32_t>(number) + 1;
+  dead_ = true;
+  queued_.clear();
+  queued_nbytes_ = 0;
+  any_queued_.store(false, std::memory_order_relaxed);
 }
 
-Heard Channel::on_received(const ibv_wc& completion, Type& type, Bytes& body) {
-  const auto buffer = static_cast<uint32_t>(number_of(completion.wr_id));
-  const ByteView bytes{memory_.data() + size_t{buffer} * kFragmentBytes,
-                       std::min(completion.byte_len, kFragmentBytes)};
-  Reader reader(bytes);
+// ---------------------------------------------------------------- what comes
+
+bool Channel::on_completion(size_t rail, const ibv_wc& completion) noexcept {
+  std::lock_guard lock(mutex_);
+  ControlPair& pair = pairs_[rail];
+  if (!pair.is_mine(completion.wr_id)) return true;  // of one that is gone
+  const bool receives = work_of(completion.wr_id) == Work::kReceive;
+  if (receives) pair.came_back();
+  if (completion.status != IBV_WC_SUCCESS) return pair.is_stopping();
+  const auto number = static_cast<uint32_t>(number_of(completion.wr_id));
+  if (receives)
+    on_received(rail, number, completion.byte_len);
+  else if (rail == current_ && !is_waiting())
+    completed_ = number + 1;
+  return true;
+}
+
+// Also while its queue pair is being stopped: what has come by then is taken.
+void Channel::on_received(size_t rail, uint32_t number, uint32_t nbytes) noexcept {
+  ControlPair& pair = pairs_[rail];
+  Reader reader(ByteView(buffer(number), std::min(nbytes, kFragmentBytes)));
   const Head head = reader.get<Head>();
   const ByteView rest = reader.take(reader.remaining());
-  if (!reader.ok() || head.nbytes > kMaxMessageBytes) return Heard::kMalformed;
+  bool sane = reader.ok();
+  if (sane && head.type == static_cast<uint32_t>(Type::kResume)) {
+    // Not acted on where we leave it: is_behind() then says that the peer has moved.
+    seen_turn_ = std::max(seen_turn_, head.number);
+    if (!pair.is_stopping()) resumes_.push_back({rail, head.number, head.received});
+  } else if (rail == current_ && !is_waiting()) {
+    sane = sane && on_fragment(head, rest);
+  } else {
+    // It may follow a kResume that came while the queue pair was being stopped: it will be sent
+    // again, since it is not among those that we say we have.
+    sane = pair.is_stopping();
+  }
+  if (!sane) malformed_ = true;
+  if (sane && !dead_ && !pair.is_stopping()) post_receive(pair, number);
+}
+
+bool Channel::on_fragment(const Head& head, ByteView rest) noexcept {
+  if (head.number != received_ || head.nbytes > kMaxMessageBytes ||
+      head.received - acked_ > sent_ - acked_)
+    return false;
   if (!std::exchange(is_coming_, true)) {
     coming_.clear();
     coming_type_ = head.type;
@@ -183,43 +186,32 @@ Heard Channel::on_received(const ibv_wc& completion, Type& type, Bytes& body) {
   }
   if (head.type != coming_type_ || head.nbytes != coming_nbytes_ ||
       rest.size() != std::min<size_t>(coming_nbytes_ - coming_.size(), kRoom))
-    return Heard::kMalformed;
+    return false;
   coming_.insert(coming_.end(), rest.begin(), rest.end());
-  {
-    std::lock_guard lock(mutex_);
-    // First our own buffer, then what the peer tells: whoever sends because of it tells of ours.
-    if (!dead_) {
-      if (const int err = post_receive(buffer)) error_.store(err, std::memory_order_relaxed);
-      ++posted_;
-    }
-    if (head.posted - sent_ > peer_buffers_) return Heard::kMalformed;
-    peer_posted_ = head.posted;
-    if (posted_ - told_ >= num_buffers_ / 2) credit_due_.store(true, std::memory_order_relaxed);
-  }
-  if (coming_.size() < coming_nbytes_) return Heard::kFragment;
+  ++received_;
+  acked_ = head.received;
+  if (received_ - told_ >= window_ / 2) credit_due_.store(true, std::memory_order_relaxed);
+  if (coming_.size() < coming_nbytes_) return true;
   is_coming_ = false;
-  type = static_cast<Type>(coming_type_);
-  body.swap(coming_);
+  inbox_.push_back({static_cast<Type>(coming_type_), std::move(coming_)});
+  coming_ = {};
+  return true;
+}
+
+Heard Channel::hear(Type& type, Bytes& body) noexcept {
+  if (inbox_.empty()) return malformed_ ? Heard::kMalformed : Heard::kNothing;
+  type = inbox_.front().type;
+  body.swap(inbox_.front().body);
+  if (!is_coming_) coming_.swap(inbox_.front().body);  // its memory serves again
+  inbox_.pop_front();
   return Heard::kMessage;
 }
 
-bool Channel::stop() noexcept {
-  std::lock_guard lock(mutex_);
-  dead_ = true;
-  queued_.clear();
-  any_queued_.store(false, std::memory_order_relaxed);
-  if (!qp_ || stop_qp(qp_.get()) != 0) return false;
-  ibv_send_wr wr{}, *bad = nullptr;
-  wr.wr_id = work_id(Work::kSendMarker, 0);
-  wr.opcode = IBV_WR_SEND;
-  wr.send_flags = IBV_SEND_SIGNALED;
-  return ibv_post_send(qp_.get(), &wr, &bad) == 0;
-}
-
-void Channel::destroy() noexcept {
-  std::lock_guard lock(mutex_);
-  dead_ = true;
-  qp_.reset();
+std::optional<Resume> Channel::next_resume() noexcept {
+  if (resumes_.empty()) return {};
+  const Resume out = resumes_.front();
+  resumes_.pop_front();
+  return out;
 }
 
 }  // namespace kvxfer::verbs

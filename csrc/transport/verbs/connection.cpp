@@ -37,30 +37,37 @@ VerbsConnection::VerbsConnection(Host& host, const Devices& devices, bool by_nea
       host_(host),
       memory_(memory),
       why_no_push_(std::move(why_no_push)),
-      rails_(devices, by_nearness, Channel::num_entries(Channel::num_buffers(*devices[0])),
+      rails_(devices, by_nearness, Channel::num_entries(Channel::num_buffers(devices)),
              why_no_push_.empty()),
-      channel_(devices[0], rails_[0].completions.get(), Channel::num_buffers(*devices[0])),
+      channel_(devices, rails_.queues()),
       windows_(channel_, rails_, memory, *this, host,
                [this](const Lease& lease, const Failure& failure) {
                  incoming_.stop_pushes(lease, failure);
                }),
       incoming_(channel_, rails_, memory, windows_, *this, host),
-      outgoing_(devices, channel_, rails_, memory, *this, host, why_no_push_.empty()) {}
+      outgoing_(devices, channel_, rails_, memory, *this, host, why_no_push_.empty()) {
+  for (const auto& rail : rails_) rail->end.control = channel_.open(rail->number, 0);
+}
 
 VerbsConnection::~VerbsConnection() = default;
 
 Ends VerbsConnection::ends() const {
-  Ends ends{channel_.end(), Channel::num_buffers(*rails_[0].device), 0, {}};
+  Ends ends{channel_.num_buffers(), 0, {}};
   for (const auto& rail : rails_) ends.rails.push_back(rail->end);
   return ends;
 }
 
-void VerbsConnection::connect(const std::vector<Route>& routes, const Route& control,
-                              const Ends& remote, const Incarnation& peer) {
+void VerbsConnection::connect(Side side, const std::vector<Route>& routes, const Ends& remote,
+                              const Incarnation& peer) {
+  side_ = side;
   peer_word_ = remote.word;
   peer_ = peer;
-  channel_.connect(control, remote.control, remote.num_buffers);
-  for (const auto& rail : rails_) rail->connect(routes[rail->number], remote.rails[rail->number]);
+  for (const auto& rail : rails_) {
+    const RailEnd& there = remote.rails[rail->number];
+    rail->connect(routes[rail->number], there);
+    connect_control(*rail, there.control);
+  }
+  channel_.begin(remote.num_buffers);
 }
 
 std::optional<std::string> VerbsConnection::try_first(int64_t deadline_ns) {
@@ -120,11 +127,9 @@ std::optional<std::string> VerbsConnection::refuses(const Request& request) cons
 Status VerbsConnection::post(const RequestPtr& request) noexcept {
   bool needs_pump = false;
   const Status status = outgoing_.post(request, needs_pump);
-  if (!status.ok()) {
-    // The progress thread finds what is wrong with the channel, and ends it.
-    if (channel_.error() != 0) host_.reactor().attend(self());
-    return status;
-  }
+  // The progress thread finds what is wrong with the channel, and moves it.
+  if (channel_.error() != 0) host_.reactor().attend(self());
+  if (!status.ok()) return status;
   counters.requests.fetch_add(1, std::memory_order_relaxed);
   host_.posted(*request);
   if (needs_pump) host_.reactor().attend(self());
@@ -136,7 +141,8 @@ Cancelled VerbsConnection::cancel(const RequestPtr& request) noexcept {
   const Cancelled result = outgoing_.cancel(request, unanswered);
   if (unanswered && !answers_watched_.exchange(true, std::memory_order_relaxed))
     watch_answers(now_ns());
-  if (why_no_push_.empty()) host_.reactor().attend(self());  // its chains are not to be posted
+  // Its chains are not to be posted; and as in post().
+  if (why_no_push_.empty() || channel_.error() != 0) host_.reactor().attend(self());
   return result;
 }
 
@@ -160,6 +166,7 @@ bool VerbsConnection::take_completions(Rail& rail) {
     handle(rail, completion);
   }
   if (std::exchange(rail.failed, false) && !is_dead()) break_pulls(rail, Why::kFailed);
+  if (rail.control_failed && !is_dead()) control_failed(rail, Failure(*rail.control_failed));
   if (rail.push && !is_dead()) {
     if (std::exchange(rail.push->failed, false))
       break_writer(rail, Why::kFailed, api().wc_status_str(rail.push->writes.first_error()));
@@ -171,22 +178,10 @@ bool VerbsConnection::take_completions(Rail& rail) {
 void VerbsConnection::handle(Rail& rail, const ibv_wc& completion) {
   switch (work_of(completion.wr_id)) {
     case Work::kSend:
-      if (completion.status != IBV_WC_SUCCESS) return control_failed(completion);
-      channel_.on_sent(number_of(completion.wr_id));
+    case Work::kReceive:
+      on_control(rail, completion);
+      (void)take_messages();
       return;
-    case Work::kReceive: {
-      if (completion.status != IBV_WC_SUCCESS) return control_failed(completion);
-      Type type{};
-      switch (channel_.on_received(completion, type, body_)) {
-        case Heard::kFragment:
-          return;
-        case Heard::kMalformed:
-          return broken("a malformed message");
-        case Heard::kMessage:
-          return on_message(type, body_);
-      }
-      return;
-    }
     case Work::kRead:
       return on_read(rail, completion);
     case Work::kWrite:
@@ -246,6 +241,7 @@ void VerbsConnection::on_message(Type type, ByteView body) {
     case Type::kNewSource:
     case Type::kNewPuller:
     case Type::kSourceReady:
+    case Type::kNewControl:
       return on_queue_pairs(type, body);
     default:
       sane = on_push_message(type, body);
@@ -292,7 +288,10 @@ void VerbsConnection::deliver(Rail& rail, ChunkPtr chunk, ibv_wc_status status) 
 }
 
 bool VerbsConnection::step() {
-  bool some = false;
+  bool some = take_messages();
+  if (channel_.is_overrun() && !is_dead())
+    broken("it goes on asking, and takes none of the answers");
+  if (is_dead()) return some;
   for (const auto& rail : rails_) {
     some |= take_completions(*rail);
     if (is_dead()) return some;
@@ -316,13 +315,15 @@ bool VerbsConnection::step() {
   if (any_in_flight) watch_gates();
   some |= incoming_.serve_one();
   some |= outgoing_.pump();
-  if (const int err = channel_.error())
-    die({.code = Code::kTransport,
-         .err = err,
-         .text = cat("ibv_post_send or ibv_post_recv of a message on ", rails_[0].device->name(),
-                     " failed")});
-  else if (outgoing_.room_wanted())
-    host_.writable(*this);
+  if (const int err = channel_.error()) {
+    Rail& rail = rails_[channel_.rail()];
+    control_failed(rail, {.code = Code::kTransport,
+                          .err = err,
+                          .text = cat("ibv_post_send or ibv_post_recv of a message on ",
+                                      rail.device->name(), " failed")});
+    some = true;
+  }
+  if (!is_dead() && outgoing_.room_wanted()) host_.writable(*this);
   return some;
 }
 

@@ -1,14 +1,14 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// One verbs connection: messages over a control queue pair on its first rail (Channel), and READs
-// over the pull and source queue pairs of all its rails (rail.hpp).
+// One verbs connection: messages over the control queue pair of one of its rails (Channel), and
+// READs over the pull and source queue pairs of all of them (rail.hpp).
 //
 // Where both engines push, writes under leases go through windows instead (push_pairs.cpp).
 //
 // A rail that fails is stopped, what it had in flight is posted on others, and it is used again
-// when a READ has come over fresh queue pairs (replace.cpp). The connection ends with its control
-// queue pair, or when no rail is left. docs/verbs.md has the protocol and what each completion
-// proves.
+// when a READ has come over fresh queue pairs (replace.cpp). Messages move to another rail
+// (control_pairs.cpp). The connection ends when no rail is left for READs, or for messages.
+// docs/verbs.md has the protocol and what each completion proves.
 #pragma once
 
 #include <atomic>
@@ -27,11 +27,13 @@ namespace kvxfer::verbs {
 
 // What a side must know of the other's queue pairs; travels in the join.
 struct Ends {
-  QpEnd control;
   uint32_t num_buffers = 0;
   uint64_t word = 0;  // where the incarnation stands, to be read by whoever tries a rail
   std::vector<RailEnd> rails;
 };
+
+// Who has asked for the connection.
+enum class Side : uint8_t { kConnecting, kAccepting };
 
 class VerbsConnection final : public Connection, public Pollable {
  public:
@@ -43,8 +45,8 @@ class VerbsConnection final : public Connection, public Pollable {
   static std::string refuse_push(const Devices& devices);
   ~VerbsConnection() override;
   Ends ends() const;  // as they were in the beginning, but for what concerns the word
-  // `control`: the first route, with longer timeouts. Throws.
-  void connect(const std::vector<Route>& routes, const Route& control, const Ends& remote,
+  // Throws.
+  void connect(Side side, const std::vector<Route>& routes, const Ends& remote,
                const Incarnation& peer);
   // Ports that belong to no rail, for describe(); before start().
   void note_unpaired(std::string text) { unpaired_ = std::move(text); }
@@ -76,6 +78,10 @@ class VerbsConnection final : public Connection, public Pollable {
     uint64_t chains_pushed = 0, nbytes_pushed = 0;
     uint32_t pusher = 0, sink = 0;
     bool pushing = false;
+    // Its queue pair for messages, once joined to the peer's, or 0; and whether that is the one
+    // that carries them.
+    uint32_t control = 0;
+    bool carries_messages = false;
   };
   std::vector<Carried> carried() const;
 
@@ -103,7 +109,18 @@ class VerbsConnection final : public Connection, public Pollable {
   void deliver(Rail& rail, ChunkPtr chunk, ibv_wc_status status);
   void die(const Failure& cause);
   void broken(const char* what);
-  void control_failed(const ibv_wc& completion);
+
+  // control_pairs.cpp
+  void on_control(Rail& rail, const ibv_wc& completion);
+  bool take_messages();
+  void control_failed(Rail& rail, const Failure& why);
+  void move_messages(const Failure& why);
+  void on_resume(const Resume& resume);
+  void drop_control(Rail& rail);
+  void renew_control(Rail& rail);
+  void connect_control(Rail& rail, const QpEnd& there);  // throws
+  void tell_control(const Rail& rail, const QpEnd& end);
+  void on_new_control(Rail& rail, const QpHead& head);
 
   // replace.cpp
   enum class Why : uint8_t { kFailed, kWanted };  // it failed, or we want back what it has
@@ -155,6 +172,7 @@ class VerbsConnection final : public Connection, public Pollable {
   Windows windows_;
   Incoming incoming_;
   Outgoing outgoing_;
+  Side side_ = Side::kConnecting;
   uint64_t peer_word_ = 0;
   Incarnation peer_{};
   std::string unpaired_;

@@ -14,8 +14,17 @@ namespace kvxfer::verbs {
 void VerbsConnection::drain(Rail& rail, std::initializer_list<uint64_t> markers) {
   size_t missing = markers.size();
   const int64_t until_ns = now_ns() + kFlushNs;
-  // A sink is through when every receive has come back as well, of which some have landed bytes.
+  // A sink is through when every receive has come back as well, of which some have landed bytes; so
+  // is a control queue pair, of which some have brought messages.
   const auto sink_due = [&] { return rail.push && !rail.push->sink.is_running(); };
+  const bool control_due = channel_.is_stopping(rail.number);
+  const auto is_control = [](const ibv_wc& each) {
+    return work_of(each.wr_id) == Work::kSend || work_of(each.wr_id) == Work::kReceive;
+  };
+  const auto is_through = [&] {
+    return missing == 0 && (!sink_due() || rail.push->sink.is_drained()) &&
+           (!control_due || channel_.is_drained(rail.number));
+  };
   const auto take = [&](const ibv_wc& each) {
     if (std::find(markers.begin(), markers.end(), each.wr_id) != markers.end())
       --missing;
@@ -25,25 +34,19 @@ void VerbsConnection::drain(Rail& rail, std::initializer_list<uint64_t> markers)
       on_written(rail, each);
     else if (work_of(each.wr_id) >= Work::kWindow)
       on_sink(rail, each);
+    else if (control_due && is_control(each))
+      on_control(rail, each);
     else
       rail.held.push_back(each);
   };
   for (const ibv_wc& each : std::exchange(rail.held, {})) take(each);
-  while ((missing > 0 || (sink_due() && !rail.push->sink.is_drained())) && now_ns() < until_ns) {
+  while (!is_through() && now_ns() < until_ns) {
     ibv_wc completions[kMaxCompletions];
     const int n = rail.completions.poll(completions);
     if (n < 0) return;
     if (n == 0) std::this_thread::yield();
     for (int i = 0; i < n; ++i) take(completions[i]);
   }
-}
-
-void VerbsConnection::control_failed(const ibv_wc& completion) {
-  const bool lost = completion.status == IBV_WC_RETRY_EXC_ERR;
-  die({.code = lost ? Code::kPeerDisconnected : Code::kTransport,
-       .text = cat("the control queue pair on ", rails_[0].device->name(), " failed: ",
-                   api().wc_status_str(completion.status), " (vendor error ", completion.vendor_err,
-                   ")", lost ? ": the peer's host or the network does not answer" : "")});
 }
 
 void VerbsConnection::broken(const char* what) {
@@ -59,7 +62,7 @@ void VerbsConnection::die(const Failure& cause) {
   }
   host_.reactor().cancel(gates_timer_);
   host_.reactor().cancel(windows_timer_);
-  const bool control_marked = channel_.stop();
+  channel_.shut();
   for (const auto& rail : rails_) {
     if (rail->token != 0) host_.reactor().remove(rail->token, rail->completions.fd());
     host_.reactor().cancel(rail->retry);
@@ -67,17 +70,14 @@ void VerbsConnection::die(const Failure& cause) {
     rail->stopping = true;
     if (rail->push) rail->push->sink.stop();
     const bool writes_marked = rail->push && rail->push->writes.stop();
-    const bool marked = rail->pulls.stop();
-    const uint64_t last_message = work_id(Work::kSendMarker, 0), last_read = rail->pulls.marker();
-    if (rail->number == 0 && control_marked)
-      marked ? drain(*rail, {last_message, last_read}) : drain(*rail, {last_message});
-    else if (marked)
-      drain(*rail, {last_read});
+    const bool pulls_marked = rail->pulls.stop();
+    if (channel_.stop(rail->number)) drain(*rail, {channel_.marker(rail->number)});
+    if (pulls_marked) drain(*rail, {rail->pulls.marker()});
     if (rail->push) writes_marked ? drain(*rail, {rail->push->writes.marker()}) : drain(*rail, {});
   }
-  channel_.destroy();
   stop_pushes();
   for (const auto& rail : rails_) {
+    channel_.close(rail->number);
     close_pulls(*rail);
     rail->drop_source();
     rail->held.clear();

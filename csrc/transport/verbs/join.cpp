@@ -19,7 +19,6 @@ struct AskHead {
   Ask what{};
 };
 struct JoinHead {  // then each rail: JoinRail, and the sender's address
-  QpEnd control;
   uint32_t num_buffers = 0;
   uint32_t num_rails = 0;
   uint64_t word = 0;  // where the sender's incarnation stands
@@ -34,7 +33,6 @@ struct JoinRail {
 struct ReplyHead {  // then the RailEnds; when refused, the reason as text
   uint32_t version = kVersion;
   uint32_t refused = 0;
-  QpEnd control;
   uint32_t num_buffers = 0;
   uint32_t num_rails = 0;
   uint64_t word = 0;
@@ -99,7 +97,7 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
   Bytes question;
   Writer writer(question);
   writer.put(AskHead{.what = Ask::kJoin});
-  writer.put(JoinHead{ends.control, ends.num_buffers, static_cast<uint32_t>(pairs.size()),
+  writer.put(JoinHead{ends.num_buffers, static_cast<uint32_t>(pairs.size()),
                       reinterpret_cast<uint64_t>(word_.get())});
   for (size_t i = 0; i < pairs.size(); ++i) {
     const Path& path = pairs[i].path;
@@ -124,12 +122,11 @@ std::optional<std::string> VerbsTransport::attach(const Session& session, ByteVi
   Reader answer(*joined);
   ReplyHead reply;
   if (auto refused = refusal(answer, "join", reply); !refused.empty()) return refused;
-  Ends theirs{reply.control, reply.num_buffers, reply.word, {}};
+  Ends theirs{reply.num_buffers, reply.word, {}};
   for (size_t i = 0; i < pairs.size(); ++i) theirs.rails.push_back(answer.get<RailEnd>());
   if (!answer.finished() || reply.num_rails != pairs.size() || !has_sane_buffers(reply.num_buffers))
     return "a malformed answer to the join";
-  const Route control = route_to(*devices[0], pairs[0].path, remote[pairs[0].remote], 1);
-  connection->connect(routes, control, theirs, session.peer.incarnation);
+  connection->connect(Side::kConnecting, routes, theirs, session.peer.incarnation);
   if (auto failed = connection->try_first(part().deadline_ns())) return failed;
 
   question.clear();
@@ -182,7 +179,7 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
       head.num_rails > kMaxRails || halves_.contains(session.id))
     return "a malformed join";
   const std::vector<PortAddress> own = own_addresses();
-  Ends theirs{head.control, head.num_buffers, head.word, {}};
+  Ends theirs{head.num_buffers, head.word, {}};
   Devices devices;
   std::vector<PortAddress> remotes;
   std::vector<PortPair> pairs;
@@ -216,12 +213,10 @@ std::string VerbsTransport::join(const Session& session, Reader& question, Bytes
     routes.push_back(route_to(*devices[i], pairs[i].path, remotes[i], num_ports));
   auto connection = std::make_shared<VerbsConnection>(*host_, devices, config_.verbs_device.empty(),
                                                       memory_, why_no_push(devices));
-  connection->connect(routes, route_to(*devices[0], pairs[0].path, remotes[0], 1), theirs,
-                      session.peer.incarnation);
+  connection->connect(Side::kAccepting, routes, theirs, session.peer.incarnation);
   const Ends ends = connection->ends();
   Writer writer(reply);
-  writer.put(ReplyHead{kVersion, 0, ends.control, ends.num_buffers,
-                       static_cast<uint32_t>(ends.rails.size()),
+  writer.put(ReplyHead{kVersion, 0, ends.num_buffers, static_cast<uint32_t>(ends.rails.size()),
                        reinterpret_cast<uint64_t>(word_.get())});
   for (size_t i = 0; i < pairs.size(); ++i) {
     RailEnd end = ends.rails[i];

@@ -250,33 +250,30 @@ bool Outgoing::on_outcome(ByteView body) {
     std::lock_guard lock(mutex_);
     Flight* flight = flights_.find(head.ticket);
     if (flight == nullptr) return true;  // of a read that we have ended
+    // The last word is said once, and not of what the owner was never told.
+    if (flight->unsent || std::exchange(flight->answered, true)) return false;
     const Request& request = *flight->request;
     completion = completion_of(head, request.nbytes,
                                {reinterpret_cast<const char*>(text.data()), text.size()});
-    if (request.op == Op::kRead) {
-      flight->answered = true;
-      if (completion.ok && flight->landed < request.nbytes && !flight->cancelled)
-        return false;  // bytes come before the word that they have
-    }
+    // Bytes come before the word that they have; and of a read that is pulled we judge ourselves.
+    if (request.op == Op::kRead && completion.ok && !flight->cancelled &&
+        (flight->landed < request.nbytes || flight->granted > 0))
+      return false;
     if (!completion.ok) {
       Failure& failure = completion.failure;
       if (head.span != kNoSpan)
         failure.span = span_of(request, flight->window ? nullptr : flight->memory.get(), head.span);
     }
     if (flight->window) {
-      flight->answered = true;
       flight->accepted = completion.ok;
       if (!completion.ok && !flight->failure) {
         if (!flight->cancelled) num_dead_inside_ += flight->num_inside;
         flight->failure = std::move(completion.failure);
       }
-    } else if (!completion.ok) {
-      Failure& failure = completion.failure;
-      if (flight->num_inside > 0) {  // a read: it ends when our NIC is through
-        flight->over = true;
-        if (!flight->failure) flight->failure = std::move(failure);
-        return true;
-      }
+    } else if (flight->num_inside > 0) {  // a read: it ends when our NIC is through
+      flight->over = true;
+      if (!completion.ok && !flight->failure) flight->failure = std::move(completion.failure);
+      return true;
     }
     pushed = flight->window != nullptr;
   }
@@ -291,13 +288,14 @@ void Outgoing::send_part(Ticket ticket, Flight& flight) {
                    {view_of(head), rows_.bytes(), view_of(std::span<const Segment>(segments_))});
 }
 
-// A word of the owner about a request that is still wanted; null: it is not. False: malformed.
+// A word of the owner about a request that is still wanted; null: it is not. False: malformed, or
+// about one that the owner was never told of.
 bool Outgoing::on_part(ByteView body, Ticket& ticket, Flight*& flight) noexcept {
   Reader reader(body);
   ticket = reader.get<PartHead>().ticket;
   flight = flights_.find(ticket);
   if (flight != nullptr && flight->cancelled) flight = nullptr;
-  return reader.finished() && ticket.slot < kNumSlots;
+  return reader.finished() && ticket.slot < kNumSlots && (flight == nullptr || !flight->unsent);
 }
 
 bool Outgoing::on_more(ByteView body) {

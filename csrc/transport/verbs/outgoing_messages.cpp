@@ -15,7 +15,7 @@ bool Outgoing::on_use_messages(ByteView body) {
   Flight* flight;
   if (!on_part(body, ticket, flight)) return false;
   if (flight == nullptr) return true;
-  if (flight->request->op != Op::kWrite || flight->request->nbytes == 0 ||
+  if (flight->request->op != Op::kWrite || flight->request->nbytes == 0 || flight->window ||
       flight->request->local->is_on_gpu() || std::exchange(flight->staged, true))
     return false;
   queue(pumping_, ticket, *flight);

@@ -34,7 +34,9 @@ bool Outgoing::on_granted(ByteView body) {
     if (source.row >= rows->size()) return false;
     sum += source.nbytes;
   }
-  if (flight->request->op != Op::kRead || !flight->memory || !head.region.present ||
+  // One way or the other: what came in messages stands where the first chain would begin.
+  const bool in_messages = flight->landed > 0 && flight->granted == 0;
+  if (flight->request->op != Op::kRead || !flight->memory || !head.region.present || in_messages ||
       sum > flight->announced - flight->granted)
     return false;
   flight->region = head.region;
@@ -282,8 +284,8 @@ bool Outgoing::on_read_data(ByteView body) {
   }
   hooks::reached(hooks::Point::kInsideRead);
   Flight& flight = flights_[head.ticket.slot];
-  const bool sane = request->op == Op::kRead && !request->local->is_on_gpu() &&
-                    flight.granted == 0 && data.size() <= flight.announced - flight.landed;
+  const bool sane = request->op == Op::kRead && flight.granted == 0 &&
+                    data.size() <= flight.announced - flight.landed && !request->local->is_on_gpu();
   const std::byte* from = data.data();
   for (size_t left = sane ? data.size() : 0; left > 0;) {
     const Span& span = request->spans[flight.next_span];

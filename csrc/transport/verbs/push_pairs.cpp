@@ -22,12 +22,11 @@
 
 namespace kvxfer::verbs {
 std::string VerbsConnection::refuse_push(const Devices& devices) {
-  for (size_t i = 0; i < devices.size(); ++i) {
-    const Device& device = *devices[i];
-    const uint32_t messages = i == 0 ? Channel::num_entries(Channel::num_buffers(device)) : 0;
-    const uint32_t needed = Rails::num_entries(device, messages, true);
-    if (needed > static_cast<uint32_t>(device.limits().max_cqe))
-      return cat(device.name(), " has completion queues of at most ", device.limits().max_cqe,
+  const uint32_t messages = Channel::num_entries(Channel::num_buffers(devices));
+  for (const auto& device : devices) {
+    const uint32_t needed = Rails::num_entries(*device, messages, true);
+    if (needed > static_cast<uint32_t>(device->limits().max_cqe))
+      return cat(device->name(), " has completion queues of at most ", device->limits().max_cqe,
                  " entries; with pushes a connection needs ", needed);
   }
   return {};

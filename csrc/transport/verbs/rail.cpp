@@ -74,12 +74,16 @@ uint32_t Rails::num_entries(const Device& device, uint32_t more_entries, bool pu
 Rails::Rails(const Devices& devices, bool by_nearness, uint32_t more_entries, bool push)
     : by_nearness_(by_nearness) {
   for (const auto& device : devices) {
-    // Messages go over the first one.
-    rails_.push_back(
-        std::make_unique<Rail>(device, rails_.size(), rails_.empty() ? more_entries : 0, push));
+    rails_.push_back(std::make_unique<Rail>(device, rails_.size(), more_entries, push));
     const uint32_t sge = rails_.back()->pulls.max_sge();
     max_sge_ = rails_.size() == 1 ? sge : std::min(max_sge_, sge);
   }
+}
+
+std::vector<ibv_cq*> Rails::queues() const {
+  std::vector<ibv_cq*> out;
+  for (const auto& rail : rails_) out.push_back(rail->completions.get());
+  return out;
 }
 
 // `usable`, `has_room`: of a rail; `chains`: its queue that they would go through.

@@ -6,7 +6,8 @@
 //   pull     our RDMA READs of the peer's memory (ChainQueue)
 //   source   answers the peer's READs of ours: no work of ours is ever posted on it
 //
-// Where writes are pushed it has two more (push_ends.hpp).
+// Where writes are pushed it has two more (push_ends.hpp), and one more is the Channel's, which
+// carries messages or stands by for them.
 // Which rail takes a chain is decided when the chain is posted (Rails::pick). replace.cpp has what
 // is done when one fails. Progress thread only, but for what is said to be for reports.
 #pragma once
@@ -14,6 +15,7 @@
 #include <atomic>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,14 +29,15 @@ namespace kvxfer::verbs {
 
 // What a side must know of the other's end of a rail; travels in the join.
 struct RailEnd {
-  QpEnd pull, source;
+  QpEnd pull, source, control;
   uint32_t word_rkey = 0;          // of the sender's identity
   uint8_t served = 0, issued = 0;  // RDMA READs in flight: as their responder, as their requester
   uint16_t reserved = 0;
 };
 
 struct Rail {
-  // `more_entries` of the completion queue, beside those for READs and pushes. Throws.
+  // `more_entries` of the completion queue, beside those for READs and pushes: for messages.
+  // Throws.
   Rail(const std::shared_ptr<Device>& device, size_t number, uint32_t more_entries, bool push);
   ~Rail();
   void connect(const Route& route, const RailEnd& remote);  // throws
@@ -72,9 +75,13 @@ struct Rail {
   Reactor::TimerId retry = Reactor::kNoTimer;
   Reactor::Token token = 0;
 
+  uint32_t control_epoch = 0;             // of its queue pair for messages
+  std::optional<Failure> control_failed;  // that one has: to be seen to
+
   // For reports; relaxed.
   std::atomic<bool> in_use{false}, source_gone{false};
   std::atomic<uint32_t> puller{0};                    // number of the queue pair that reads now
+  std::atomic<uint32_t> control{0};                   // and of the one for messages
   std::atomic<uint32_t> num_replaced{0};              // sources
   std::atomic<uint64_t> num_chains{0}, num_bytes{0};  // that came through
 };
@@ -94,6 +101,7 @@ class Rails {
   Rail& operator[](size_t number) const noexcept { return *rails_[number]; }
   auto begin() const noexcept { return rails_.begin(); }
   auto end() const noexcept { return rails_.end(); }
+  std::vector<ibv_cq*> queues() const;  // of completions
 
   // The one with room that has the least to do; of those near the node as long as one of them is in
   // use at all. Null: none has room.

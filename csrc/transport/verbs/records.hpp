@@ -14,7 +14,7 @@
 
 namespace kvxfer::verbs {
 
-inline constexpr uint32_t kVersion = 4;
+inline constexpr uint32_t kVersion = 5;
 inline constexpr uint32_t kNumSlots = kMaxInFlight;   // of requests, per direction
 inline constexpr uint32_t kMaxSegments = 1024;        // per message
 inline constexpr uint32_t kMaxDataBytes = 32 * 1024;  // of memory, in one message
@@ -52,6 +52,9 @@ enum class Type : uint32_t {
   kNewPusher = 24,   // QpHead, immediates (u32): this one writes; of these I do not know
   kSinkReady = 25,   // SinkHead of the owner, immediates (u32): of these I have the bytes
   kPushCredit = 26,  // SinkHead of the owner: how many receives it has posted
+  // Queue pairs of messages.
+  kResume = 27,      // the head alone, not a fragment: I carry on over this queue pair
+  kNewControl = 28,  // QpHead: and on this rail this one stands by from now on
 };
 
 enum Flag : uint32_t {

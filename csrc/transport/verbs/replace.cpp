@@ -105,6 +105,7 @@ void VerbsConnection::on_probed(Rail& rail, ChunkPtr chunk, ibv_wc_status status
   }
   rail.pulls.start();
   rail.in_use.store(true, std::memory_order_relaxed);
+  renew_control(rail);
 }
 
 void VerbsConnection::on_new_source(Rail& rail, const QpHead& head) {
@@ -115,6 +116,8 @@ void VerbsConnection::on_new_source(Rail& rail, const QpHead& head) {
   stop_pulls(rail);
   if (is_dead()) return;
   if (rail.absent) {
+    // Nor has it one for messages; the next will be told of (kNewControl).
+    if (channel_.rail() != rail.number) drop_control(rail);
     rail.last_error = "the peer has no queue pair for it: its port is down, or making one failed";
     ++rail.num_breaks;
     if (!end_if_none_left(rail)) ask_again(rail);
@@ -212,6 +215,8 @@ void VerbsConnection::on_queue_pairs(Type type, ByteView body) {
       return on_new_source(rail, head);
     case Type::kNewPuller:
       return on_new_puller(rail, head);
+    case Type::kNewControl:
+      return on_new_control(rail, head);
     default:
       if (head.epoch == rail.peer_epoch && rail.pulls.is_open() && !rail.pulls.is_ready())
         probe(rail);
@@ -226,9 +231,10 @@ bool VerbsConnection::on_queue_pair_event(const Device& device, uint32_t number,
   if (is_dead()) return false;
   for (const auto& rail : rails_) {
     if (rail->device.get() != &device) continue;
-    if (rail->number == 0 && channel_.end().number == number) {
-      die({.code = Code::kTransport,
-           .text = cat("the control queue pair on ", device.name(), " reported: ", event)});
+    if (channel_.is_mine(rail->number, number)) {
+      control_failed(
+          *rail, {.code = Code::kTransport,
+                  .text = cat("the control queue pair on ", device.name(), " reported: ", event)});
     } else if (rail->pulls.is_mine(number)) {
       rail->last_error = event;
       break_pulls(*rail, Why::kFailed);
@@ -251,11 +257,15 @@ bool VerbsConnection::on_queue_pair_event(const Device& device, uint32_t number,
 
 void VerbsConnection::on_port_event(const Device& device, bool up, const std::string& event) {
   if (is_dead()) return;
-  for (const auto& rail : rails_) {
-    if (rail->device.get() != &device || rail->down == !up) continue;
+  std::vector<Rail*> concerned;
+  for (const auto& rail : rails_)
+    if (rail->device.get() == &device && rail->down == up) concerned.push_back(rail.get());
+  // First of all of them: messages are not to move from one to the other.
+  for (Rail* rail : concerned) {
     rail->last_error = cat("the device ", device.name(), " reported: ", event);
-    if (!up && rail->number == 0) return die({.code = Code::kTransport, .text = rail->last_error});
     rail->down = !up;
+  }
+  for (Rail* rail : concerned) {
     if (up) {
       rail->num_breaks = 0;
       replace_source(*rail);
@@ -263,6 +273,8 @@ void VerbsConnection::on_port_event(const Device& device, bool up, const std::st
       if (rail->push) on_push_port(*rail, true);
     } else {
       host_.reactor().cancel(std::exchange(rail->retry, Reactor::kNoTimer));
+      control_failed(*rail, {.code = Code::kTransport, .text = rail->last_error});
+      if (is_dead()) return;
       withdraw_source(*rail);
       stop_pulls(*rail);
       if (rail->push && !is_dead()) on_push_port(*rail, false);

@@ -13,6 +13,10 @@ std::vector<VerbsConnection::Carried> VerbsConnection::carried() const {
                    rail->num_bytes.load(std::memory_order_relaxed),
                    rail->puller.load(std::memory_order_relaxed),
                    rail->in_use.load(std::memory_order_relaxed)});
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i].control = rails_[i].control.load(std::memory_order_relaxed);
+    out[i].carries_messages = channel_.rail() == i;
+  }
   for (size_t i = 0; i < out.size() && why_no_push_.empty(); ++i) {
     const PushEnds& push = *rails_[i].push;
     out[i].chains_pushed = push.num_chains.load(std::memory_order_relaxed);
@@ -25,7 +29,8 @@ std::vector<VerbsConnection::Carried> VerbsConnection::carried() const {
 }
 
 std::string VerbsConnection::describe() const {
-  std::string out = cat("verbs: ", rails_.size(), " rail(s), messages over the first; ");
+  std::string out = cat("verbs: ", rails_.size(), " rail(s), messages over rail ", channel_.rail(),
+                        ", moved ", channel_.num_moves(), " time(s); ");
   if (why_no_push_.empty())
     out += cat("our writes are ", outgoing_.push_text(), "; the peer's may be pushed through ",
                windows_.num(), " window(s) of ours, one for each lease");
@@ -42,6 +47,8 @@ std::string VerbsConnection::describe() const {
                " ms; ", rail->in_use.load(std::memory_order_relaxed) ? "in use" : "not in use",
                ", ", rail->num_bytes.load(std::memory_order_relaxed), " bytes pulled, ",
                rail->num_replaced.load(std::memory_order_relaxed), " queue pair(s) replaced");
+    if (rail->control.load(std::memory_order_relaxed) == 0)
+      out += "; it could not carry messages now";
     if (!rail->push) continue;
     out += cat("; ", rail->push->num_bytes.load(std::memory_order_relaxed), " bytes pushed, ",
                rail->push->num_replaced.load(std::memory_order_relaxed),
@@ -56,6 +63,8 @@ std::string VerbsConnection::condition() const {
     out +=
         cat(out.empty() ? "" : "; ", "rail ", rail.number, " (", rail.device->name(), "): ", what);
   };
+  if (channel_.is_waiting())
+    say(rails_[channel_.rail()], "messages wait for the peer to carry on over it");
   for (const auto& rail : rails_) {
     if (!rail->in_use.load(std::memory_order_relaxed))
       say(*rail, "our RDMA READs wait for the peer to connect a fresh queue pair");

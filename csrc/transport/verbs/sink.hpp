@@ -11,8 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "transport/verbs/channel.hpp"
+#include "transport/verbs/queue_pair.hpp"
 #include "transport/verbs/window.hpp"
+#include "transport/verbs/work.hpp"
 
 namespace kvxfer::verbs {
 

@@ -74,6 +74,12 @@ def set_plan(plan: str) -> None:
         raise ValueError(f"no such plan: '{plan}'")
 
 
+def set_port(device: str, port: int, *, up: bool) -> None:
+    """A link of this process's software NICs goes or comes, with the event of its port."""
+    if _loaded().fake_verbs_set_port(device.encode(), port, int(up)) != 0:
+        raise ValueError(f"no software NIC {device} with a port {port}")
+
+
 def counts(*names: str) -> list[int]:
     """What this process's software NICs have counted; names of fake_verbs/fake_verbs.h."""
     count = _loaded().fake_verbs_count

@@ -1,0 +1,254 @@
+// SPDX-FileCopyrightText: The kvxfer authors
+// SPDX-License-Identifier: Apache-2.0
+// A peer that is let in and then breaks the protocol: it changes no byte beyond the spans of a
+// request, ends none of ours that our NIC is at work for, and costs its own connection alone.
+//
+// The engine that breaks it, b, is an honest one whose messages are rewritten as they are posted.
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "verbs_push_world.hpp"
+
+using namespace kvxfer;
+using verbs::Channel;
+using verbs::DataHead;
+using verbs::Type;
+
+namespace {
+
+// A message of one fragment, as it stands on the wire (docs/wire_format.md).
+struct Message {
+  struct Head {
+    uint32_t type = 0, nbytes = 0, received = 0, number = 0;
+  } head;
+  Bytes body;
+
+  bool is(Type type) const { return head.type == static_cast<uint32_t>(type); }
+  Ticket ticket() const {  // with which all those begin that are rewritten here
+    Ticket out;
+    REQUIRE(body.size() >= sizeof out);
+    std::memcpy(&out, body.data(), sizeof out);
+    return out;
+  }
+};
+
+Message made(Type type, std::initializer_list<ByteView> parts) {
+  Message out;
+  out.head.type = static_cast<uint32_t>(type);
+  for (const ByteView& part : parts) out.body.insert(out.body.end(), part.begin(), part.end());
+  out.head.nbytes = static_cast<uint32_t>(out.body.size());
+  return out;
+}
+Message outcome(Ticket ticket, uint64_t nbytes) {
+  const OutcomeHead head{ticket, 0, 0, nbytes, kNoSpan, 0, 0};
+  return made(Type::kOutcome, {view_of(head)});
+}
+Message read_data(Ticket ticket, const Bytes& bytes) {
+  const DataHead head{ticket, static_cast<uint32_t>(bytes.size()), 0};
+  return made(Type::kReadData, {view_of(head), ByteView(bytes)});
+}
+
+// What is said in the place of a message, when it is of this type. Fragments are numbered anew, so
+// that nothing is wrong but what they mean.
+class Tamper {
+ public:
+  using Rewrite = std::function<std::vector<Message>(const Message&)>;
+  Tamper(Type type, Rewrite rewrite) {
+    type_ = type;
+    rewrite_ = std::move(rewrite);
+    num_ = 0;
+    qp_num_ = shift_ = 0;
+    fake_verbs_tamper(on_message);
+  }
+  ~Tamper() { fake_verbs_tamper(nullptr); }
+  static int num() { return num_.load(); }  // so many were rewritten
+
+ private:
+  static int on_message(uint32_t qp_num, const void* bytes, uint32_t nbytes, fake_verbs_say say,
+                        void* to) {
+    Message message;
+    if (nbytes < sizeof message.head) return 0;
+    std::memcpy(&message.head, bytes, sizeof message.head);
+    const auto* rest = static_cast<const std::byte*>(bytes) + sizeof message.head;
+    message.body.assign(rest, rest + (nbytes - sizeof message.head));
+    std::vector<Message> instead{message};
+    if (message.is(type_)) {
+      instead = rewrite_(message);
+      qp_num_ = qp_num;
+      ++num_;
+    }
+    if (qp_num != qp_num_) return 0;
+    for (Message& each : instead) {
+      each.head.received = message.head.received;
+      each.head.number = message.head.number + shift_++;
+      Bytes out(sizeof each.head);
+      std::memcpy(out.data(), &each.head, sizeof each.head);
+      out.insert(out.end(), each.body.begin(), each.body.end());
+      say(to, out.data(), static_cast<uint32_t>(out.size()));
+    }
+    --shift_;
+    return 1;
+  }
+  // Used within a post, one at a time.
+  static inline Type type_;
+  static inline Rewrite rewrite_;
+  static inline std::atomic<int> num_;
+  static inline uint32_t qp_num_, shift_;
+};
+
+struct World : PushWorld {
+  World() {
+    std::memset(at_a(0), 0, static_cast<size_t>(ra->nbytes));
+    std::memset(at_b(0), 0x22, static_cast<size_t>(rb->nbytes));
+  }
+  TransferPtr read(int64_t nbytes = kBytes) { return move(Op::kRead, 0, 0, nbytes); }
+  uint32_t source_of_b() const { return of(to_a).ends().rails[0].source.number; }
+
+  // We have noticed, and it was told as what it is.
+  void check_thrown_out(const TransferPtr& t) const {
+    finish(t, State::kFailed);
+    CHECK(quiesces(t));
+    CHECK(eventually([&] { return !to_b->alive.load(); }));
+    INFO(t->message);
+    CHECK(t->message.find("broke the verbs protocol") != std::string::npos);
+  }
+  // Another connection works as if nothing had been.
+  void check_works_again() {
+    to_b = a->connect(b->address(), 10);
+    remote = a->regions_of(*to_b).at("kv");
+    finish(read());
+    CHECK(all_equal(at_a(0), kBytes, 0x22));
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a grant for a read that has had bytes in messages") {
+  World w;
+  constexpr int64_t kSpan = 64, kStep = 8192;
+  std::vector<int64_t> local, from;
+  for (int64_t i = 0; i < 3; ++i) local.push_back(i * kStep), from.push_back(i * kSpan);
+  SubmitOptions options;
+  options.deadline_ns = deadline_after(30);
+  TransferPtr t;
+  {
+    const Tamper tamper(Type::kGranted, [](const Message& message) {
+      return std::vector{read_data(message.ticket(), Bytes(kSpan, std::byte{0xee})), message};
+    });
+    const SpanArguments spans{
+        {local.data(), 3, false}, {from.data(), 3, false}, {&kSpan, 1, true}, {}, false};
+    t = w.a->submit(Op::kRead, w.ra, w.remote, spans, std::move(options));
+    w.check_thrown_out(t);
+    CHECK(tamper.num() == 1);
+  }
+  for (int64_t i = 0; i < 3; ++i) std::memset(w.at_a(static_cast<size_t>(i * kStep)), 0, kSpan);
+  CHECK(all_equal(w.at_a(0), w.ra->nbytes, 0));
+  w.check_works_again();
+}
+
+TEST_CASE("bytes in messages for a read that has been granted") {
+  World w;
+  const Tamper tamper(Type::kGranted, [](const Message& message) {
+    return std::vector{message, read_data(message.ticket(), Bytes(64, std::byte{0xee}))};
+  });
+  w.check_thrown_out(w.read());
+  CHECK(tamper.num() == 1);
+}
+
+TEST_CASE("the end of a read is told while our NIC reads the words") {
+  World w;
+  std::atomic<bool> granted{false};
+  Ticket ticket;
+  TransferPtr t;
+  const Held held({w.source_of_b()});  // what our NIC asks for
+  {
+    const Tamper tamper(Type::kGranted, [&](const Message& message) {
+      ticket = message.ticket();
+      granted = true;
+      return std::vector{message};
+    });
+    t = w.read(64);
+    REQUIRE(eventually([&] { return granted.load(); }));
+  }
+  fake_verbs_pass(held.numbers[0], 1);  // the data, and not the words
+  REQUIRE(eventually([&] { return *w.at_a(63) == std::byte{0x22}; }));
+  const Tamper tamper(Type::kRequest,
+                      [&](const Message&) { return std::vector{outcome(ticket, 64)}; });
+  SubmitOptions options;
+  options.deadline_ns = deadline_after(30);
+  options.has_notify = true;
+  const TransferPtr notification = w.b->notify(w.to_a, std::move(options));
+  REQUIRE(eventually([] { return Tamper::num() == 1; }));
+  CHECK(eventually([&] { return !w.to_b->alive.load(); }));
+  held.release();
+  w.check_thrown_out(t);
+  REQUIRE(notification->wait(deadline_after(30)) == Woken::kNotified);
+}
+
+TEST_CASE("a read that was cancelled is told to have ended well, while our NIC still reads") {
+  World w;
+  Held held({w.source_of_b()});
+  const Tamper tamper(Type::kOutcome, [](const Message& message) {
+    return std::vector{outcome(message.ticket(), kBytes)};
+  });
+  const TransferPtr t = w.read();
+  REQUIRE(eventually([&] { return fake_verbs_count("packets") > 0 && !t->quiesced.load(); }));
+  w.a->cancel(t);
+  finish(t, State::kCancelled);
+  // One that goes by messages alone, behind the outcome.
+  SubmitOptions options;
+  options.deadline_ns = deadline_after(30);
+  options.has_notify = true;
+  const TransferPtr said = w.a->notify(w.to_b, std::move(options));
+  finish(said);
+  held.release();
+  CHECK(quiesces(t));
+  finish(w.read());
+  CHECK(all_equal(w.at_a(0), kBytes, 0x22));
+}
+
+TEST_CASE("the end of a write that the owner was never told of") {
+  World w;
+  // The first of this connection: slot 0, generation 1.
+  const Tamper tamper(Type::kWindow, [](const Message& message) {
+    return std::vector{outcome({0, 1}, kBytes), message};
+  });
+  const LeasePtr lease = w.grant(0, kBytes);
+  w.check_thrown_out(w.write(lease));
+  CHECK(tamper.num() == 1);
+  CHECK(all_equal(w.at_b(0), kBytes, 0x22));
+}
+
+TEST_CASE("a part of a write that the owner was never told of") {
+  for (const Type type : {Type::kMore, Type::kUseMessages}) {
+    World w;
+    const Tamper tamper(Type::kWindow, [&](const Message& message) {
+      return std::vector{made(type, {view_of(PartHead{{0, 1}, 0})}), message};
+    });
+    const LeasePtr lease = w.grant(0, kBytes);
+    w.check_thrown_out(w.write(lease));
+    CHECK(tamper.num() == 1);
+  }
+}
+
+TEST_CASE("what a peer does not take is queued up to a limit") {
+  std::string reason;
+  const auto takes_all = [](const verbs::Device&) { return std::string(); };
+  const verbs::Devices devices = verbs::Device::open_all({}, takes_all, reason);
+  REQUIRE(!devices.empty());
+  std::vector<ibv_cq*> queues;
+  for (const auto& device : devices)
+    queues.push_back(ibv_create_cq(device->context(), 16, nullptr, nullptr, 0));
+  {
+    Channel channel(devices, queues);
+    const uint64_t lease = 7;
+    for (size_t i = 0; i < Channel::kMaxQueued; ++i)
+      channel.message(Type::kDrained, {view_of(lease)});
+    CHECK_FALSE(channel.is_overrun());
+    channel.message(Type::kDrained, {view_of(lease)});
+    CHECK(channel.is_overrun());
+  }
+  for (ibv_cq* queue : queues) ibv_destroy_cq(queue);
+}
