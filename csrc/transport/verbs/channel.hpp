@@ -46,8 +46,8 @@ class Channel {
   // The most is a power of two, so that a fragment's place is its number modulo that, also when
   // numbers wrap.
   static constexpr uint32_t kMaxBuffers = 64, kMinBuffers = 52;
-  // Of messages that wait for room. An honest peer leaves fewer untaken: some answers a request, and
-  // for each of its leases what a window covers and has for keys.
+  // Of messages that wait for room. An honest peer leaves fewer untaken: some answers a request,
+  // and for each of its leases what a window covers and has for keys.
   static constexpr size_t kMaxQueued = 64 * 1024, kMaxQueuedBytes = size_t{256} << 20;
   // What each direction of these devices gets; 0 when one cannot have enough.
   static uint32_t num_buffers(const Device& device) noexcept;
