@@ -238,6 +238,16 @@ TEST_CASE("verbs: removing the device ends everything, and says so") {
     CHECK(quiesces(t));
   }
   CHECK(eventually([&] { return !w.alive(); }));
+  // Nothing would reach memory that is registered now.
+  CHECK(eventually([&] {
+    try {
+      (void)w.a->allocate(4096, {});
+    } catch (const Error& error) {
+      return std::string(error.what()).find("the engine's RDMA device, was lost") !=
+             std::string::npos;
+    }
+    return false;
+  }));
   CHECK(fake_verbs_restore_device("fake0") == 0);
 }
 
