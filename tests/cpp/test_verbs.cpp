@@ -238,6 +238,19 @@ TEST_CASE("verbs: removing the device ends everything, and says so") {
     CHECK(quiesces(t));
   }
   CHECK(eventually([&] { return !w.alive(); }));
+  // Nothing would reach memory that is registered now.
+  std::string why;
+  CHECK(eventually([&] {
+    try {
+      (void)w.a->allocate(4096, {.name = "late"});
+      why = "allocated";
+    } catch (const Error& error) {
+      why = error.what();
+    }
+    return why.find("the engine's RDMA device, was lost") != std::string::npos;
+  }));
+  INFO(why);
+  CHECK(why.find("make a new engine") != std::string::npos);
   CHECK(fake_verbs_restore_device("fake0") == 0);
 }
 

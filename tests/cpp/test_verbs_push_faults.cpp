@@ -7,6 +7,7 @@
 #include <random>
 
 #include "verbs_push_world.hpp"
+#include "verbs_tamper.hpp"
 
 using namespace kvxfer;
 
@@ -230,18 +231,23 @@ TEST_CASE("push: where it fails again and again it is given up, and writes are p
   const auto given_up = [&] {
     return w.explained().find("no rail is left for pushed writes") != std::string::npos;
   };
-  std::vector<uint32_t> seen(w.writer().size());
-  // Every fresh queue pair fails at its first chain, as far as we come before that.
+  // Every fresh queue pair waits for packets that were never sent, and has none of those that come.
+  const tamper::Tamper tamper(verbs::Type::kNewPusher, [](const tamper::Message& message) {
+    tamper::Message out = message;
+    verbs::QpHead head;
+    std::memcpy(&head, out.body.data(), sizeof head);
+    head.psn = (head.psn - 4096) & 0xffffff;
+    std::memcpy(out.body.data(), &head, sizeof head);
+    return std::vector{out};
+  });
+  for (size_t rail = 0; rail < w.writer().size(); ++rail)
+    fake_verbs_fail_next(w.pusher(rail), IBV_WC_RETRY_EXC_ERR);
   const int64_t until = deadline_after(60);
   while (!given_up() && now_ns() < until) {
     const TransferPtr t = w.write(lease, 4096);
-    while (t->state.load() <= State::kPosted && now_ns() < until)
-      for (size_t rail = 0; rail < seen.size(); ++rail)
-        if (const uint32_t number = w.pusher(rail); number != seen[rail])
-          fake_verbs_fail_next(seen[rail] = number, IBV_WC_RETRY_EXC_ERR);
+    REQUIRE(t->wait(deadline_after(30)) == Woken::kNotified);
     INFO(t->message);
     CHECK((t->state.load() == State::kDone || t->failure.code == Code::kTransport));
-    seen.assign(seen.size(), 0);
   }
   REQUIRE(given_up());
   CHECK(w.alive());

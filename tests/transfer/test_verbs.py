@@ -167,7 +167,7 @@ def test_doctor_names_every_rail_and_its_node(tmp_path: Path) -> None:
 def test_reason_says_what_is_missing() -> None:
     assert run_with_fake_verbs(PROBE).strip() == "None"
     assert "no RDMA device" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="devices=0")
-    assert "active" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="down=0")
+    assert "port 1 is down" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="down=0")
     assert "no GID" in run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="gids=none")
     refused = run_with_fake_verbs(PROBE, KVXFER_FAKE_VERBS="fail=open_device@1:ENOSPC")
     assert "ibv_open_device(fake0)" in refused
@@ -207,6 +207,22 @@ with engine("a") as a, engine("b") as b:
     remote = b.allocate(4096, "kv")
     print(a.explain(peer))
 """
+
+
+NINE = """
+from kvxfer.errors import KvxferError
+from kvxfer.transfer import EngineConfig, TransferEngine
+names = ",".join(f"fake{i}" for i in range(9))
+try:
+    TransferEngine("a", transports=("verbs",), config=EngineConfig(verbs_device=names))
+except KvxferError as error:
+    print(error)
+"""
+
+
+def test_more_devices_than_rails_are_refused_by_name() -> None:
+    text = run_with_fake_verbs(NINE, KVXFER_FAKE_VERBS="devices=9")
+    assert "'fake8' would be one more than the 8 ports" in text
 
 
 def test_device_and_address_are_chosen_by_rule_or_by_name() -> None:

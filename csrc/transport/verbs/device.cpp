@@ -185,6 +185,12 @@ Devices Device::open_all(const std::string& wanted, Refusal refusal, std::string
       const size_t colon = each.find(':');
       const std::string name = each.substr(0, colon);
       const int port = colon == std::string::npos ? 0 : std::atoi(each.c_str() + colon + 1);
+      if (out.size() == kMaxRails) {
+        note(cat("'", each, "' would be one more than the ", kMaxRails,
+                 " ports that an engine uses"));
+        out.clear();
+        break;
+      }
       bool found = false, any = false;
       for (int i = 0; i < num_devices; ++i) {
         if (name != api().get_device_name(list.get()[i])) continue;
@@ -201,7 +207,7 @@ Devices Device::open_all(const std::string& wanted, Refusal refusal, std::string
   if (out.empty())
     reason = num_devices == 0 ? "no RDMA device here"
                               : cat("no RDMA device ", wanted.empty() ? "" : cat("'", wanted, "' "),
-                                    "with an active port: ", seen);
+                                    "can be used: ", seen);
   return out;
 }
 
@@ -250,6 +256,13 @@ Registration::Registration(Devices devices, uint64_t nbytes, int access,
     }
     if (step) step(nbytes);
   }
+  if (mrs_.empty() && !devices_.empty())
+    throw Error(Code::kRegistration,
+                cat(nbytes, " bytes cannot be registered: ", devices_.front()->name(),
+                    devices_.size() > 1 ? " and every other RDMA device of this engine were lost"
+                                        : ", the engine's RDMA device, was lost",
+                    "; make a new engine"),
+                ENODEV, "verbs");
   const bool differ =
       std::ranges::any_of(ways, [&](const auto& way) { return way.second != ways[0].second; });
   for (const auto& [device, way] : ways) {

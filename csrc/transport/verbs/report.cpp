@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
 // What a connection tells about itself; any thread, so by what rails have for reports.
+#include <algorithm>
+
 #include "common/error.hpp"
 #include "transport/verbs/connection.hpp"
 
@@ -31,9 +33,14 @@ std::vector<VerbsConnection::Carried> VerbsConnection::carried() const {
 std::string VerbsConnection::describe() const {
   std::string out = cat("verbs: ", rails_.size(), " rail(s), messages over rail ", channel_.rail(),
                         ", moved ", channel_.num_moves(), " time(s); ");
+  const bool any_windows =
+      std::ranges::any_of(rails_, [](const auto& rail) { return rail->device->has_windows(); });
   if (why_no_push_.empty())
-    out += cat("our writes are ", outgoing_.push_text(), "; the peer's may be pushed through ",
-               windows_.num(), " window(s) of ours, one for each lease");
+    out += cat("our writes are ", outgoing_.push_text(), "; ",
+               any_windows
+                   ? cat("for the peer's, ", windows_.num(), " lease(s) of ours have a window now")
+                   : std::string("the peer's are pulled: no device of ours has memory "
+                                 "windows of type 2B"));
   else
     out +=
         cat("the owner pulls: no region is remotely writable; nothing is pushed: ", why_no_push_);

@@ -18,6 +18,7 @@ __all__ = ["EngineConfig", "TlsFiles"]
 DEFAULT_DEADLINE_S = 30.0
 _MAX_LANES = 8
 _MAX_RAILS = 8
+_MAX_PORT = 255
 _MAX_COPY_THREADS = 64
 _VERBS_DEVICE = re.compile(r"[^\s:,]+(:\d{1,3})?(,[^\s:,]+(:\d{1,3})?)*")
 _MAX_SPIN_US = 1e6  # a second: more is a mistake in the unit
@@ -109,6 +110,8 @@ class EngineConfig:
                 f"verbs_device must be devices' names, each with :PORT or without, separated by "
                 f"commas, not {self.verbs_device!r}"
             )
+        if self.verbs_device is not None:
+            _check_devices(self.verbs_device.split(","))
         if self.verbs_gid_index is not None:
             _check_int("verbs_gid_index", self.verbs_gid_index, 0, 255)
         _check_int("verbs_queue_pairs", self.verbs_queue_pairs, 1, _MAX_RAILS)
@@ -135,6 +138,22 @@ class EngineConfig:
             out.tls_key = os.fspath(self.tls.key)
             out.tls_authority = os.fspath(self.tls.authority)
         return out
+
+
+def _check_devices(names: list[str]) -> None:
+    for name in names:
+        _, _, port = name.partition(":")
+        if port and not 1 <= int(port) <= _MAX_PORT:
+            raise InvalidArgumentError(
+                f"verbs_device: {name!r} names port {int(port)}; ports are 1 to {_MAX_PORT}, and a "
+                "device without a port is all of its ports"
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidArgumentError(
+            f"verbs_device names {', '.join(twice)} more than once; for several queue pairs between "
+            "two ports there is verbs_queue_pairs"
+        )
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
