@@ -25,7 +25,8 @@ inline TransportConfig pushing() {
 inline constexpr int64_t kBytes = 1 << 20;
 
 struct PushWorld : Pair {
-  explicit PushWorld(uint64_t nbytes = 1 << 24) : Pair(nbytes, "127.0.0.1:0", pushing()) {
+  explicit PushWorld(uint64_t nbytes = 1 << 24, const TransportConfig& config = pushing())
+      : Pair(nbytes, "127.0.0.1:0", config) {
     std::memset(at_a(0), 0x11, static_cast<size_t>(nbytes));
     std::memset(at_b(0), 0, static_cast<size_t>(nbytes));
     REQUIRE(eventually([this] {

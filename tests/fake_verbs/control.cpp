@@ -54,6 +54,12 @@ FAKE_VERBS_EXPORT void fake_verbs_pass(uint32_t qp_num, int num_packets) {
   nic.arm(0);
 }
 
+FAKE_VERBS_EXPORT int fake_verbs_num_held(uint32_t qp_num) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  return nic.network.num_held(qp_num);
+}
+
 FAKE_VERBS_EXPORT void fake_verbs_fail_next(uint32_t qp_num, ibv_wc_status status) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();

@@ -27,8 +27,9 @@ int fake_verbs_plan(const char* plan);
  * what the QP, the key or the window was when they were sent does not matter. */
 void fake_verbs_hold(uint32_t qp_num);
 void fake_verbs_release(uint32_t qp_num);
-/* Lets so many of them through and goes on holding. */
+/* Lets so many of them through and goes on holding; no more than wait now. */
 void fake_verbs_pass(uint32_t qp_num, int num_packets);
+int fake_verbs_num_held(uint32_t qp_num); /* that wait now */
 
 /* The next request that this QP begins ends with `status`: half of the time before anything was
  * sent, half of the time after all of it has landed. */

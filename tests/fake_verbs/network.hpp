@@ -48,6 +48,10 @@ class Network {
 
   // Packets to this QP wait for release().
   void hold(uint32_t qpn) { held_[qpn]; }
+  int num_held(uint32_t qpn) const {
+    const auto held = held_.find(qpn);
+    return held == held_.end() ? 0 : static_cast<int>(held->second.size());
+  }
   void release(uint32_t qpn);
   void pass(uint32_t qpn, int num_packets);
 
