@@ -180,7 +180,7 @@ TEST_CASE("verbs: every kind of address will do, and none at all is a reason") {
   make_device("gids=none");
   CHECK(attempt().find("no GID") != std::string::npos);
   make_device("down=0");
-  CHECK(attempt().find("active") != std::string::npos);
+  CHECK(attempt().find("port 1 is down") != std::string::npos);
   make_device("");
   CHECK(attempt() == "");
   check_empty();
