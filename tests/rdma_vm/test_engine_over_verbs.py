@@ -121,7 +121,8 @@ LANDING = (
     "predecessor or foreign_and or revoked_lease or expired_lease or cancel_ends"
 )
 CORE = (
-    f"[verbs] or [verbs-allocated or (verbs-push-registered and ({LANDING})) or test_verbs_rails or "
+    f"[verbs] or [verbs-allocated or (verbs-push-registered and ({LANDING})) or "
+    "(test_verbs_rails and not messages_move) or "
     "((two-rails-allocated or cable-registered) and "
     "((random_scatter and (-0- or -1-)) or thousands_of_notifications or predecessor))"
 )
