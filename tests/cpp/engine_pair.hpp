@@ -85,5 +85,11 @@ inline SubmitOptions under(const LeasePtr& lease) {
   options.lease = lease->token;
   return options;
 }
+inline SubmitOptions arriving(const LeasePtr& lease, uint64_t arrival) {
+  SubmitOptions options = under(lease);
+  options.has_arrival = true;
+  options.arrival = arrival;
+  return options;
+}
 
 }  // namespace kvxfer

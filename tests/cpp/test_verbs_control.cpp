@@ -239,28 +239,16 @@ TEST_CASE("control: an abort is acted on before anything that follows it") {
     CAPTURE(static_cast<int>(how));
     Moving w;
     const LeasePtr lease = w.grant(0, kBytes, 2);
-    SubmitOptions options = under(lease);
-    options.has_arrival = true;
-    options.arrival = 0;
-    HeldWrite held(w, 4 * kMiB, std::move(options));
+    HeldWrite held(w, 4 * kMiB, arriving(lease, 0));
     // The owner hears nothing, so the abort is among what is sent again.
     const uint32_t deaf = w.writes()[0].control;
     fake_verbs_hold(deaf);
     w.a->cancel(held.transfer);
     w.lose(how, 0);
-    REQUIRE(quiesces(held.transfer));
-    std::memset(w.at_a(0), 0x66, kBytes);  // poison: never to be accepted for the cancelled write
-    fake_verbs_release(deaf);
-    held.release();
-    ::poll(nullptr, 0, 20);
-    std::memset(w.at_a(0), 0x22, kBytes);
-    SubmitOptions again = under(lease);
-    again.has_arrival = true;
-    again.arrival = 1;
-    finish(w.write(kBytes, std::move(again)));
-    CHECK(all_equal(w.at_b(0), kBytes, 0x22));
-    CHECK_FALSE(lease->arrived(0));
-    CHECK(lease->arrived(1));
+    check_retry_alone_is_accepted(w, lease, held.transfer, [&] {
+      fake_verbs_release(deaf);
+      held.release();
+    });
     w.check_moved(how, 0);
   }
 }
@@ -275,13 +263,10 @@ TEST_CASE("control: pushed writes and their windows go on") {
       CAPTURE(round);
       const size_t from = carrier(w.reads());
       const LeasePtr lease = w.grant(0, kBytes, 2);
-      SubmitOptions first = under(lease), second = under(lease);
-      first.has_arrival = second.has_arrival = true;
-      second.arrival = 1;
-      const TransferPtr before = w.write(kBytes, std::move(first));
+      const TransferPtr before = w.write(kBytes, arriving(lease, 0));
       if (round % 2) finish(before);
       w.lose(how, from);
-      const TransferPtr after = w.write(kBytes, std::move(second));
+      const TransferPtr after = w.write(kBytes, arriving(lease, 1));
       finish(before);
       finish(after);
       CHECK(w.same());

@@ -28,6 +28,13 @@ Message read_data(Ticket ticket, const Bytes& bytes) {
   return made(Type::kReadData, {view_of(head), ByteView(bytes)});
 }
 
+SubmitOptions an_empty_one() {
+  SubmitOptions options;
+  options.deadline_ns = deadline_after(30);
+  options.has_notify = true;
+  return options;
+}
+
 struct World : PushWorld {
   explicit World(const TransportConfig& config = pushing()) : PushWorld(1 << 24, config) {
     std::memset(at_a(0), 0, static_cast<size_t>(ra->nbytes));
@@ -109,10 +116,7 @@ TEST_CASE("the end of a read is told while our NIC reads the words") {
   REQUIRE(eventually([&] { return fake_verbs_num_held(held.numbers[0]) > 0; }));
   const Tamper tamper(Type::kRequest,
                       [&](const Message&) { return std::vector{outcome(ticket, 64)}; });
-  SubmitOptions options;
-  options.deadline_ns = deadline_after(30);
-  options.has_notify = true;
-  const TransferPtr notification = w.b->notify(w.to_a, std::move(options));
+  const TransferPtr notification = w.b->notify(w.to_a, an_empty_one());
   REQUIRE(eventually([] { return Tamper::num() == 1; }));
   CHECK(eventually([&] { return !w.to_b->alive.load(); }));
   held.release();
@@ -131,10 +135,7 @@ TEST_CASE("a read that was cancelled is told to have ended well, while our NIC s
   w.a->cancel(t);
   finish(t, State::kCancelled);
   // One that goes by messages alone, behind the outcome.
-  SubmitOptions options;
-  options.deadline_ns = deadline_after(30);
-  options.has_notify = true;
-  const TransferPtr said = w.a->notify(w.to_b, std::move(options));
+  const TransferPtr said = w.a->notify(w.to_b, an_empty_one());
   finish(said);
   held.release();
   CHECK(quiesces(t));

@@ -232,26 +232,12 @@ TEST_CASE("rails: a rail fails while a lease is being revoked, and what is quiet
 TEST_CASE("rails: a cancelled write's source is taken back on both") {
   World w;
   const LeasePtr lease = w.grant(0, kBytes, 2);
-  SubmitOptions options = under(lease);
-  options.has_arrival = true;
-  options.arrival = 0;
-  HeldWrite held(w, 4 * kMiB, std::move(options));
+  HeldWrite held(w, 4 * kMiB, arriving(lease, 0));
   w.a->cancel(held.transfer);
   CHECK(held.transfer->state.load() == State::kCancelled);
   CHECK_FALSE(held.transfer->agreed);
   CHECK_FALSE(held.transfer->quiesced.load());
-  REQUIRE(quiesces(held.transfer));
-  std::memset(w.at_a(0), 0x66, kBytes);  // poison: never to be accepted for the cancelled write
-  held.release();
-  ::poll(nullptr, 0, 20);
-  std::memset(w.at_a(0), 0x22, kBytes);
-  SubmitOptions again = under(lease);
-  again.has_arrival = true;
-  again.arrival = 1;
-  finish(w.write(kBytes, std::move(again)));
-  CHECK(all_equal(w.at_b(0), kBytes, 0x22));
-  CHECK_FALSE(lease->arrived(0));
-  CHECK(lease->arrived(1));
+  check_retry_alone_is_accepted(w, lease, held.transfer, [&] { held.release(); });
   const std::string text = w.a->explain(*w.to_b);
   CHECK_MESSAGE(text.find(", 0 queue pair(s) replaced") == std::string::npos, text);
 }

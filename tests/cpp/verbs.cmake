@@ -1,6 +1,14 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
 # The verbs transport over tests/fake_verbs: what holds for every transport, and what only it has.
+# verbs_program(NAME SOURCE...): tests of engines over NICs that are made of software.
+function(verbs_program name)
+  list(TRANSFORM ARGN PREPEND ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/)
+  add_executable(${name} ${ARGN} $<TARGET_OBJECTS:doctest_main>)
+  target_include_directories(${name} SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
+  target_link_libraries(${name} PRIVATE kvxfer_engine fake_verbs)
+endfunction()
+
 if(KVXFER_WITH_VERBS)
   set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
   add_test(NAME transfer_verbs COMMAND test_transfer)
@@ -23,39 +31,28 @@ if(KVXFER_WITH_VERBS)
   add_test(NAME transfer_verbs_two_rails COMMAND test_transfer)
   set_tests_properties(transfer_verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
-  add_executable(test_verbs ${CMAKE_CURRENT_LIST_DIR}/test_verbs.cpp
-                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_parts.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs test_verbs.cpp test_verbs_parts.cpp)
   add_test(NAME verbs COMMAND test_verbs)
   set_tests_properties(verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
   # But for what is said of the only port and device.
   add_test(NAME verbs_two_rails COMMAND test_verbs "-tce=*port that goes down ends*,*removing the device ends*")
   set_tests_properties(verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
-  add_executable(test_verbs_memory ${CMAKE_CURRENT_LIST_DIR}/test_verbs_memory.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_memory SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_memory PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs_memory test_verbs_memory.cpp)
   add_test(NAME verbs_memory COMMAND test_verbs_memory)
   set_tests_properties(verbs_memory PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
   add_test(NAME verbs_memory_two_rails COMMAND test_verbs_memory)
   set_tests_properties(verbs_memory_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
-  add_executable(test_verbs_rails ${CMAKE_CURRENT_LIST_DIR}/test_verbs_rails.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_rails SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_rails PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs_rails test_verbs_rails.cpp)
   add_test(NAME verbs_rails COMMAND test_verbs_rails)
   set_tests_properties(verbs_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
-  add_executable(test_verbs_hostile ${CMAKE_CURRENT_LIST_DIR}/test_verbs_hostile.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_hostile SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_hostile PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs_hostile test_verbs_hostile.cpp)
   add_test(NAME verbs_hostile COMMAND test_verbs_hostile)
   set_tests_properties(verbs_hostile PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
 
-  add_executable(test_verbs_control ${CMAKE_CURRENT_LIST_DIR}/test_verbs_control.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_control SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_control PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs_control test_verbs_control.cpp)
   add_test(NAME verbs_control COMMAND test_verbs_control)
   set_tests_properties(verbs_control PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 endif()

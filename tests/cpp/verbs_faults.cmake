@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Whole engines over software NICs on which everything goes wrong that can.
 if(TARGET fake_verbs AND KVXFER_WITH_VERBS)
-  add_executable(test_verbs_faults ${CMAKE_CURRENT_LIST_DIR}/test_verbs_faults.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_faults SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_faults PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs_faults test_verbs_faults.cpp)
   add_test(NAME verbs_faults COMMAND test_verbs_faults)
   set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
   set_tests_properties(verbs_faults PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")

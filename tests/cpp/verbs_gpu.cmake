@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # A GPU's memory over verbs: software NICs, and GPUs whose memory no CPU can touch (tests/fake_cuda).
 if(KVXFER_WITH_VERBS)
-  add_executable(test_verbs_gpu ${CMAKE_CURRENT_LIST_DIR}/test_verbs_gpu.cpp
-                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_gpu_refused.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_gpu SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_gpu PRIVATE kvxfer_engine fake_verbs fake_cuda)
+  verbs_program(test_verbs_gpu test_verbs_gpu.cpp test_verbs_gpu_refused.cpp)
+  target_link_libraries(test_verbs_gpu PRIVATE fake_cuda)
   set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>;KVXFER_LIBCUDA=$<TARGET_FILE:fake_cuda>")
   add_test(NAME verbs_gpu COMMAND test_verbs_gpu)
   set_tests_properties(verbs_gpu PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")

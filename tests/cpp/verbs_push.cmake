@@ -2,10 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The verbs transport with pushed writes, over one rail and over two.
 if(KVXFER_WITH_VERBS)
-  add_executable(test_verbs_push ${CMAKE_CURRENT_LIST_DIR}/test_verbs_push.cpp
-                 ${CMAKE_CURRENT_LIST_DIR}/test_verbs_push_faults.cpp $<TARGET_OBJECTS:doctest_main>)
-  target_include_directories(test_verbs_push SYSTEM PRIVATE ${DOCTEST_INCLUDE_DIR})
-  target_link_libraries(test_verbs_push PRIVATE kvxfer_engine fake_verbs)
+  verbs_program(test_verbs_push test_verbs_push.cpp test_verbs_push_faults.cpp)
   set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
   foreach(num_rails 1 2)
     set(suffix "")

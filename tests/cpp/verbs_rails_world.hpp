@@ -4,6 +4,8 @@
 // KVXFER_FAKE_VERBS=devices=2.
 #pragma once
 
+#include <poll.h>
+
 #include <functional>
 #include <random>
 
@@ -111,5 +113,21 @@ struct HeldWrite {
     for (const uint32_t puller : pullers) fake_verbs_release(puller);
   }
 };
+
+// `cancelled` was to arrive as 0: once it is quiet and `let_go` has let through what was held of
+// it, a retry that arrives as 1 is all that was accepted.
+inline void check_retry_alone_is_accepted(World& w, const LeasePtr& lease,
+                                          const TransferPtr& cancelled,
+                                          const std::function<void()>& let_go) {
+  REQUIRE(quiesces(cancelled));
+  std::memset(w.at_a(0), 0x66, kBytes);  // poison: never to be accepted for the cancelled write
+  let_go();
+  ::poll(nullptr, 0, 20);
+  std::memset(w.at_a(0), 0x22, kBytes);
+  finish(w.write(kBytes, arriving(lease, 1)));
+  CHECK(all_equal(w.at_b(0), kBytes, 0x22));
+  CHECK_FALSE(lease->arrived(0));
+  CHECK(lease->arrived(1));
+}
 
 }  // namespace rails
