@@ -70,14 +70,17 @@ def small_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         elif row["case"] == "connect" and "bound" in row:
             bound = f"{row['times_bound']:.1f} x {row['bound']}"
         elif row["case"] in ("submit", "death"):
-            bound = f"asked: {row['asked_us']:.2f} us"
+            texts = []
+            if "asked_us" in row:
+                texts.append(f"asked: {row['asked_us']:.2f} us")
             if "asleep_us" in row:
-                bound += f"; the first of a burst: {row['asleep_us']:.0f} us"
+                texts.append(f"the first of a burst: {row['asleep_us']:.0f} us")
+            bound = "; ".join(texts)
         if row["case"] == "idle":
             out.append(line(["idle, CPU", f"{row['cpu_share'] * 100:.4f} %", ""]))
             continue
         name = f"{row['case'].replace('_', ' ')}, {row['name']}"
-        if row["case"] == "submit":
+        if "num_blocks" in row:
             name += f", {row['num_blocks']} blocks"
         noisy = "~" if row.get("noisy") else ""
         out.append(line([name, f"{row['p50_us']:.2f} us{noisy}", bound]))

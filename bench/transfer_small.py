@@ -163,14 +163,46 @@ def round_trips(world: World, rounds: int, per_batch: int, deadline: float) -> l
 # ---------------------------------------------------------------------- submitting
 
 
+def cpu_of_burst(call: Callable[[], Any]) -> tuple[float, float, list[Any]]:
+    """Seconds of the calling thread in the first of ``BURST`` calls, and in each of the others.
+
+    Not by wall time: the wake-up of another thread may put that on the caller's CPU first. The clock
+    itself is a system call of about a microsecond, so the others are measured together.
+    """
+    began = time.thread_time()
+    out = [call()]
+    first = time.thread_time()
+    out += [call() for _ in range(BURST - 1)]
+    return first - began, (time.thread_time() - first) / (BURST - 1), out
+
+
+def bare_send(world: World, rounds: int) -> Row:
+    """Sending as many bytes as the head of a request on a raw socket: the least that tcp can cost."""
+    payload = bytes(NOTIFICATION_NBYTES)
+    taken = []
+    for _ in range(rounds):
+        world.tell("receive", [NOTIFICATION_NBYTES] * BURST)
+        taken.append(cpu_of_burst(lambda: world.raw.sendall(payload))[:2])
+        world.answer()
+    first, each = (statistics.median(column) * 1e6 for column in zip(*taken, strict=True))
+    print(f"submit      {'a bare send()':16} {each:.1f} us ({first:.0f} asleep)", flush=True)
+    return {
+        "case": "submit",
+        "kind": "bound",
+        "name": "send",
+        "nbytes": NOTIFICATION_NBYTES,
+        "p50_us": each,
+        "asleep_us": first,
+    }
+
+
 def submit_cost(world: World, rounds: int, deadline: float) -> list[Row]:
     """The call alone, from Python, by the calling thread's CPU time; awaited outside the clock.
 
-    Not by wall time: the wake-up of another thread may put that on the caller's CPU first. The first
-    request of a burst finds everybody asleep and its caches cold: it is a number of its own.
+    The first request of a burst finds everybody asleep and its caches cold: it is a number of its own.
     """
     rng = np.random.default_rng(1)
-    rows = []
+    rows = [bare_send(world, rounds)]
     paths = [
         each
         for each in PATHS
@@ -185,14 +217,10 @@ def submit_cost(world: World, rounds: int, deadline: float) -> list[Row]:
             )
 
             def take(path: Any = path, src: Any = src, dst: Any = dst) -> tuple[float, float]:
-                burst, xfers = [], []
-                for _ in range(BURST):
-                    began = time.thread_time()
-                    xfers.append(world.submit(path, src, dst, SPAN))
-                    burst.append(time.thread_time() - began)
+                first, each, xfers = cpu_of_burst(lambda: world.submit(path, src, dst, SPAN))
                 for xfer in xfers:
                     xfer.wait(TIMEOUT_S)
-                return burst[0], statistics.median(burst[1:])
+                return first, each
 
             cases[str(n)] = take
         taken = {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/buffer.hpp"
 
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -277,9 +278,30 @@ std::string describe(const Py_buffer& view) {
 
 constexpr const char* kStrided = "a strided view; use numpy.ascontiguousarray";
 
+// An array of NumPy's that is right as it stands. All else goes by the buffer protocol, for which
+// NumPy writes a format and a shape: a fifth of the instructions of a submit.
+template <typename T>
+bool is_numpy(const py::object& value, int ndim) {
+  using Array = py::array_t<T, py::array::c_style>;
+  return Array::check_(value) && py::detail::array_proxy(value.ptr())->nd == ndim;
+}
+
+const void* numpy_data(const py::object& value) {
+  return py::detail::array_proxy(value.ptr())->data;
+}
+
+size_t numpy_length(const py::object& value, int axis) {
+  return static_cast<size_t>(py::detail::array_proxy(value.ptr())->dimensions[axis]);
+}
+
 }  // namespace
 
 BlockIdArray::BlockIdArray(const char* name, const py::object& value) {
+  if (const bool wide = is_numpy<int64_t>(value, 1); wide || is_numpy<int32_t>(value, 1)) {
+    keep_ = value;
+    ids_ = {numpy_data(value), numpy_length(value, 0), wide};
+    return;
+  }
   auto bad = [&](const std::string& given) {
     PyBuffer_Release(&view_);  // harmless before there is one
     raise(Code::kInvalidArgument, std::string(name) +
@@ -311,6 +333,12 @@ void Offsets::take(const char* name, const py::object& value, int columns) {
     value_ = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
     if (overflow != 0) bad("an integer beyond 64 bits");
     scalar_ = true;
+    return;
+  }
+  if (is_numpy<int64_t>(value, columns) && (columns == 1 || numpy_length(value, 1) == 2)) {
+    keep_ = value;
+    data_ = static_cast<const int64_t*>(numpy_data(value));
+    size_ = numpy_length(value, 0) * static_cast<size_t>(columns);
     return;
   }
   if (!PyObject_CheckBuffer(value.ptr())) bad(type_name(value));

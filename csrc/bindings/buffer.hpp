@@ -46,7 +46,8 @@ class Offsets {
 
  private:
   void take(const char* name, const pybind11::object& value, int columns);
-  Py_buffer view_{};
+  pybind11::object keep_;  // an array of NumPy's
+  Py_buffer view_{};       // or of whatever else has it
   bool has_view_ = false, scalar_ = false;
   int64_t value_ = 0;
   const int64_t* data_ = nullptr;
@@ -63,6 +64,7 @@ class BlockIdArray {
   BlockIds ids() const noexcept { return ids_; }
 
  private:
+  pybind11::object keep_;
   Py_buffer view_{};
   BlockIds ids_;
 };

@@ -19,6 +19,7 @@
 namespace py = pybind11;
 namespace cpu = kvxfer::kernels::cpu;
 using kvxfer::Code;
+using kvxfer::Error;
 using kvxfer::fail;
 using kvxfer::kernels::DType;
 
@@ -82,19 +83,46 @@ class CopyRows {
       fail(Code::kInvalidArgument, "pieces: expected at least ", src_pieces_, " and ", dst_pieces_,
            ", given ", src_pieces.size(), " and ", dst_pieces.size());
     }
-    const std::vector<cpu::Segment> segments =
-        cut(src, dst, src_extent_, dst_extent_, tokens, apart);
+    run(src_pieces.data(), dst_pieces.data(),
+        cut(src, dst, src_extent_, dst_extent_, tokens, apart));
+  }
+
+  // All tokens that both lists hold, between two arrays that are one piece each. False: this is not
+  // so simple, or not allowed; nothing was copied, and whoever asks in detail is told.
+  bool whole(uintptr_t src, uint64_t src_nbytes, uintptr_t dst, uint64_t dst_nbytes,
+             const py::object& src_blocks, const py::object& dst_blocks) const {
+    const auto is_list = [](const py::object& ids) {
+      return Ids::check_(ids) && py::detail::array_proxy(ids.ptr())->nd == 1;
+    };
+    if (src_pieces_ > 1 || dst_pieces_ > 1 || !is_list(src_blocks) || !is_list(dst_blocks))
+      return false;
+    if (src < dst + dst_nbytes && dst < src + src_nbytes) return false;
+    const auto from = py::reinterpret_borrow<Ids>(src_blocks);
+    const auto to = py::reinterpret_borrow<Ids>(dst_blocks);
+    const int64_t held = std::min(from.size() * src_extent_[1], to.size() * dst_extent_[1]);
+    std::vector<cpu::Segment> segments;
+    try {
+      segments = cut(from, to, src_extent_, dst_extent_, {0, 0, 0, held}, false);
+    } catch (const Error&) {
+      return false;
+    }
+    run(&src, &dst, segments);
+    return true;
+  }
+
+ private:
+  void run(const uintptr_t* src_pieces, const uintptr_t* dst_pieces,
+           const std::vector<cpu::Segment>& segments) const {
     cpu::Copy p = copy_;
     p.parts = parts_.data();
-    p.src_pieces = src_pieces.data();
-    p.dst_pieces = dst_pieces.data();
+    p.src_pieces = src_pieces;
+    p.dst_pieces = dst_pieces;
     p.segments = segments.data();
     p.num_segments = static_cast<int64_t>(segments.size());
     const WithoutGil release;
     cpu::copy_rows(p);
   }
 
- private:
   void add(const PartArguments& from) {
     if (from.bases.ndim() != 2 || from.bases.shape(0) != copy_.num_layers ||
         from.bases.shape(1) != 4) {
@@ -154,7 +182,9 @@ void register_copies(py::module_& m) {
            py::arg("parts"), py::kw_only(), py::arg("num_heads"), py::arg("src_extent"),
            py::arg("dst_extent"))
       .def("__call__", &CopyRows::operator(), py::arg("src_pieces"), py::arg("dst_pieces"),
-           py::arg("src_blocks"), py::arg("dst_blocks"), py::arg("tokens"), py::arg("apart"));
+           py::arg("src_blocks"), py::arg("dst_blocks"), py::arg("tokens"), py::arg("apart"))
+      .def("whole", &CopyRows::whole, py::arg("src"), py::arg("src_nbytes"), py::arg("dst"),
+           py::arg("dst_nbytes"), py::arg("src_blocks"), py::arg("dst_blocks"));
 }
 
 }  // namespace kvxfer::bindings

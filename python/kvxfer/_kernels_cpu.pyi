@@ -126,6 +126,15 @@ class CopyRows:
         tokens: Sequence[int],
         apart: bool,
     ) -> None: ...
+    def whole(
+        self,
+        src: int,
+        src_nbytes: int,
+        dst: int,
+        dst_nbytes: int,
+        src_blocks: object,
+        dst_blocks: object,
+    ) -> bool: ...
 
 def checksum_rows(
     bases: npt.NDArray[np.int64],

@@ -12,16 +12,16 @@ import torch
 
 from kvxfer import kernels
 from kvxfer.errors import InvalidArgumentError
-from kvxfer.kernels import cache
+from kvxfer.kernels import append
 
 Call = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
-    cache._passed.clear()
+    append._passed.clear()
     yield
-    cache._passed.clear()
+    append._passed.clear()
 
 
 def call(kv_layout: str, dtype: torch.dtype, seed: int) -> Call:
@@ -45,9 +45,9 @@ def test_the_second_call_writes_what_a_first_one_would(
         return b"".join(parts)
 
     run(1)
-    assert len(cache._passed) == (backend == "cpu"), "the reference looks at all it gets"
+    assert len(append._passed) == (backend == "cpu"), "the reference looks at all it gets"
     again = run(2)
-    cache._passed.clear()
+    append._passed.clear()
     assert again == run(2)
     assert any(again)
 
@@ -98,7 +98,7 @@ def test_mistakes_after_a_call_that_passed_are_refused(case: str) -> None:
     with pytest.raises(InvalidArgumentError) as late:
         kernels.append_kv(**given | WRONG[case](given))
     assert torch.equal(given["k_cache"], before)
-    cache._passed.clear()
+    append._passed.clear()
     with pytest.raises(InvalidArgumentError) as first:
         kernels.append_kv(**given | WRONG[case](given))
     assert str(late.value) == str(first.value)
@@ -131,10 +131,10 @@ def test_views_into_larger_tensors_are_told_apart_by_their_strides() -> None:
 
 
 def test_what_has_passed_is_not_kept_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_MOST_PASSED", 3)
+    monkeypatch.setattr(append, "_MOST_PASSED", 3)
     for tokens in range(1, 8):
         given = call("NHD", torch.float32, 1)
         for name in ("key", "value"):
             given[name] = torch.zeros(tokens, 2, 8)
         kernels.append_kv(**given | {"slot_mapping": torch.arange(tokens)})
-        assert len(cache._passed) <= 3
+        assert len(append._passed) <= 3

@@ -37,23 +37,20 @@ void Channel::ring() noexcept {
   woke_somebody = true;
 }
 
-bool Channel::try_message(Type type, std::initializer_list<ByteView> parts) noexcept {
-  bool wake;
-  {
-    std::lock_guard lock(mutex_);
-    if (!queued_.empty()) return false;
-    if (!out_messages_.push(static_cast<uint32_t>(type), {parts.begin(), parts.size()})) {
-      if (out_messages_.broken()) broken_.store(true, std::memory_order_relaxed);
-      return false;
-    }
-    wake = out_messages_.must_ring();
+Channel::Sent Channel::try_message(Type type, std::initializer_list<ByteView> parts) noexcept {
+  std::lock_guard lock(mutex_);
+  if (!queued_.empty()) return Sent::kNoRoom;
+  if (!out_messages_.push(static_cast<uint32_t>(type), {parts.begin(), parts.size()})) {
+    if (out_messages_.broken()) broken_.store(true, std::memory_order_relaxed);
+    return Sent::kNoRoom;
   }
-  if (wake) ring();
-  return true;
+  return out_messages_.must_ring() ? Sent::kMustRing : Sent::kHeard;
 }
 
 void Channel::message(Type type, std::initializer_list<ByteView> parts) {
-  if (try_message(type, parts)) return;
+  const Sent sent = try_message(type, parts);
+  if (sent == Sent::kMustRing) ring();
+  if (sent != Sent::kNoRoom) return;
   Bytes body;
   for (ByteView part : parts) body.insert(body.end(), part.begin(), part.end());
   {

@@ -29,9 +29,12 @@ class Channel {
   std::atomic<uint64_t>& my_slot(uint32_t i) noexcept { return mine().slots[i]; }
   std::atomic<uint64_t>& peer_slot(uint32_t i) noexcept { return theirs().slots[i]; }
 
-  // Messages out; any thread. try_message fails when there is no room (or others wait for it);
-  // message() queues instead: outcomes and aborts, at most one a slot, so the queue is bounded.
-  bool try_message(Type type, std::initializer_list<ByteView> parts) noexcept;
+  // Messages out; any thread. try_message fails when there is no room (or others wait for it), and
+  // leaves the bell to a caller that may have a lock to let go first; message() queues instead:
+  // outcomes and aborts, at most one a slot, so the queue is bounded.
+  enum class Sent : uint8_t { kNoRoom, kHeard, kMustRing };
+  Sent try_message(Type type, std::initializer_list<ByteView> parts) noexcept;
+  void ring() noexcept;  // a system call that may cost microseconds, and wakes a thread
   void message(Type type, std::initializer_list<ByteView> parts);
   bool flush();  // queued ones; true when some went out
   // A message is about to come: a peer that sleeps wakes up meanwhile, and spins until it is there.
@@ -71,7 +74,6 @@ class Channel {
   };
   Side& mine() noexcept { return reinterpret_cast<Control*>(control_->data())->side[me_]; }
   Side& theirs() noexcept { return reinterpret_cast<Control*>(control_->data())->side[1 - me_]; }
-  void ring() noexcept;
 
   std::shared_ptr<Mapping> control_;
   int me_;

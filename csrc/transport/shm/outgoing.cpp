@@ -49,7 +49,7 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   head.num_spans = static_cast<uint32_t>(spans.size());
   needs_pump = request->op == Op::kWrite && request->nbytes > 0 && !(mapped && inlined);
 
-  std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   if (dead_) return {Code::kPeerDisconnected};
   if (flights_.full()) {
     room_wanted_.store(true, std::memory_order_relaxed);
@@ -61,11 +61,16 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
   // Before the record: the owner's CAS must find it.
   channel_.my_slot(slot).store(slot_word(flight.generation, Slot::kPosted),
                                std::memory_order_release);
-  // Before the attempt: it asks the consumer for a bell, and who hears that looks at this.
-  const bool wanted = room_wanted_.exchange(true, std::memory_order_relaxed);
-  if (!channel_.try_message(Type::kRequest, {view_of(head), request->notify, view_of(spans)}))
-    return {Code::kAgain};
-  room_wanted_.store(wanted, std::memory_order_relaxed);
+  const auto try_message = [&] {
+    return channel_.try_message(Type::kRequest, {view_of(head), request->notify, view_of(spans)});
+  };
+  Channel::Sent sent = try_message();
+  if (sent == Channel::Sent::kNoRoom) {
+    // Before the attempt that asks the consumer for a bell: who hears it looks at this.
+    room_wanted_.store(true, std::memory_order_relaxed);
+    sent = try_message();
+    if (sent == Channel::Sent::kNoRoom) return {Code::kAgain};
+  }
   flights_.occupy(request);
   flight.mapped = mapped;
   flight.judged = flight.window_end = spans.size();
@@ -75,6 +80,8 @@ Status Outgoing::post(const RequestPtr& request, bool& needs_pump) noexcept {
     pumping_.push_back(head.ticket);
     any_pumping_.store(true, std::memory_order_relaxed);
   }
+  lock.unlock();
+  if (sent == Channel::Sent::kMustRing) channel_.ring();
   return {};
 }
 
@@ -106,35 +113,44 @@ bool Outgoing::room_wanted() noexcept {
   return !flights_.full() && room_wanted_.exchange(false, std::memory_order_relaxed);
 }
 
+RequestPtr Outgoing::give_up(Ticket ticket, const Flight& flight) noexcept {
+  RequestPtr request;
+  if (!flight.cancelled) request = flight.request;
+  flights_.release(ticket.slot);
+  return request;
+}
+
 void Outgoing::end(Ticket ticket, Completion completion) {
   RequestPtr request;
   {
     std::lock_guard lock(mutex_);
-    Flight* flight = flights_.find(ticket);
-    if (flight == nullptr) return;
-    if (!flight->cancelled) request = flight->request;
-    flights_.release(ticket.slot);
+    if (const Flight* flight = flights_.find(ticket)) request = give_up(ticket, *flight);
   }
-  if (!request) return;
+  if (request) tell(request, std::move(completion));
+}
+
+void Outgoing::tell(const RequestPtr& request, Completion completion) {
   if (completion.ok) connection_.counters.carried(request->op, request->nbytes);
   host_.ended(connection_, request, std::move(completion));
 }
 
 bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
   Completion completion;
+  RequestPtr request;
   {
     std::lock_guard lock(mutex_);
     Flight* flight = flights_.find(outcome.ticket);
     if (flight == nullptr) return outcome.ticket.slot < kNumSlots;
-    const Request& request = *flight->request;
-    completion = completion_of(outcome, request.nbytes, std::move(text));
-    if (completion.ok && request.op == Op::kRead && flight->landed < request.nbytes &&
+    const Request& asked = *flight->request;
+    completion = completion_of(outcome, asked.nbytes, std::move(text));
+    if (completion.ok && asked.op == Op::kRead && flight->landed < asked.nbytes &&
         !flight->cancelled) {
       flight->accepted = true;  // the rest is in the bulk ring
       return true;
     }
+    request = give_up(outcome.ticket, *flight);
   }
-  end(outcome.ticket, std::move(completion));
+  if (request) tell(request, std::move(completion));
   return true;
 }
 

@@ -68,6 +68,9 @@ class Outgoing {
   bool pump_spans(Type type, Ticket ticket, const Request& request, size_t& sent);
   bool pump_staged(Ticket ticket, const Request& request, Flight& flight);
   void ask(Ticket ticket, const Request& request, Flight& flight);
+  // The slot is free again; null: the engine has ended the request already. mutex_ held.
+  RequestPtr give_up(Ticket ticket, const Flight& flight) noexcept;
+  void tell(const RequestPtr& request, Completion completion);
   void end(Ticket ticket, Completion completion);
   void end_pulled(Ticket ticket, std::optional<Failure> failure);
 

@@ -16,9 +16,10 @@ from kvxfer.kernels._dispatch import (
     get_num_threads,
     set_num_threads,
 )
+from kvxfer.kernels.append import append_kv
 from kvxfer.kernels.attention import merge_states, paged_decode, paged_prefill
 from kvxfer.kernels.bound import BoundCache
-from kvxfer.kernels.cache import append_kv, copy_blocks, pack_blocks, unpack_blocks
+from kvxfer.kernels.cache import copy_blocks, pack_blocks, unpack_blocks
 from kvxfer.kernels.checksum import checksum_blocks
 from kvxfer.kernels.mla import mla_decode
 from kvxfer.kernels.plan import DecodePlan, plan_decode

@@ -26,6 +26,7 @@ __all__ = [
     "append_kv",
     "build_info",
     "checksum_blocks",
+    "copy_again",
     "copy_blocks",
     "describe",
     "get_num_threads",
@@ -106,6 +107,11 @@ def checksum_blocks(job: ChecksumJob) -> npt.NDArray[np.uint64]:
 def copy_blocks(job: CopyJob) -> None:
     # The memory is alive in `job` while its addresses are in use.
     job.route.once(_rows_of)(job.src.addresses, job.dst.addresses, *job.blocks)
+
+
+def copy_again(job: CopyJob) -> Callable[..., bool]:
+    """What copies other blocks, whole ones, between other arrays of the same sizes and dtypes, given where they lie."""
+    return job.route.once(_rows_of).whole
 
 
 def _rows_of(route: CopyRoute) -> _kernels_cpu.CopyRows:

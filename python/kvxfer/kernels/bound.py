@@ -16,8 +16,8 @@ from typing import Any
 from kvxfer.kernels._arrays import Array, Operands, share_elements
 from kvxfer.kernels._dispatch import choose
 from kvxfer.kernels._numbers import MOST
+from kvxfer.kernels.append import append_kv
 from kvxfer.kernels.attention import add_caches, paged_decode
-from kvxfer.kernels.cache import append_kv
 
 __all__ = ["BoundCache"]
 
