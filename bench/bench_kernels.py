@@ -12,7 +12,8 @@ printed, and written with --json, as they come; what the budget leaves no time f
 Bounds: decode, the fastest of three reads of contiguous memory of the same size (torch's sum and dot, and ours, which
 asks for lines ahead), and beside it that read of the same blocks in the block table's order, which every kernel has
 to follow, and the same call with a table that names two blocks again and again (`of_in_cache`: what arithmetic alone
-would take); prefill, a matrix product (torch.mm); copies, the
+takes here); `mm_of_read` is the share of the read's rate that the arithmetic would leave at the rate of torch.mm, of
+float32: below 1 it and not the memory is what bounds; prefill, a matrix product (torch.mm); copies, the
 faster of a memcpy block by block and of one around the caches (non-temporal stores), and beside it one memcpy of as
 many bytes that lie together; appends, a memcpy row by row. Peers: torch's gather and attention (scaled_dot_product_attention, FlexAttention), index_select
 and indexing.

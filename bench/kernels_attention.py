@@ -14,6 +14,8 @@ import torch
 from kernels_run import Row, Run, Timed, measure, of_best, ratio, table_of
 from kvxfer import _kernels_cpu, kernels
 
+MM = 512  # of a side of the matrices whose product is the rate of arithmetic
+
 
 def bench_decode(run: Run, quick: bool) -> None:
     cases = [  # batch, context, query heads, KV heads, head_dim
@@ -76,6 +78,7 @@ def decode_case(
             q[:, :, None], *gather(), enable_gqa=True
         )
 
+    square = torch.randn(MM, MM)
     near = table % 2  # two blocks again and again: all that is not memory
     timed: Timed = {
         "ours": lambda: kernels.paged_decode(q, k, v, table, lens, kv_layout=order),
@@ -84,6 +87,7 @@ def decode_case(
         "dot": lambda: torch.dot(flat, flat),
         "read": lambda: _kernels_cpu.read_blocks(memory, np.sort(listed), nbytes),
         "read of blocks": lambda: _kernels_cpu.read_blocks(memory, listed, nbytes),
+        "mm": lambda: torch.mm(square, square),
         "sdpa": gather_and_sdpa,
     }
     why = run.flex if isinstance(run.flex, str) else None
@@ -95,10 +99,14 @@ def decode_case(
         timed.pop("flex", None)
         run.skipped["FlexAttention"] = why
     seconds = measure(timed, run)
+    reads = ("sum", "dot", "read")
+    # A product and a sum for each number read and each query row that shares it, in float32.
+    products = (k.numel() + v.numel()) * (q_heads // kv_heads) / MM**3
     row = {
         "us": statistics.median(seconds["ours"]) * 1e6,
         "gb_per_s": (k.nbytes + v.nbytes) / statistics.median(seconds["ours"]) / 1e9,
-        "of_read": of_best(seconds, "ours", "sum", "dot", "read"),
+        "of_read": of_best(seconds, "ours", *reads),
+        "mm_of_read": of_best(seconds, "mm", *reads) / products,
         "of_read_of_blocks": ratio(seconds, "ours", "read of blocks"),
         "of_in_cache": ratio(seconds, "ours", "in cache"),
         "times_gather_and_sdpa": ratio(seconds, "ours", "sdpa"),
@@ -153,7 +161,7 @@ def prefill_case(
     dtype: torch.dtype,
 ) -> Row:
     generator = torch.Generator().manual_seed(0)
-    square = torch.randn(512, 512)
+    square = torch.randn(MM, MM)
     blocks = context // 16
     k, v = (torch.randn(blocks, kv_heads, 16, dim, generator=generator).to(dtype) for _ in range(2))
     table = table_of(blocks, 1, generator)
@@ -182,7 +190,7 @@ def prefill_case(
     flops = 4 * q_heads * dim * (new * context - new * (new - 1) // 2)
     return {
         "us": statistics.median(seconds["ours"]) * 1e6,
-        "of_mm_float32": ratio(seconds, "ours", "mm", flops / (2 * 512**3)),
+        "of_mm_float32": ratio(seconds, "ours", "mm", flops / (2 * MM**3)),
         "times_torch_gathered_mask": ratio(seconds, "ours", "torch_mask"),
         "times_torch_gathered_no_mask": ratio(seconds, "ours", "torch_no_mask"),
     }
