@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Checks the models exhaustively: each rule must hold, and each variant that leaves a rule out must fail, or the model
-# would prove nothing. About a minute. Needs spin and a C compiler (Debian: apt-get install spin gcc).
+# would prove nothing. Two minutes. Needs spin and a C compiler (Debian: apt-get install spin gcc).
 # `check.sh slot gate` checks these models alone.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -122,5 +122,15 @@ check 'chains that are posted again' none
 check 'the old queue pair is not stopped' "$late" -DNO_FENCE
 check 'everything in doubt is posted again' "$late" -DNO_QUESTION
 check 'chains are counted' 'assertion violated (landed==3)' -DCOUNT
+
+model=move
+twice='assertion violated (a==s[me].taken)'
+hang='assertion violated (ended||((s[0].taken==2)&&(s[1].taken==2)))'
+check 'messages move, three rails, one failure' none
+check 'the same, two failures' none -DFAILURES=2 -DN=1
+check 'what was taken is said before the old queue pair is gone' "$twice" -DSAY_FIRST -DRAILS=2
+check 'both sides count turns alike' 'assertion violated ((2==s[me].current)&& !(s[me].resumed))' -DSAME_TURN
+check 'nobody looks for RESUME in one that stood by' "$hang" -DNOT_BEHIND -DRAILS=2 -DFAILURES=2
+check 'a RESUME of a lower turn is followed' '|| !(s[me].resumed))' -DLAST_WINS -DRAILS=2
 
 echo "$total states in all"
