@@ -78,7 +78,10 @@ def test_small_costs_are_there(quick: dict[str, Any]) -> None:
     trips = {row["name"]: row for row in rows(quick, "round_trip")}
     assert trips["tcp, asleep"]["times_bound"] > 0
     assert ("us_over_bound" in trips.get("shm, polling", {})) == ("shm" in HERE)
-    assert {row["num_blocks"] for row in rows(quick, "submit")} == {1, 64, 1024, 16384}
+    send, *submits = rows(quick, "submit")
+    assert send["kind"] == "bound"
+    assert {row["num_blocks"] for row in submits} == {1, 64, 1024, 16384}
+    assert all(row["p50_us"] > 0 for row in (send, *submits))
     assert {row["name"] for row in rows(quick, "connect")} >= {"bare tcp", "tcp"}
     (idle,) = rows(quick, "idle")
     assert 0 <= idle["cpu_share"] < 0.5, "an engine polls although nobody asked for anything"
