@@ -83,6 +83,8 @@ class Outcome:
 
 
 class Actor(Agent):
+    kind = "allocated"  # memory of the first engine; what is opened again says of which
+
     def __init__(self, name: str, way: Way, secret: bytes) -> None:
         super().__init__(name, way, secret)
         self.name, self.way, self.secret = name, way, secret
@@ -93,7 +95,7 @@ class Actor(Agent):
         self.outcomes: list[Outcome] = []
         self.num_taken = 0
         self.sink_shadow = np.zeros((SLOTS, SLOT_NBYTES), np.uint8)
-        self.open_regions("allocated")
+        self.open_regions(self.kind)
 
     # ------------------------------------------------------------------ life
 
@@ -299,3 +301,10 @@ class Actor(Agent):
                 if "gone" not in str(error) and "another engine" not in str(error):
                     raise
         return posted
+
+
+class RegisteredActor(Actor):
+    kind = "registered"
+
+
+ACTORS = {actor.kind: actor for actor in (Actor, RegisteredActor)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fault_actor import UNITS, Actor, Outcome, stamp
+from fault_actor import ACTORS, UNITS, Outcome, stamp
 from transfer_peers import SECRET, PeerProcess, wait_for
 
 from kvxfer.testing.faults import Way
@@ -44,7 +44,8 @@ class Book:
 
 
 class Run:
-    def __init__(self, way: Way, seed: int) -> None:
+    def __init__(self, way: Way, seed: int, kind: str) -> None:
+        """``kind``: of both sides' memory, "allocated" or "registered"."""
         self.way, self.seed, self.rng = way, seed, np.random.default_rng(seed)
         self.trail: list[str] = []  # for the message when it fails
         self.lateness: list[float] = []
@@ -52,7 +53,8 @@ class Run:
         self._epoch = 0
         self._waiting: list[tuple[Any, ...]] | None = None  # posts that the rival has yet to report
         self.stopped = False
-        self.driver = Actor("driver", way, SECRET)
+        self.actor = ACTORS[kind]
+        self.driver = self.actor("driver", way, SECRET)
         self._start_rival()
         # By direction: the writer's books, what has arrived of settled epochs.
         self.books: dict[str, dict[int, Book]] = {"driver": {}, "rival": {}}
@@ -61,7 +63,7 @@ class Run:
     # ------------------------------------------------------------------ the two of them
 
     def _start_rival(self) -> None:
-        self.rival = PeerProcess("rival", self.way, agent_type=Actor)
+        self.rival = PeerProcess("rival", self.way, agent_type=self.actor)
         self.address = self.rival.address
         self._connect()
 

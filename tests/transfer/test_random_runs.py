@@ -8,7 +8,6 @@ A failure names its seed; KVXFER_TEST_SEED=N runs that one alone, the same event
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from transfer_peers import SECRET
 from kvxfer.testing.faults import Way, ways
 
 _WAYS = [way for way in ways() if way.reason is None]
+_KINDS = ("allocated", "registered")
 _CALM = [
     *(f"grant {who}" for who in ("driver", "rival")),
     *(f"retry {who}" for who in ("driver", "rival")),
@@ -64,14 +64,13 @@ def _any_events(seed: int, n: int) -> Iterator[str]:
         yield str(rng.choice(_HARSH if rng.random() < _HARSH_WEIGHT else _CALM))
 
 
-def _one_fault(seed: int) -> Iterator[str]:
+def _one_fault(seed: int, fault: int) -> Iterator[str]:
     """Mixed traffic, then one fault in the midst of it, then whatever must still work."""
     rng = np.random.default_rng([seed, 2])
     yield from ("grant driver", "grant rival")
     for _ in range(int(rng.integers(1, 4))):
         yield "burst"
         yield str(rng.choice(_CALM))
-    fault = int(rng.integers(3))
     yield "burst kill" if fault == 0 else "burst stop"
     if fault != 0:  # stopped: the owner revokes, reuses and grants again all the same
         yield from ("settle driver", "check driver", "grant driver", "burst", "cancel driver")
@@ -92,14 +91,14 @@ def _rss_nbytes() -> int:
 @pytest.mark.parametrize("seed", _seeds(0, 2))
 @pytest.mark.parametrize("way", _WAYS, ids=lambda way: way.name)
 def test_any_sequence_keeps_the_contract(way: Way, seed: int) -> None:
-    _carry_out(Run(way, seed), _any_events(seed, 25))
+    _carry_out(Run(way, seed, _KINDS[seed % 2]), _any_events(seed, 25))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", _seeds(1000, 30))
 @pytest.mark.parametrize("way", _WAYS, ids=lambda way: way.name)
 def test_any_long_sequence_keeps_the_contract(way: Way, seed: int) -> None:
-    _carry_out(Run(way, seed), _any_events(seed, 60))
+    _carry_out(Run(way, seed, _KINDS[seed % 2]), _any_events(seed, 60))
 
 
 def _kill_and_stop(seeds: list[int]) -> None:
@@ -109,9 +108,12 @@ def _kill_and_stop(seeds: list[int]) -> None:
             first.connect(second.address)
     before = None
     rss: list[int] = []
-    for seed, way in zip(seeds, itertools.cycle(_WAYS), strict=False):
-        run = Run(way, seed)
-        _carry_out(run, _one_fault(seed))
+    for seed in seeds:
+        # As many seeds as six times the ways try each with each fault, in memory of both kinds.
+        turn, index = divmod(seed, len(_WAYS))
+        way = _WAYS[index]
+        run = Run(way, seed, _KINDS[(turn + index) % 2])
+        _carry_out(run, _one_fault(seed, turn % 3))
         assert run.faults >= 1
         lateness += run.lateness
         del run
@@ -133,7 +135,7 @@ def _kill_and_stop(seeds: list[int]) -> None:
 
 @pytest.mark.timeout(600)
 def test_peer_killed_or_stopped_in_the_midst_of_traffic() -> None:
-    _kill_and_stop(_seeds(0, 30))
+    _kill_and_stop(_seeds(0, max(30, 3 * len(_WAYS))))  # each way is killed, stopped, and both
 
 
 @pytest.mark.slow
