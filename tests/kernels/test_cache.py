@@ -596,6 +596,36 @@ def test_scales_in_memory_may_lie_in_arrays_of_their_own_dtype() -> None:
         kernels.pack_blocks(shape, [numbers, factors.view(np.float16)], [1])
 
 
+@pytest.mark.parametrize("granularity", ["token", "token_head"])
+def test_scales_in_memory_are_copied_packed_and_unpacked_with_their_rows(
+    rng: np.random.Generator, backend: str, granularity: str
+) -> None:
+    def cache(order: str, **shape: Any) -> KVLayout:
+        sized = {"num_kv_heads": 2, "head_dim": 8, "dtype": "float8_e4m3", **shape}
+        axes = order[:-1] if granularity == "token_head" else order[:-1].replace("H", "")
+        scales = KVScales(granularity, order=axes, offset=layout(order, **sized).nbytes)
+        return layout(order, **sized, scales=scales)
+
+    src = cache("LKBNHC", num_blocks=5, block_size=4)
+    dst = cache("BLKHNC", num_blocks=3, block_size=8)
+    memory = rng.integers(0, 256, src.nbytes, np.uint8)
+    packed = kernels.pack_blocks(src, memory, [3, 0, 4], backend=backend)
+    copied, unpacked = (np.zeros(dst.nbytes, np.uint8) for _ in range(2))
+    again = np.zeros(src.nbytes, np.uint8)
+    kernels.copy_blocks(src, memory, dst, copied, [3, 0, 4], [2, 1], backend=backend)
+    kernels.unpack_blocks(packed, src, again, [1, 2, 3], backend=backend)
+    kernels.copy_blocks(src, again, dst, unpacked, [1, 2, 3], [2, 1], backend=backend)
+    assert np.array_equal(copied, unpacked)
+    for ours, theirs in zip(src.views(memory), dst.views(copied), strict=True):
+        assert len(ours) == 4
+        for x, y in zip(ours, theirs, strict=True):
+            for token in range(12):
+                read, written = [3, 0, 4][token // 4], [2, 1][token // 8]
+                rows = (x[read, token % 4].view(np.uint8), y[written, token % 8].view(np.uint8))
+                assert rows[0].any()
+                assert np.array_equal(*rows)
+
+
 def test_one_cache_may_be_copied_within_but_not_onto_what_is_read(
     rng: np.random.Generator, backend: str
 ) -> None:

@@ -280,6 +280,24 @@ TEST_CASE("decode: every dtype, head_dim and block size, at lengths around a blo
   }
 }
 
+TEST_CASE("decode: blocks as long as a tile of keys, and longer") {
+  for (const int block_size : {64, 128, 256, 528}) {
+    for (const auto& [q_type, kv_type] : kTypes) {
+      Case c;
+      c.q_type = q_type;
+      c.kv_type = kv_type;
+      c.block_size = block_size;
+      c.lengths = {block_size - 1, block_size + 1, 70};
+      c.window_left = block_size == 128 ? 100 : -1;
+      c.head_major = block_size == 256;
+      c.split_size = 128;
+      c.num_kv_heads = 1;
+      c.seed = static_cast<uint64_t>(block_size);
+      check(c);
+    }
+  }
+}
+
 TEST_CASE("decode: group sizes, also beyond the 16 rows of a product") {
   for (const int group : {1, 3, 4, 8, 16, 20}) {
     Case c;
