@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels against bounds and against torch, measured in the same run.
 
-    python bench/bench_kernels.py [--threads N] [--only decode,prefill,pack,append] [--quick] [--budget-s S] [--json PATH]
+    python bench/bench_kernels.py [--threads N] [--only decode,prefill,pack,append,plan] [--quick] [--budget-s S] [--json PATH]
 
 Kernel, bounds and peers take turns round by round, and ratios are medians of per-round ratios, since
 neighbours on a shared machine disturb all of them alike. With one thread the thread's own CPU time is
@@ -30,6 +30,7 @@ import torch
 from common import machine_facts
 from kernels_attention import bench_decode, bench_prefill, flex_attention
 from kernels_copies import bench_append, bench_pack
+from kernels_plans import bench_plan
 from kernels_run import MIN_ROUNDS, Run
 from kvxfer import kernels
 
@@ -38,6 +39,7 @@ BENCHES = {
     "prefill": bench_prefill,
     "pack": bench_pack,
     "append": bench_append,
+    "plan": bench_plan,
 }
 
 

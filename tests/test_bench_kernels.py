@@ -33,6 +33,7 @@ BESIDE = {
     "paged_prefill": {"of_mm_float32", "times_torch_gathered_mask"},
     "copy_blocks": {"copy_of_memcpy", "times_index_select"},
     "append_kv": {"times_torch_indexing"},
+    "plan_transfer": {"num_spans", "of_writing_three_arrays"},
 }
 
 

@@ -6,7 +6,7 @@
 # bench/results/gpu-NAME.json. No virtual environment, no cmake, no download: such machines often have neither.
 #   --dry-run   say what would be done here, and what is missing; needs no GPU
 #   --no-bench  leave the measurements out
-# FlashInfer is measured beside ours where python can import it. CHECK_LIMIT_S=150: of each check; BENCH_BUDGET_S=120: no row is begun later.
+# FlashInfer is measured beside ours where python can import it. COMPILE_LIMIT_S=150; CHECK_LIMIT_S=150: of each check; BENCH_BUDGET_S=120: no row is begun later.
 # Exit codes: 0 all good, 1 something failed, 2 wrong argument, 3 no GPU here, 4 a tool is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -67,9 +67,9 @@ for source in csrc/bindings/kernels_cuda.cpp csrc/bindings/errors.cpp; do
     -isystem "$(dirname "$nvcc")/../include" -c $source -o $objects/"$(basename $source)".o &
   bindings+=($!)
 done
-ls -S csrc/kernels/cuda/*.cu | xargs -P "$(nproc)" -I{} sh -c \
+ls -S csrc/kernels/cuda/*.cu | timeout "${COMPILE_LIMIT_S:-150}" xargs -P "$(nproc)" -I{} sh -c \
   '"$0" -std=c++17 -O3 -gencode=arch=compute_$1,code=sm_$1 -Icsrc -Xcompiler=-fPIC -Xptxas=-warn-spills --Werror=all-warnings -lineinfo -c {} -o "$2/$(basename {}).o"' \
-  "$nvcc" "$arch" $objects
+  "$nvcc" "$arch" $objects || die 1 "the kernels do not compile, or not within ${COMPILE_LIMIT_S:-150} s"
 for job in "${bindings[@]}"; do wait "$job"; done
 "$nvcc" -shared -cudart static -o "$target" $objects/*.o
 echo "    $((SECONDS - started)) s"

@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend: takes torch tensors apart and launches on their current stream; never synchronises.
+"""The CUDA backend: takes torch tensors apart and launches on their current stream; no launch synchronises.
+
+But for two moments: the first decode on a device waits until its counters are zeroed, and the tables of a copy of more
+segments than travel with its launch come from pageable memory, which the driver may wait for.
 
 Slots and block ids live on the device and are not looked at, unless ``KVXFER_CHECK_DEVICE_IDS=1`` asks for
 that (it waits for the device): an id out of range is the caller's fault there.
