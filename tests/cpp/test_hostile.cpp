@@ -63,6 +63,33 @@ TEST_CASE("a notification under a lease that brings spans or bytes ends its conn
   }
 }
 
+// The first one asks for its source over the socket, which ends the connection; the second one was
+// accepted all the same, after the application had been told that the peer is lost.
+TEST_CASE("what stands behind the message that a connection ends by is not accepted") {
+  ShmHost host;
+  {
+    ShmPeer peer(host);
+    const RequestHead second = notification(ShmHost::kShown);
+    RequestHead first = second;
+    first.ticket.slot = 1;
+    first.op = static_cast<uint32_t>(Op::kWrite);
+    first.flags = kMapped | kInline;
+    first.region = {ShmHost::kShown, kKey};
+    first.source = 5;
+    for (const auto& head : {first, second})
+      peer.side(1).slots[head.ticket.slot].store(slot_word(head.ticket.generation, Slot::kPosted));
+    peer.message(Type::kRequest, {view_of(first)});
+    peer.message(Type::kRequest, {view_of(second)});
+    peer.bulk(Type::kStaged, {view_of(StageHead{second.ticket, 0, 64})});
+    peer.announce(99, 5, 64, {}, {});
+    peer.connection().poll();
+    CHECK(host.is_lost());
+    CHECK(peer.side(1).slots[0].load() == slot_word(second.ticket.generation, Slot::kPosted));
+    peer.leave();
+  }
+  host.check();
+}
+
 TEST_CASE("an honest notification under a lease is accepted") {
   ShmHost host;
   {

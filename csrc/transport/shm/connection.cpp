@@ -180,6 +180,7 @@ void ShmConnection::read_socket() {
 }
 
 bool ShmConnection::take_message() {
+  if (is_dead()) return false;  // by the message before, whose source was asked for over the socket
   uint32_t type = 0;
   switch (channel_.peek_message(type, body_)) {
     case Pop::kEmpty:
@@ -227,6 +228,7 @@ bool ShmConnection::take_message() {
 }
 
 bool ShmConnection::take_bulk() {
+  if (is_dead()) return false;
   if (!bulk_held_) {
     switch (channel_.peek_bulk(held_type_, held_)) {
       case Pop::kEmpty:
