@@ -10,6 +10,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 import transfer_target
 from budget import Budget
 from common import interleave, kept, percentile, speed_ratio
-from kvxfer import _transfer
+from kvxfer import BlockView, _transfer
 from processes import Sample, Stopwatch, cpu_seconds
 from targets import submit_us
 from transfer_death import deaths
@@ -208,16 +209,22 @@ def submit_cost(world: World, rounds: int, deadline: float) -> list[Row]:
         for each in PATHS
         if each.name in ("shm mapped", "shm staged", "tcp") and each.pair in world.pairs
     ]
-    budget = Budget(deadline - time.monotonic(), [1.0] * len(paths))
-    for path in paths:
+    ways = [(path, False) for path in paths]
+    ways += [(path, True) for path in paths if path.name == "shm mapped"]
+    budget = Budget(deadline - time.monotonic(), [1.0] * len(ways))
+    for path, by_ids in ways:
+        name = f"{path.name}, write_blocks" if by_ids else path.name
         cases: dict[str, Callable[[], tuple[float, float]]] = {}
         for n in SUBMIT_SIZES:
-            src, dst = (
-                rng.permutation(SUBMIT_SIZES[-1])[:n].astype(np.int64) * STRIDE for _ in "sd"
+            src, dst = (rng.permutation(SUBMIT_SIZES[-1])[:n].astype(np.int64) for _ in "sd")
+            call = (
+                partial(world.submit_blocks, path, BlockView(0, STRIDE, SPAN), src, dst)
+                if by_ids
+                else partial(world.submit, path, src * STRIDE, dst * STRIDE, SPAN)
             )
 
-            def take(path: Any = path, src: Any = src, dst: Any = dst) -> tuple[float, float]:
-                first, each, xfers = cpu_of_burst(lambda: world.submit(path, src, dst, SPAN))
+            def take(call: Callable[[], Any] = call) -> tuple[float, float]:
+                first, each, xfers = cpu_of_burst(call)
                 for xfer in xfers:
                     xfer.wait(TIMEOUT_S)
                 return first, each
@@ -237,7 +244,7 @@ def submit_cost(world: World, rounds: int, deadline: float) -> list[Row]:
             {
                 "case": "submit",
                 "kind": "path",
-                "name": path.name,
+                "name": name,
                 "num_blocks": n,
                 "p50_us": us[n],
                 "p10_us": percentile((each[1] for each in taken[n]), 0.1) * 1e6,
@@ -248,7 +255,7 @@ def submit_cost(world: World, rounds: int, deadline: float) -> list[Row]:
             for n in us
         ]
         each = "  ".join(f"{n}: {us[n]:.1f} us ({first_us[n]:.0f} asleep)" for n in us)
-        print(f"submit      {path.name:16} {each}  | {slope:.1f} ns a block", flush=True)
+        print(f"submit      {name:16} {each}  | {slope:.1f} ns a block", flush=True)
     return rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import bounds
 import transfer_target
-from kvxfer.transfer import Transfer, probe_transports
+from kvxfer.transfer import BlockView, Transfer, probe_transports
 from processes import Sample, Stopwatch, pin
 
 TIMEOUT_S = 60.0
@@ -146,6 +146,12 @@ class World:
         if path.op == "write":
             return engine.write(region, remote, src, dst, nbytes)
         return engine.read(region, remote, dst, src, nbytes)
+
+    def submit_blocks(self, path: Path, view: BlockView, src: Any, dst: Any) -> Transfer:
+        """The same by block ids, of pools that ``view`` describes on both sides; a write."""
+        region = self.memory.regions[path.pair, path.memory]
+        remote = self.peers[path.pair].regions[path.memory]
+        return self.engines[path.pair].write_blocks(region, remote, view, view, src, dst)
 
     def move(self, path: Path, src: Any, dst: Any, nbytes: int) -> Transfer:
         xfer = self.submit(path, src, dst, nbytes)
