@@ -138,6 +138,8 @@ void rdma() {
   write_script("revoked_write", 0,
                {event(0, 0), request(0, 2, {0}), {0, 17, 0x16}, event(6, 2), event(3, 0)});
   write_script("our_read", 4, {our_read, grant});
+  write_script("our_read_held", 0, {event(0, 0), our_read, grant, {0, 15, 2, 2}});
+  write_script("our_read_held_and_cancelled", 0, {event(0, 0), our_read, grant, cancel});
   write_script("our_read_in_messages", 0,
                {{0, 17, 0x89, 31, 0}, {0, 5, 1, kTicket, 0x40, 96, 0}, outcome});
   write_script("our_write", 0, {our_write, outcome});
