@@ -52,6 +52,13 @@ uint32_t key(Input& input, const VerbsPeer& peer) {
   }
 }
 
+// In an answer: mostly the one of ours that was heard last.
+Ticket ticket_of_ours(Input& input, const VerbsPeer& peer) {
+  const uint8_t how = input.u8();
+  if (how < 0xc0) return peer.last;
+  return {how & 7u, (how >> 3) & 3u};
+}
+
 uint32_t rail(Input& input, const VerbsPeer& peer) {
   const uint8_t how = input.u8();
   return how < 0xf8 ? how % static_cast<uint32_t>(peer.num_rails()) : how;
@@ -120,19 +127,23 @@ void part(Input& input, VerbsPeer& peer) {
 void about_a_ticket(Input& input, VerbsPeer& peer) {
   static constexpr Type kTypes[] = {Type::kMore, Type::kAbort, Type::kReadDone, Type::kUseMessages};
   const uint8_t how = input.u8();
-  peer.message(kTypes[how % 4], {view_of(PartHead{ticket(input), 0})});
+  peer.message(
+      kTypes[how % 4],
+      {view_of(PartHead{how % 4 == 0 || how % 4 == 3 ? ticket_of_ours(input, peer) : ticket(input),
+                        0})});
 }
 
 void data(Input& input, VerbsPeer& peer) {
   const uint8_t how = input.u8();
-  DataHead head{ticket(input), static_cast<uint32_t>(number(input)), 0};
+  const Ticket of = (how & 1) != 0 ? ticket_of_ours(input, peer) : ticket(input);
+  const DataHead head{of, static_cast<uint32_t>(number(input)), 0};
   const Bytes bytes(std::min(head.nbytes, kMaxDataBytes + 1), fuzz::kTheirs);
   peer.message((how & 1) != 0 ? Type::kReadData : Type::kWriteData, {view_of(head), bytes});
 }
 
 void outcome(Input& input, VerbsPeer& peer) {
   const uint8_t how = input.u8();
-  OutcomeHead head{ticket(input), 0, 0, number(input), kNoSpan, 0, 0};
+  OutcomeHead head{ticket_of_ours(input, peer), 0, 0, number(input), kNoSpan, 0, 0};
   if ((how & 1) != 0) head.code = input.u8(), head.span = number(input);
   peer.message(Type::kOutcome, {view_of(head), input.take(how >> 4)});
 }
@@ -141,7 +152,7 @@ void outcome(Input& input, VerbsPeer& peer) {
 void grant(Input& input, VerbsPeer& peer) {
   const uint8_t how = input.u8();
   GrantHead head;
-  head.ticket = ticket(input);
+  head.ticket = ticket_of_ours(input, peer);
   const uint64_t word = address(input, peer);
   uint64_t open = 0;
   std::memset(&open, static_cast<int>(fuzz::kTheirs), sizeof open);

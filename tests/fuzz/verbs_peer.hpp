@@ -95,6 +95,7 @@ class VerbsPeer {
   uint64_t our_address = 0, our_window = 0;
   uint32_t our_key = 0, our_window_key = 0;
   uint64_t our_window_lease = 0;
+  Ticket last{0, 1};  // of a request of ours
   uint32_t sent() const noexcept { return sent_; }
   uint32_t received() const noexcept { return received_; }
   uint32_t our_turn() const noexcept { return turn_; }
@@ -309,6 +310,7 @@ class VerbsPeer {
       case Type::kRequest: {
         const auto head = reader.get<verbs::RequestHead>();
         FUZZ_CHECK(reader.ok());
+        last = head.ticket;
         Heard& heard = heard_[head.ticket.slot % heard_.size()];
         heard.head = head;
         (void)reader.take(head.notify_nbytes);
