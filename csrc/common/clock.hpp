@@ -7,6 +7,8 @@
 #include <ctime>
 #include <limits>
 
+#include "common/hooks.hpp"
+
 namespace kvxfer {
 
 inline constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
@@ -14,7 +16,7 @@ inline constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 inline int64_t now_ns() noexcept {
   timespec ts{};
   clock_gettime(CLOCK_MONOTONIC, &ts);
-  return int64_t{ts.tv_sec} * 1'000'000'000 + ts.tv_nsec;
+  return int64_t{ts.tv_sec} * 1'000'000'000 + ts.tv_nsec + hooks::skipped();
 }
 
 // Saturates, so that "one hundred years" and infinity both mean never.

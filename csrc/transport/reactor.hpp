@@ -114,6 +114,10 @@ class Reactor {
   bool lent() const noexcept { return lent_; }
   // Lets who was just woken by this thread have its CPU, where there are too few.
   void step_aside() const noexcept { kvxfer::step_aside(num_cpus_); }
+#ifdef KVXFER_TEST_HOOKS
+  // Once round all there is to do, in the stead of a progress thread that was never started.
+  void round();
+#endif
   uint64_t num_wakeups() const noexcept { return num_wakeups_.load(std::memory_order_relaxed); }
 
  private:

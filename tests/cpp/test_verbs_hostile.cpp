@@ -143,6 +143,23 @@ TEST_CASE("a read that was cancelled is told to have ended well, while our NIC s
   CHECK(all_equal(w.at_a(0), kBytes, 0x22));
 }
 
+TEST_CASE("a read that was cancelled, after its owner has taken the source away for good") {
+  TransportConfig patient = pushing();
+  patient.deadline_ns = 60'000'000'000;
+  World w(patient);
+  const Held held({w.source_of_b()});
+  const TransferPtr t = w.read();
+  REQUIRE(eventually([&] { return fake_verbs_num_held(held.numbers[0]) > 0; }));
+  // What asks for another one is lost.
+  const Tamper tamper(Type::kPullBroken,
+                      [](const Message&) { return std::vector{made(Type::kCredit, {})}; });
+  REQUIRE(fake_verbs_break_qp(w.writer()[0].puller) == 0);
+  REQUIRE(eventually([] { return Tamper::num() > 0; }));
+  w.a->cancel(t);
+  finish(t, State::kCancelled);
+  CHECK(quiesces(t));
+}
+
 TEST_CASE("the end of a write that the owner was never told of") {
   World w;
   // The first of this connection: slot 0, generation 1.

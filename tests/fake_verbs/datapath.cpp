@@ -163,6 +163,12 @@ int post_recv(ibv_qp* base, ibv_recv_wr* wr, ibv_recv_wr** bad_wr) {
 int poll_cq(ibv_cq* base, int num_entries, ibv_wc* wc) {
   auto& cq = *static_cast<CompletionQueue*>(base);
   Nic& nic = Nic::get();
+  if (nic.by_hand) {
+    const auto lock = nic.lock();
+    while (nic.round()) {
+    }
+    return nic.poll(cq, num_entries, wc);
+  }
   // The common case of a poller that spins: nothing is there, and it takes no lock to see that.
   if (cq.visible.load(std::memory_order_acquire) == 0 &&
       !cq.broken.load(std::memory_order_acquire) &&

@@ -38,6 +38,7 @@ sockaddr_un address(const std::string& network, uint32_t slot, socklen_t& length
 }  // namespace
 
 void Network::open() {
+  if (alone) return;
   const char* network = std::getenv("KVXFER_FAKE_VERBS_NET");
   name_ = network ? network : std::to_string(::getuid());
   fd_ = ::socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -100,7 +101,7 @@ void Network::send(Packet packet, const Plan& plan, std::mt19937_64& random, int
 void Network::route(Packet packet) {
   const uint32_t slot = packet.head.dest_qpn >> kSlotShift;
   if (slot == slot_) return arrive(std::move(packet));
-  if (slot >= kSlots) return;
+  if (slot >= kSlots || alone) return;
   Peer& peer = peers_[slot];
   if (peer.fd < 0) {
     socklen_t length = 0;
@@ -207,8 +208,8 @@ void Network::release_due(int64_t now) {
 
 void Network::receive(std::deque<Packet>& out, size_t most, int64_t now) {
   release_due(now);
-  std::vector<std::byte> buffer(kDatagram + 8192);
-  while (arrived_.size() < most) {
+  std::vector<std::byte> buffer(alone ? 0 : kDatagram + 8192);
+  while (!alone && arrived_.size() < most) {
     const ssize_t n = ::recv(fd_, buffer.data(), buffer.size(), 0);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) break;

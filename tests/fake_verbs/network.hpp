@@ -55,6 +55,7 @@ class Network {
   void release(uint32_t qpn);
   void pass(uint32_t qpn, int num_packets);
 
+  bool alone = false;  // before open(): there is no other process
   uint64_t dropped = 0, duplicated = 0, delayed = 0, acks_lost = 0;
 
  private:
@@ -70,7 +71,7 @@ class Network {
   void arrive(Packet packet);
 
   std::string name_;  // of the network
-  uint32_t slot_ = 0;
+  uint32_t slot_ = 1;
   int fd_ = -1;
   std::unordered_map<uint32_t, Peer> peers_;
   std::deque<Packet> arrived_;

@@ -39,6 +39,7 @@ Nic::Nic() {
   try {
     set_plan(parse_plan(text ? text : ""));
     devices_at_start = plan.devices;
+    by_hand = network.alone = plan.by_hand;
   } catch (const std::exception& error) {
     // No verb can say it, and a test that goes on without its faults proves nothing.
     std::fprintf(stderr, "%s\n", error.what());
@@ -59,6 +60,7 @@ void Nic::forked() {
     ::close(doorbell_);
   }
   network = Network();
+  network.alone = by_hand;
   started_ = asleep_ = false;
   waiting_.store(0, std::memory_order_relaxed);
   for (const auto& device : devices_) {
@@ -92,6 +94,7 @@ void Nic::start() {
   doorbell_ = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (doorbell_ < 0) throw std::system_error(errno, std::generic_category(), "fake_verbs: eventfd");
   started_ = true;
+  if (by_hand) return;
   // Signals are the user's: none is delivered to the hardware.
   sigset_t all, before;
   sigfillset(&all);
@@ -224,42 +227,50 @@ bool Nic::serve(QueuePair& qp) {
   return send_some(*this, qp, kBudget) || more;
 }
 
+bool Nic::round() {
+  int64_t now = kvxfer::now_ns();
+  network.receive(packets_, kBatch, now);
+  for (; !packets_.empty(); packets_.pop_front()) deliver(std::move(packets_.front()));
+  for (size_t n = ready_.size(); n > 0; --n) {
+    QueuePair* const qp = find(ready_.front());
+    ready_.pop_front();
+    if (!qp) continue;
+    qp->ready = false;
+    if (serve(*qp)) wake(*qp);
+  }
+  network.flush();
+  now = kvxfer::now_ns();
+  if (now >= next_timer_ns_) {
+    next_timer_ns_ = kvxfer::kNever;  // first: what follows may arm it
+    arm(timers(now));
+    arm(show_completions(now));
+  }
+  return !ready_.empty() || network.next_due() <= kvxfer::now_ns();
+}
+
+// Under the lock, but for the sleep itself.
+void Nic::sleep(std::vector<pollfd>& polled) {
+  polled.clear();
+  polled.push_back({doorbell_, POLLIN, 0});
+  network.add_poll(polled);
+  const int64_t until = std::min(next_timer_ns_, network.next_due());
+  asleep_ = true;
+  mutex_.unlock();
+  const int64_t left = std::max<int64_t>(0, until - kvxfer::now_ns());
+  const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
+  ::ppoll(polled.data(), polled.size(), until == kvxfer::kNever ? nullptr : &timeout, nullptr);
+  uint64_t rung = 0;
+  (void)!::read(doorbell_, &rung, sizeof rung);
+  mutex_.lock();
+  asleep_ = false;
+}
+
 void Nic::run() {
-  std::deque<Packet> packets;
   std::vector<pollfd> polled;
   mutex_.lock();
   for (;;) {
-    int64_t now = kvxfer::now_ns();
-    network.receive(packets, kBatch, now);
-    for (; !packets.empty(); packets.pop_front()) deliver(std::move(packets.front()));
-    for (size_t n = ready_.size(); n > 0; --n) {
-      QueuePair* const qp = find(ready_.front());
-      ready_.pop_front();
-      if (!qp) continue;
-      qp->ready = false;
-      if (serve(*qp)) wake(*qp);
-    }
-    network.flush();
-    now = kvxfer::now_ns();
-    if (now >= next_timer_ns_) {
-      next_timer_ns_ = kvxfer::kNever;  // first: what follows may arm it
-      arm(timers(now));
-      arm(show_completions(now));
-    }
-    if (ready_.empty() && network.next_due() > kvxfer::now_ns()) {
-      polled.clear();
-      polled.push_back({doorbell_, POLLIN, 0});
-      network.add_poll(polled);
-      const int64_t until = std::min(next_timer_ns_, network.next_due());
-      asleep_ = true;
-      mutex_.unlock();
-      const int64_t left = std::max<int64_t>(0, until - kvxfer::now_ns());
-      const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
-      ::ppoll(polled.data(), polled.size(), until == kvxfer::kNever ? nullptr : &timeout, nullptr);
-      uint64_t rung = 0;
-      (void)!::read(doorbell_, &rung, sizeof rung);
-      mutex_.lock();
-      asleep_ = false;
+    if (!round()) {
+      sleep(polled);
     } else {
       mutex_.unlock();
       // A mutex is not fair: whoever waits for it would starve behind this loop.

@@ -8,6 +8,8 @@
 // happened before. Whoever looks earlier has a data race, as he would have with hardware.
 #pragma once
 
+#include <poll.h>
+
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -77,6 +79,8 @@ class Nic {
   void send(QueuePair& qp, Packet packet);
   void complete(CompletionQueue& cq, Cqe cqe);
   int poll(CompletionQueue& cq, int most, ibv_wc* out);
+  // Once round everything. False: nothing is left that can be done now.
+  bool round();
   void tell(Context& context, ibv_async_event event);
   // The queue pair breaks by itself: ERR, an event when there is one to tell.
   void break_qp(QueuePair& qp, std::optional<ibv_event_type> event);
@@ -89,6 +93,7 @@ class Nic {
 
   Plan plan;
   int devices_at_start = 1;  // as KVXFER_FAKE_VERBS has it; written before there is a second thread
+  bool by_hand = false;      // likewise
   fake_verbs_tamperer tamper = nullptr;
   std::mt19937_64 random;
   Network network;
@@ -107,6 +112,7 @@ class Nic {
   void start();
   void forked();
   void run();
+  void sleep(std::vector<pollfd>& polled);
   void deliver(Packet packet);
   bool serve(QueuePair& qp);  // true: there is more
   void flush(QueuePair& qp);
@@ -127,6 +133,7 @@ class Nic {
   uint64_t wr_count_ = 0, packet_count_ = 0;
   std::unordered_map<std::string, uint64_t> calls_;
   size_t error_turn_ = 0;
+  std::deque<Packet> packets_;  // scratch of round()
 };
 
 }  // namespace fake_verbs

@@ -176,6 +176,7 @@ const std::map<Text, Reader> kReaders = {
     {"hold_reg", [](Plan& p, const Word& w) { p.hold_reg = w.count(w.value); }},
     {"dmabuf", [](Plan& p, const Word& w) { p.dmabuf = w.whole(0, 1) == 1; }},
     {"dmabuf_windows", [](Plan& p, const Word& w) { p.dmabuf_windows = w.whole(0, 1) == 1; }},
+    {"by_hand", [](Plan& p, const Word& w) { p.by_hand = w.whole(0, 1) == 1; }},
     {"peermem", [](Plan& p, const Word& w) { p.peermem = w.whole(0, 1) == 1; }},
     {"lie", [](Plan& p, const Word& w) { p.lie = w.probability(w.value); }},
     {"seed", [](Plan& p, const Word& w) { p.seed = w.count(w.value); }},

@@ -54,7 +54,10 @@ struct Plan {
   bool dmabuf = true;          // dmabuf=0: ibv_reg_dmabuf_mr fails with EOPNOTSUPP
   bool dmabuf_windows = true;  // dmabuf_windows=0: so it does if windows are to be bound there
   bool peermem = false;        // peermem=1: ibv_reg_mr takes addresses of tests/fake_cuda's GPUs
-  double lie = 1;  // what is really to be had of max_qp_wr, max_sge, max_inline, max_cqe
+  bool by_hand = false;  // by_hand=1, from the start on: no thread plays the hardware, and no other
+                         // process is reached, and there are no GPUs; ibv_poll_cq first does all
+                         // that can be done
+  double lie = 1;        // what is really to be had of max_qp_wr, max_sge, max_inline, max_cqe
 
   // -- The network. Probabilities are per packet. RC hides all of it but time, and retries run out.
   uint64_t seed = 0;

@@ -195,7 +195,7 @@ FAKE_VERBS_EXPORT int ibv_dealloc_pd(ibv_pd* pd) {
 FAKE_VERBS_EXPORT ibv_mr* ibv_reg_mr(ibv_pd* pd, void* address, size_t length, int access) {
   int fd = -1;
   uint64_t offset = 0;
-  if (find_gpus(address, length, fd, offset)) {
+  if (!Nic::get().by_hand && find_gpus(address, length, fd, offset)) {
     // A kernel without peermem finds no pages there.
     bool peermem;
     {

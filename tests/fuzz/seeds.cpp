@@ -98,6 +98,120 @@ void shared_memory() {
   script("shm", "positions", {0, 10, 0, 0x41, 0, 1, 0, 0, 0, 10, 0x83, 63, 0, 0});
 }
 
+// Steps of verbs.cpp: first whether there are pushes (1), two rails (2), and who had asked (4);
+// then each after a byte that says whether the engine (1) or the peer (2) does not look in between.
+void rdma() {
+  using Bytes8 = std::vector<uint8_t>;
+  const auto write_script = [](const std::string& name, uint8_t setup,
+                               std::initializer_list<Bytes8> steps) {
+    Bytes8 bytes{setup};
+    for (const Bytes8& step : steps) bytes.insert(bytes.end(), step.begin(), step.end());
+    write("verbs", name, std::as_bytes(std::span(bytes)));
+  };
+  constexpr uint8_t kTicket = 0x08;                  // slot 0, generation 1: the first
+  const Bytes8 two_segments{0, 2, 0x10, 0, 32, 32};  // rows, how many, where, whither
+  const auto request = [&](uint8_t op, uint8_t region, Bytes8 flags, bool has_segments = true) {
+    Bytes8 out{0, 1, op, region, kTicket};
+    out.insert(out.end(), flags.begin(), flags.end());
+    if (has_segments)
+      out.insert(out.end(), two_segments.begin(), two_segments.end());
+    else
+      out.push_back(0);
+    return out;
+  };
+  const Bytes8 outcome{0, 6, 0, kTicket, 0x40, 96, 0}, grant{0, 7, 0, kTicket, 0, 0};
+  const Bytes8 our_read{0, 17, 0x09, 31, 0}, our_write{0, 17, 0x08, 31, 0};  // 3 spans of 32
+  const Bytes8 our_pushed{0, 17, 0x08, 0x80 | 31, 0}, cancel{0, 17, 5};
+  const auto event = [](uint8_t what, uint8_t which) {
+    return Bytes8{0, 15, static_cast<uint8_t>(what | which << 3)};
+  };
+  const auto told = [](uint8_t what, uint8_t rail = 0) { return Bytes8{0, 9, what, rail, 0}; };
+  const auto about = [](uint8_t what) { return Bytes8{0, 4, what, kTicket}; };
+
+  write_script("pulled_write", 0, {request(0, 2, {0})});
+  write_script("pulled_write_in_pieces", 0, {request(0, 1, {2, 3})});
+  write_script("notification", 0, {request(2, 2, {1, 5}, false)});
+  write_script("staged_write", 0, {request(0, 2, {4}), {0, 5, 0, kTicket, 0x86}});
+  write_script("granted_read", 0, {request(1, 2, {0}), about(2)});
+  write_script("read_in_messages", 0, {request(1, 1, {0})});
+  write_script("aborted_write", 0, {event(0, 0), request(0, 2, {0}), about(1)});
+  write_script("revoked_write", 0,
+               {event(0, 0), request(0, 2, {0}), {0, 17, 0x16}, event(6, 2), event(3, 0)});
+  write_script("our_read", 4, {our_read, grant});
+  write_script("our_read_held", 0, {event(0, 0), our_read, grant, {0, 15, 2, 2}});
+  write_script("our_read_held_and_cancelled", 0, {event(0, 0), our_read, grant, cancel});
+  write_script("our_read_in_messages", 0,
+               {{0, 17, 0x89, 31, 0}, {0, 5, 1, kTicket, 0x40, 96, 0}, outcome});
+  write_script("our_write", 0, {our_write, outcome});
+  write_script("our_write_in_messages", 0, {{0, 17, 0x88, 31, 0}, outcome});
+  write_script("our_write_after_all_in_messages", 0, {our_write, about(3), outcome});
+  write_script("our_long_write", 0, {{0, 17, 0x20, 3, 0}, about(0), about(0), outcome});
+  write_script("our_long_read", 0, {{0, 17, 0x21, 3, 0}, grant, grant, grant});
+  const auto fails = [](uint8_t which, uint8_t status) {
+    return Bytes8{0, 15, static_cast<uint8_t>(4 | which << 3), status};
+  };
+  write_script("our_write_refused", 0, {our_write, {0, 6, 1, kTicket, 0, 5, 1}});
+  write_script("our_read_pulled_again", 0, {fails(0, 0), our_read, grant, told(1), told(3)});
+  write_script("our_read_fails", 0, {fails(0, 1), our_read, grant, told(1), told(3)});
+  write_script("write_pulled_again", 0, {fails(0, 0), request(0, 2, {0}), told(1), told(3)});
+  write_script("our_notification", 0, {{0, 17, 0x42, 0, 0}, outcome});
+  write_script("our_write_cancelled", 0, {our_write, cancel, event(6, 1), told(2), told(1)});
+
+  const Bytes8 window{0, 10, 0x11, 0, 0x20, 0, 1, 0x8c}, window_key{0, 10, 0x13, 0, 1, 0};
+  const Bytes8 sink_ready{0, 10, 7, 0, 1, 1, 32}, no_window{0, 10, 0x14};
+  write_script("our_pushed_write", 1,
+               {our_pushed, told(5), window, sink_ready, window_key, outcome});
+  write_script("our_pushed_write_revoked", 1,
+               {our_pushed, told(5), window, sink_ready, window_key, {0, 10, 0x15}, outcome});
+  write_script("our_pushed_write_broken", 1,
+               {our_pushed,
+                told(5),
+                event(0, 3),
+                window,
+                sink_ready,
+                window_key,
+                told(5),
+                {0, 10, 0x17, 0, 2, 1, 32, kTicket, 0}});
+  write_script("no_window", 1, {our_pushed, no_window, outcome});
+  const Bytes8 next_key{0, 10, 0x13, 0, 2, 0}, next_ready{0, 10, 7, 0, 2, 1, 32};
+  for (const uint8_t status : {0, 1}) {
+    const std::string name = status == 0 ? "our_pushed_write_lost" : "our_pushed_write_denied";
+    write_script(name, 1,
+                 {our_pushed, told(5), window, sink_ready, fails(3, status), window_key, told(5),
+                  next_ready, next_key, outcome});
+    write_script(name + "_and_cancelled", 1,
+                 {our_pushed, told(5), window, sink_ready, fails(3, status), window_key, cancel,
+                  event(6, 1), told(5), next_ready, next_key, outcome});
+  }
+  write_script("our_pushed_write_held_and_cancelled", 1,
+               {our_pushed, told(5), window, sink_ready, event(0, 3), window_key, cancel,
+                event(6, 1), told(5), next_ready});
+  const Bytes8 ask{0, 10, 0x20}, pushed{0, 12, 0, kTicket, 0, 0, 0x86};
+  write_script("pushed_write", 1, {ask, told(6), request(0, 2, {8}), pushed});
+  write_script("pushed_write_revoked", 1,
+               {ask, told(6), request(0, 2, {8}), {0, 17, 0x16}, {0, 10, 0x26}, pushed});
+  write_script("pushed_write_never_drained", 1,
+               {ask, told(6), {0, 17, 0x16}, event(6, 2), pushed, event(6, 2), pushed});
+  write_script("new_sink", 1, {ask, told(6), told(4), told(6), request(0, 2, {8}), pushed});
+
+  write_script("new_source", 0, {told(1), told(3), request(0, 2, {0})});
+  write_script("new_puller", 0, {told(0), told(2)});
+  write_script("messages_move", 2, {event(5, 2), {0, 13, 3}, request(2, 2, {1, 5}, false)});
+  write_script("messages_move_for_the_peer", 2, {{0, 13, 1, 2}, request(2, 2, {1, 5}, false)});
+  write_script("new_control", 3, {event(5, 2), {0, 13, 3}, told(0x87), told(1), told(3)});
+
+  // What once went wrong (tests/cpp/test_verbs_hostile.cpp).
+  write_script("grant_after_bytes", 0, {our_read, {0, 5, 1, kTicket, 32}, grant});
+  write_script("bytes_after_grant", 0,
+               {our_read, {1, 7, 0, kTicket, 0, 0}, {0, 5, 1, kTicket, 32}});
+  write_script("end_of_a_read_that_reads", 0, {event(0, 0), our_read, grant, outcome});
+  write_script("end_of_the_words", 0, {event(0, 0), our_read, grant, {0, 15, 2, 2}, outcome});
+  write_script("end_of_a_cancelled_read", 0, {event(0, 0), our_read, grant, cancel, outcome});
+  write_script("end_of_an_unsent_write", 1, {our_pushed, outcome, no_window});
+  write_script("more_of_an_unsent_write", 1, {our_pushed, about(0), no_window});
+  write_script("messages_for_an_unsent_write", 1, {our_pushed, about(3), no_window});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -127,9 +241,10 @@ int main(int argc, char** argv) {
   wire("trailer", 8, trailer);
   wire("reader", 9, as_bytes_view("\x08\x00\x01\x02\x03\x1c\x25\x06\x07somebytestoreadfrom"));
   Token token;
-  token.lease.id = 4, token.region = 2;
+  token.lease.id = 4;
   write("token", "token", encode_token(token));
   handshakes();
   shared_memory();
+  rdma();
   return 0;
 }

@@ -6,38 +6,21 @@
 // without exactly one end, no memory that has quiesced touched again.
 #include <sys/eventfd.h>
 
+#include "script.hpp"
 #include "shm_peer.hpp"
 
 using namespace kvxfer;
 using namespace kvxfer::shm;
 using kvxfer::fuzz::Input;
 using kvxfer::fuzz::kKey;
+using kvxfer::fuzz::number;
 using kvxfer::fuzz::ShmHost;
 using kvxfer::fuzz::ShmPeer;
+using kvxfer::fuzz::ticket;
 
 namespace {
 
 constexpr int kMaxSteps = 64;
-
-// Few values that hit often, or any.
-uint64_t number(Input& input) {
-  const uint8_t how = input.u8();
-  switch (how >> 6) {
-    case 0:
-      return how & 63;
-    case 1:
-      return uint64_t{input.u16()} << (how & 7);
-    case 2:
-      return uint64_t{1} << (how & 63);
-    default:
-      return input.u64();
-  }
-}
-
-Ticket ticket(Input& input) {
-  const uint8_t how = input.u8();
-  return how < 0xf0 ? Ticket{how & 7u, (how >> 3) & 3u} : Ticket{input.u32(), input.u32()};
-}
 
 // Spans of one size in equal steps.
 std::vector<SpanRecord> spans(Input& input) {

@@ -142,7 +142,8 @@ Cancelled VerbsConnection::cancel(const RequestPtr& request) noexcept {
   if (unanswered && !answers_watched_.exchange(true, std::memory_order_relaxed))
     watch_answers(now_ns());
   // Its chains are not to be posted; and as in post().
-  if (why_no_push_.empty() || channel_.error() != 0) host_.reactor().attend(self());
+  if (!result.quiesced || why_no_push_.empty() || channel_.error() != 0)
+    host_.reactor().attend(self());
   return result;
 }
 
@@ -297,6 +298,8 @@ bool VerbsConnection::step() {
     if (is_dead()) return some;
   }
   some |= channel_.flush();
+  // A peer that makes no other source for us must not keep from ending what was posted on the last.
+  some |= outgoing_.drop_unwanted();
   if (rails_.any_room()) {
     some |= incoming_.pull_one();
     some |= outgoing_.pull_one();

@@ -47,6 +47,8 @@ class Outgoing {
   bool on_read_data(ByteView body);
   bool pump();      // one message of a write that goes in messages
   bool pull_one();  // one chain of one read
+  // One chain that waits to be posted again and that nobody wants any more, with or without a rail.
+  bool drop_unwanted();
   void on_landed(ChunkPtr chunk, std::optional<Failure> failure);
   void on_flushed(ChunkPtr chunk);
   // When the first of the cancelled writes that are not quiet was cancelled, or kNever: of those

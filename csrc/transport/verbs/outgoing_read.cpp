@@ -160,6 +160,16 @@ bool Outgoing::pull_again() {
   return false;
 }
 
+bool Outgoing::drop_unwanted() {
+  const auto it = std::ranges::find_if(again_, [&](const auto& each) { return !is_wanted(*each); });
+  if (it == again_.end()) return false;
+  const Ticket ticket = (*it)->ticket;
+  rails_.recycle(std::move(*it));
+  again_.erase(it);
+  chunk_left(ticket);
+  return true;
+}
+
 bool Outgoing::pull_next() {
   ChunkPtr chunk;
   Rail* rail = nullptr;
