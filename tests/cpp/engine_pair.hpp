@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "ended_in_order.hpp"
 #include "engine/engine.hpp"
 
 namespace kvxfer {
@@ -54,6 +55,7 @@ struct Pair {
   ~Pair() {
     a->close();
     b->close();
+    check_ended_in_order();
   }
   std::byte* at_a(size_t offset) const { return ra->pieces[0].base + offset; }
   std::byte* at_b(size_t offset) const { return rb->pieces[0].base + offset; }

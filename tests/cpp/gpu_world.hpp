@@ -79,6 +79,7 @@ struct GpuPair {
   ~GpuPair() {
     a->close();
     b->close();
+    check_ended_in_order();
   }
   RemoteRegionPtr remote(const std::string& name) {
     RemoteRegionPtr out;

@@ -128,6 +128,10 @@ FAKE_VERBS_EXPORT int64_t fake_verbs_count(const char* name) {
     for (const auto& [key, context] : nic.contexts) n += (context.get()->*member).size();
     return n;
   };
+  uint64_t writable = 0;
+  for (const auto& [key, context] : nic.contexts)
+    for (const auto& [unused, region] : context->regions)
+      writable += (region->key->access & IBV_ACCESS_REMOTE_WRITE) != 0;
   const std::pair<const char*, uint64_t> counts[] = {
       {"work_requests", s.work_requests},
       {"doorbells", s.doorbells},
@@ -141,6 +145,9 @@ FAKE_VERBS_EXPORT int64_t fake_verbs_count(const char* name) {
       {"events", s.events},
       {"binds", s.binds},
       {"bytes_placed", s.bytes_placed},
+      {"inline", s.inlined},
+      {"dirty_destroys", s.dirty_destroys},
+      {"writable_regions", writable},
       {"dropped", nic.network.dropped},
       {"duplicated", nic.network.duplicated},
       {"delayed", nic.network.delayed},

@@ -115,6 +115,7 @@ int post_send(ibv_qp* base, ibv_send_wr* wr, ibv_send_wr** bad_wr) {
       *bad_wr = wr;
       break;
     }
+    if (wr->send_flags & IBV_SEND_INLINE) ++nic.statistics.inlined;
     std::vector<SendRequest> requests;
     if (nic.tamper && request.opcode == IBV_WR_SEND && request.length > 0)
       requests = tampered(nic.tamper, qp, request);
@@ -125,6 +126,7 @@ int post_send(ibv_qp* base, ibv_send_wr* wr, ibv_send_wr** bad_wr) {
       nic.count_request(qp);
     }
   }
+  if (err && qp.state == IBV_QPS_ERR) qp.hindered = true;
   // Those before the bad one are on their way.
   if (qp.state == IBV_QPS_ERR) qp.flushing = true;
   nic.wake(qp);

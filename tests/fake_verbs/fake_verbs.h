@@ -62,7 +62,11 @@ int fake_verbs_restore_device(const char* device);
 /* A count since the process began, or -1 for an unknown name: work_requests, doorbells, receives,
  * packets, retransmissions, failed_calls, timeouts, rnr_naks, completions, events, binds,
  * bytes_placed, dropped, duplicated, delayed, acks_lost, qps, regions, windows, cqs, locked_bytes,
- * registering (held by the plan). */
+ * registering (held by the plan), inline (work requests), writable_regions (that are there now and
+ * were registered with IBV_ACCESS_REMOTE_WRITE), dirty_destroys: queue pairs that were destroyed or
+ * RESET before their user had polled the end of all that it had posted there, sends and,
+ * if anything had come or gone there, receives; unless the queue pair had been in ERR for 100 ms,
+ * or a call that would have ended it was refused. */
 int64_t fake_verbs_count(const char* name);
 
 #ifdef __cplusplus

@@ -25,6 +25,7 @@ namespace {
 
 constexpr size_t kBatch = 64;  // packets taken in before answers and requests go out again
 constexpr int kBudget = 32;    // packets of one queue pair before it is the next one's turn
+constexpr int64_t kFlushNs = 100'000'000;  // nobody has to wait longer for a flush
 constexpr uint32_t kQps = 1u << kSlotShift;
 
 }  // namespace
@@ -135,6 +136,18 @@ void Nic::remove(QueuePair& qp) {
   qps_.erase(qp.qp_num);
   doomed.erase(qp.qp_num);
   if (qps_.empty()) network.leave_peers();
+}
+
+// Whoever posts has to see the end of all of it first: in ERR, and not for ever, since a machine
+// may be busy. Who could not is not blamed for it. Receives of a queue pair that never carried
+// anything are its buffers, and no work.
+void Nic::note_end(const QueuePair& qp) {
+  const bool carried = qp.retired > 0 || qp.receives_retired > 0;
+  const bool all_seen =
+      qp.posted == qp.retired && (!carried || qp.receives_posted == qp.receives_retired);
+  const bool waited =
+      qp.state == IBV_QPS_ERR && kvxfer::now_ns() - qp.in_error_since_ns >= kFlushNs;
+  if (!all_seen && !waited && !qp.hindered) ++statistics.dirty_destroys;
 }
 
 QueuePair* Nic::find(uint32_t qpn) {
@@ -311,6 +324,7 @@ void Nic::tell(Context& context, ibv_async_event event) {
 void Nic::break_qp(QueuePair& qp, std::optional<ibv_event_type> type) {
   if (qp.state == IBV_QPS_ERR || qp.state == IBV_QPS_RESET) return;
   qp.state = IBV_QPS_ERR;
+  qp.in_error_since_ns = kvxfer::now_ns();
   qp.timer_ns = kvxfer::kNever;
   qp.answers.clear();
   qp.flushing = true;

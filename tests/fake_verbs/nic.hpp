@@ -30,6 +30,7 @@ namespace fake_verbs {
 
 struct Statistics {
   uint64_t work_requests = 0, doorbells = 0, receives = 0, packets = 0, retransmissions = 0;
+  uint64_t inlined = 0, dirty_destroys = 0;
   uint64_t failed_calls = 0, timeouts = 0, rnr_naks = 0, completions = 0, events = 0, binds = 0,
            bytes_placed = 0;
 };
@@ -68,6 +69,7 @@ class Nic {
 
   uint32_t add(QueuePair& qp);  // its number; 0: too many
   void remove(QueuePair& qp);
+  void note_end(const QueuePair& qp);  // its user destroys it, or takes its work away
   QueuePair* find(uint32_t qpn);
   // Something to send, answer or flush.
   void wake(QueuePair& qp);

@@ -95,6 +95,8 @@ struct QueuePair : ibv_qp {
   bool established = false;
 
   bool flushing = false;  // in ERR: what is queued is still to be completed
+  int64_t in_error_since_ns = 0;
+  bool hindered = false;  // its user could not end it in order: a call for that was refused
   bool ready = false;     // in the NIC's list of those with something to do
   uint32_t async_events_given = 0;
 

@@ -94,6 +94,7 @@ void apply(QueuePair& qp, const ibv_qp_attr& a, int mask) {
 
 // All work is gone without a word, what was completed and not yet polled included.
 void reset(Nic& nic, QueuePair& qp) {
+  nic.note_end(qp);
   nic.forget(qp);
   qp.sends.clear();
   qp.receives.clear();
@@ -122,7 +123,10 @@ FAKE_VERBS_EXPORT int ibv_modify_qp(ibv_qp* base, ibv_qp_attr* attr, int mask) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();
   Context& context = context_of(qp.context);
-  if (const int err = nic.refuse("modify_qp", *context.of)) return fail_int(err);
+  if (const int err = nic.refuse("modify_qp", *context.of)) {
+    qp.hindered |= (mask & IBV_QP_STATE) != 0 && attr->qp_state == IBV_QPS_ERR;
+    return fail_int(err);
+  }
   const ibv_qp_state from = qp.state;
   const ibv_qp_state to = mask & IBV_QP_STATE ? attr->qp_state : from;
   if (!step_is_legal(from, to, mask) || !values_are_legal(nic, context, qp, *attr, mask))
@@ -131,7 +135,7 @@ FAKE_VERBS_EXPORT int ibv_modify_qp(ibv_qp* base, ibv_qp_attr* attr, int mask) {
   if (to == IBV_QPS_ERR) {
     // From here on nothing of the peer's lands; what was queued is completed a little later.
     if (from == IBV_QPS_RESET)
-      qp.state = IBV_QPS_ERR;
+      qp.state = IBV_QPS_ERR, qp.in_error_since_ns = kvxfer::now_ns();
     else
       nic.break_qp(qp, {});
     return 0;

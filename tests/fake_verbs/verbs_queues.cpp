@@ -179,6 +179,7 @@ FAKE_VERBS_EXPORT int ibv_destroy_qp(ibv_qp* base) {
   {
     const auto lock = nic.lock();
     if (const int err = nic.refuse("destroy_qp", *context.of)) return fail_int(err);
+    nic.note_end(qp);
     nic.remove(qp);
     context.of->keys.unbind_all(qp);
     context.async.remove_if(

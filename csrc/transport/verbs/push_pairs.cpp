@@ -157,8 +157,7 @@ bool VerbsConnection::on_new_sink(ByteView body) {
       answer.psn = fresh.psn;
       push.writer.store(fresh.number, std::memory_order_relaxed);
     } catch (const Error& error) {
-      (void)push.writes.stop();
-      (void)push.writes.close();
+      (void)push.writes.close();  // on which nothing was posted
       note_break(rail, error.what());
     }
   }
