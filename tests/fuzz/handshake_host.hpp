@@ -15,9 +15,9 @@ namespace kvxfer::fuzz {
 
 class HandshakeHost final : public tcp::SessionHost {
  public:
-  HandshakeHost() {
+  explicit HandshakeHost(uint8_t who = 7) {
     self_.name = "fuzzed", self_.address = "127.0.0.1:1", self_.host.boot_id = "boot";
-    self_.incarnation[0] = std::byte{7};
+    self_.incarnation[0] = std::byte{who};
   }
   Reactor& reactor() noexcept override { return reactor_; }  // not started: one thread does it all
   const PeerIdentity& self() const noexcept override { return self_; }

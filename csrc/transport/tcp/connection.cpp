@@ -131,12 +131,16 @@ Cancelled TcpConnection::cancel(const RequestPtr& request) noexcept {
 // The owner must forget the request, and nothing that we post later may be overtaken by its rest:
 // ABORT goes down every lane, behind the frame that each is in the middle of.
 void TcpConnection::abort_locked(const FlightPtr& flight) {
-  for (auto& lane : lanes_)
-    for (auto& frame : lane->out)
-      if (frame->flight == flight) frame->spoil(Code::kCancelled);
+  spoil_locked(flight);
   ++cancel_count_;
   for (auto& lane : lanes_)
     queue_locked(lane->index, encode_abort(flight->request->id, cancel_count_));
+}
+
+void TcpConnection::spoil_locked(const FlightPtr& flight) {
+  for (auto& lane : lanes_)
+    for (auto& frame : lane->out)
+      if (frame->flight == flight) frame->spoil(Code::kCancelled);
 }
 
 void TcpConnection::close(const Failure& cause) noexcept {

@@ -64,6 +64,7 @@ class TcpConnection final : public Connection {
   void finish(const FlightPtr& flight, Flight::Ending ending, Completion completion,
               Deliveries& out);
   void abort_locked(const FlightPtr& flight);
+  void spoil_locked(const FlightPtr& flight);
   void room_locked(Deliveries& out);
   void deliver(Deliveries& deliveries) noexcept;
   void buried() noexcept;
@@ -71,6 +72,9 @@ class TcpConnection final : public Connection {
   // sending.cpp
   void enqueue(Bytes frame);
   void queue_locked(uint32_t lane, Bytes frame);
+  void answer(Bytes frame);
+  void answer_locked(FramePtr frame);
+  void answer_locked(Bytes frame);
   void pump(Lane& lane, size_t budget) noexcept;
   void pump_soon(Lane& lane);
   void pump_all_soon();
@@ -102,6 +106,7 @@ class TcpConnection final : public Connection {
   Step on_abort(Lane& lane);
   Step on_read(Lane& lane, ByteView control);
   void refuse(uint64_t request, Inbound& inbound, const Failure& failure);
+  void drop_notify(Inbound& inbound);
   void flush_acks();
 
   // initiator.cpp: what the peer says to our requests
@@ -130,6 +135,7 @@ class TcpConnection final : public Connection {
   StripeHead cutting_;  // reused, so that a stripe is cut without an allocation
   uint32_t reads_outstanding_ = 0;
   uint32_t cancel_count_ = 0;
+  size_t answers_nbytes_ = 0;  // of frames that wait on lane 0 because the peer asked for something
   bool dead_ = false, want_room_ = false, started_ = false;
   bool watched_ = false;  // look_after() is due
   Failure cause_;
@@ -140,6 +146,7 @@ class TcpConnection final : public Connection {
 
   // Progress thread only.
   std::unordered_map<uint64_t, InboundPtr> inbound_;
+  uint32_t notifies_held_ = 0;  // of requests that lack bytes
   std::vector<uint64_t> acks_;
   bool acks_wait_ = true;  // all of them are of bare notifications: an answer may take them along
 };

@@ -98,8 +98,11 @@ TcpConnection::Step TcpConnection::on_acks(ByteView control) {
       auto it = flights_.find(id);
       if (it == flights_.end()) continue;
       FlightPtr flight = it->second;
-      early = !flight->cut_all || flight->request->op == Op::kRead;
+      // The thread that has sent the last of it may not have come back yet to say so: it is busy.
+      early = !flight->cut_all || flight->request->op == Op::kRead ||
+              (flight->unsent > 0 && flight->busy == 0);
       if (early) break;
+      if (flight->unsent > 0) spoil_locked(flight);  // if it has not: its memory is not read again
       counters.bytes_written.fetch_add(flight->request->nbytes, std::memory_order_relaxed);
       finish(flight, Flight::Ending::kEnd,
              {.ok = true, .nbytes = flight->request->nbytes, .failure = {}}, deliveries);

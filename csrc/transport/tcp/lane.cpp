@@ -38,6 +38,7 @@ void Frame::reset() noexcept {
   poison = Code::kOk;
   flight.reset();
   landing = {};
+  answer_nbytes = 0;
   reads_body = inside = told = false;
 }
 

@@ -38,6 +38,7 @@ struct Flight {
   size_t span = 0;     // cutting continues here
   uint64_t span_done = 0;
   bool cut_all = false;
+  uint32_t unsent = 0;       // frames that were cut and have not left as a whole
   uint32_t next_stripe = 0;  // READ
   struct ReadStripe {
     size_t span;
@@ -69,9 +70,10 @@ struct Frame {
   uint64_t sent = 0;
   bool has_trailer = false;
   std::array<std::byte, kTrailerBytes> trailer{};
-  Code poison = Code::kOk;  // else: the rest of the body is padding, and the trailer says so
-  FlightPtr flight;         // ours
-  Landing landing;          // the peer's read, looked at before each system call
+  Code poison = Code::kOk;   // else: the rest of the body is padding, and the trailer says so
+  FlightPtr flight;          // ours
+  Landing landing;           // the peer's read, looked at before each system call
+  size_t answer_nbytes = 0;  // what it counts for in answers_nbytes_ while it is queued
   // Of the sending token's holder: this system call reads the body, inside the gates of `landing`.
   bool reads_body = false, inside = false, told = false;
 
@@ -97,6 +99,7 @@ struct Inbound {
   bool seen = false;     // a stripe came
   bool verdict = false;  // refused: told to the peer, the rest drains
   bool aborted = false;
+  bool holds_notify = false;  // counted in notifies_held_
   size_t num_aborts = 0;
 };
 using InboundPtr = std::shared_ptr<Inbound>;

@@ -40,11 +40,20 @@ TcpConnection::Step TcpConnection::on_stripe(Lane& lane, ByteView control) {
     }
   } else if (inbound.total != stripe.total_nbytes || inbound.op != stripe.access.op) {
     return protocol_error("stripes of one request disagree");
+  } else if (inbound.total == 0) {  // the first may be in the middle, and would be accepted twice
+    return protocol_error("a second stripe of an empty request");
   }
   if (stripe.has_notify) {
     if (inbound.arrival.has_notify) return protocol_error("two notifications in one request");
     inbound.arrival.has_notify = true;
-    inbound.arrival.notify.assign(stripe.notify.begin(), stripe.notify.end());
+    if (!inbound.verdict && !inbound.aborted) {
+      // An honest peer has a credit for each, and there are kNotifyWindow.
+      if (notifies_held_ >= 2 * kNotifyWindow)
+        return protocol_error("more notifications of unfinished requests than the window allows");
+      ++notifies_held_;
+      inbound.holds_notify = true;
+      inbound.arrival.notify.assign(stripe.notify.begin(), stripe.notify.end());
+    }
   }
   inbound.arrival.has_arrival = stripe.access.arrival.has_value();
   inbound.arrival.arrival = stripe.access.arrival.value_or(0);
@@ -80,6 +89,7 @@ TcpConnection::Step TcpConnection::on_stripe_end(Lane& lane, Code trailer) {
   if (inbound->landed > inbound->total) return protocol_error("more bytes than the request has");
   if (inbound->landed < inbound->total) return Step::kAgain;
   inbound->arrival.nbytes = inbound->total;
+  notifies_held_ -= std::exchange(inbound->holds_notify, false);
   if (auto failure = host_.accept(*this, inbound->landing, std::move(inbound->arrival))) {
     refuse(lane.head.request, *inbound, *failure);
     return Step::kAgain;
@@ -95,8 +105,14 @@ TcpConnection::Step TcpConnection::on_stripe_end(Lane& lane, Code trailer) {
 // Told at once; the record stays until the initiator's ABORT, and its bytes go to the sink.
 void TcpConnection::refuse(uint64_t request, Inbound& inbound, const Failure& failure) {
   inbound.verdict = true;
+  drop_notify(inbound);
   if (failure.code != Code::kCancelled) counters.refused.fetch_add(1, std::memory_order_relaxed);
-  enqueue(encode_failure(Type::kRefuse, request, failure));
+  answer(encode_failure(Type::kRefuse, request, failure));
+}
+
+void TcpConnection::drop_notify(Inbound& inbound) {
+  notifies_held_ -= std::exchange(inbound.holds_notify, false);
+  inbound.arrival.notify = {};
 }
 
 void TcpConnection::flush_acks() {
@@ -104,7 +120,7 @@ void TcpConnection::flush_acks() {
   {
     std::lock_guard lock(mutex_);
     if (dead_) return;
-    queue_locked(0, encode_acks(acks_));
+    answer_locked(encode_acks(acks_));
   }
   acks_.clear();
   if (std::exchange(acks_wait_, true)) {
@@ -127,6 +143,7 @@ TcpConnection::Step TcpConnection::on_abort(Lane& lane) {
   }
   InboundPtr inbound = it->second;
   inbound->aborted = true;
+  drop_notify(*inbound);
   if (++inbound->num_aborts == lanes_.size()) {
     // Accepted or refused before: it was told. Else the initiator learns that it never landed.
     if (inbound->seen && !inbound->verdict)
@@ -163,11 +180,11 @@ TcpConnection::Step TcpConnection::on_read(Lane& lane, ByteView control) {
     too_many = serves_pending_ >= 2 * kReadWindow;
     if (failure) {
       // On lane 0 behind the verdict, so that the count of outstanding reads comes back in order.
-      queue_locked(0, encode_failure(Type::kRefuse, serve.request, *failure));
+      answer_locked(encode_failure(Type::kRefuse, serve.request, *failure));
       FramePtr frame = new_frame();
       frame->head = encode_read_data(serve.request, serve.stripe, 0);
       frame->set_trailer(failure->code);
-      lanes_[0]->queue.push_back(std::move(frame));
+      answer_locked(std::move(frame));
     } else if (!too_many) {
       ++serves_pending_;
       serve.targets = std::move(lane.stripe.targets);

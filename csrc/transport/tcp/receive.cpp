@@ -11,6 +11,9 @@
 namespace kvxfer::tcp {
 namespace {
 constexpr int64_t kLastWordsNs = 20'000'000;
+// An honest peer has at most kMaxInFlight requests and kReadWindow READs that want an answer, which
+// make less than a fifth of it.
+constexpr size_t kMaxAnswersBytes = 4 * 1024 * 1024;
 
 Failure disconnected(const Stream& stream, int err) {
   return {.code = Code::kPeerDisconnected,
@@ -37,9 +40,15 @@ void TcpConnection::receive(Lane& lane) noexcept {
   pinged_ns_.store(0, std::memory_order_relaxed);
   Step result = Step::kAgain;
   for (int turns = 0; result == Step::kAgain; ++turns) {
+    bool unread;
     {
       std::lock_guard lock(mutex_);
       if (dead_) return;
+      unread = answers_nbytes_ > kMaxAnswersBytes;
+    }
+    if (unread) {
+      protocol_error("more answers than requests may be open wait to be read");
+      return;
     }
     if (lane.paused) break;
     // Edge-triggered: whoever stops before EAGAIN must come back by itself.
@@ -175,7 +184,7 @@ TcpConnection::Step TcpConnection::on_control(Lane& lane, ByteView control) {
       host_.ready(*this);
       return Step::kAgain;
     case Type::kPing:
-      enqueue(encode_plain(Type::kPong, {}));
+      answer(encode_plain(Type::kPong, {}));
       return Step::kAgain;
     case Type::kPong:  // that it came is all it says
       return Step::kAgain;

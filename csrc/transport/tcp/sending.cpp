@@ -43,6 +43,29 @@ void TcpConnection::enqueue(Bytes frame) {
   pump_soon(*lanes_[0]);
 }
 
+// What the peer makes us say is bounded (receive()), so that one that asks and does not listen
+// costs no more memory than one that does.
+void TcpConnection::answer_locked(FramePtr frame) {
+  frame->answer_nbytes = sizeof(Frame) + frame->head.size();
+  answers_nbytes_ += frame->answer_nbytes;
+  lanes_[0]->queue.push_back(std::move(frame));
+}
+
+void TcpConnection::answer_locked(Bytes bytes) {
+  FramePtr frame = new_frame();
+  frame->head = std::move(bytes);
+  answer_locked(std::move(frame));
+}
+
+void TcpConnection::answer(Bytes frame) {
+  {
+    std::lock_guard lock(mutex_);
+    if (dead_) return;
+    answer_locked(std::move(frame));
+  }
+  pump_soon(*lanes_[0]);
+}
+
 void TcpConnection::send_control_now(ByteView payload) {
   {
     std::lock_guard lock(mutex_);
@@ -67,6 +90,7 @@ FramePtr TcpConnection::next_frame(Lane& lane) {
   if (!lane.queue.empty()) {
     FramePtr frame = std::move(lane.queue.front());
     lane.queue.pop_front();
+    answers_nbytes_ -= frame->answer_nbytes;
     return frame;
   }
   auto& jobs = lane.index == 0 ? small_jobs_ : bulk_jobs_;
@@ -123,6 +147,7 @@ FramePtr TcpConnection::cut_write(const FlightPtr& flight) {
                 stripe, stripe.has_notify ? ByteView(request.notify) : ByteView(), frame->head);
   frame->set_trailer(Code::kOk);
   frame->flight = flight;
+  ++flight->unsent;
   flight->begun = true;
   return frame;
 }
@@ -158,6 +183,7 @@ void TcpConnection::cut_reads() {
     encode_stripe({.type = Type::kRead, .request = request.id, .cancel_count = cancel_count_},
                   stripe, {}, frame->head);
     frame->flight = flight;
+    ++flight->unsent;
     lanes_[0]->queue.push_back(std::move(frame));
     flight->cut_all = flight->span == request.spans.size();
     if (!flight->cut_all) read_jobs_.push_back(flight);
@@ -226,6 +252,7 @@ void TcpConnection::leave_out(Lane& lane, std::span<Frame* const> frames, uint64
     frame.advance(here);
     nbytes -= here;
     if (frame.sent < frame.size()) break;
+    if (frame.flight) --frame.flight->unsent;
     if (frame.landing.region && frame.poison == Code::kOk)
       counters.bytes_served.fetch_add(frame.body_nbytes, std::memory_order_relaxed);
     FramePtr done = std::move(lane.out.front());
