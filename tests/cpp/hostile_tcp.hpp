@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "common/racy_copy.hpp"
 #include "engine_pair.hpp"
 #include "eventually.hpp"
 #include "fuzz/handshake_host.hpp"
@@ -20,6 +21,13 @@
 namespace kvxfer {
 
 inline constexpr std::byte kUntouched{0xc3}, kTheirs{0x5a};
+
+// Whether a byte of theirs is there, which the engine may be storing right now.
+inline bool has_landed(const std::byte& at) {
+  std::byte seen{};
+  racy_copy(&seen, &at, 1);
+  return seen == kTheirs;
+}
 
 struct HeardFrame {
   tcp::Head head;

@@ -303,7 +303,7 @@ TEST_CASE("silence in the middle of a stripe does not keep a lease from being qu
   const Bytes whole = frame_of(world.said({{4096, 4096}}, {.arrival = 0}));
   peer->say(1, ByteView(whole).first(whole.size() - 2048));
   CHECK(eventually_within(10, [&] {  // what it has said has landed
-    return world.memory[World::kGuard + 4096 + 2000] == kTheirs;
+    return has_landed(world.memory[World::kGuard + 4096 + 2000]);
   }));
   world.engine->begin_revoke(world.lease);
   REQUIRE(world.lease->gate.wait_quiet(deadline_after(10)) == Woken::kNotified);
@@ -347,8 +347,10 @@ TEST_CASE("what is kept for a peer has a bound") {
       {"reads that are refused", 0, "answers",
        [&](uint64_t i) { return with(frame_of(bad_read), 16, i); }},
       {"PINGs", 0, "answers", [](uint64_t) { return frame_of(Type::kPing); }},
+#ifndef __SANITIZE_THREAD__  // whose pace is too slow for that many
       {"writes of nothing", 1, "answers",
        [&](uint64_t i) { return frame_of(world.said({}, {.request = i})); }, 256 << 20},
+#endif
   };
   for (const Flood& flood : floods) {
     INFO(flood.what);
