@@ -347,10 +347,6 @@ TEST_CASE("what is kept for a peer has a bound") {
       {"reads that are refused", 0, "answers",
        [&](uint64_t i) { return with(frame_of(bad_read), 16, i); }},
       {"PINGs", 0, "answers", [](uint64_t) { return frame_of(Type::kPing); }},
-#ifndef __SANITIZE_THREAD__  // whose pace is too slow for that many
-      {"writes of nothing", 1, "answers",
-       [&](uint64_t i) { return frame_of(world.said({}, {.request = i})); }, 256 << 20},
-#endif
   };
   for (const Flood& flood : floods) {
     INFO(flood.what);
