@@ -15,12 +15,14 @@
 #include "common/racy_copy.hpp"
 #include "engine_pair.hpp"
 #include "eventually.hpp"
+#include "fuzz/fuzz.hpp"
 #include "fuzz/handshake_host.hpp"
 #include "transport/tcp/socket.hpp"
 
 namespace kvxfer {
 
-inline constexpr std::byte kUntouched{0xc3}, kTheirs{0x5a};
+using fuzz::kTheirs;
+using fuzz::kUntouched;
 
 // Whether a byte of theirs is there, which the engine may be storing right now.
 inline bool has_landed(const std::byte& at) {

@@ -324,8 +324,8 @@ TEST_CASE("what is kept for a peer has a bound") {
     size_t lane;
     const char* answer;
     std::function<Bytes(uint64_t)> said;
-    size_t enough = 64 << 20;  // far more than the sockets hold
   };
+  constexpr size_t kEnough = 64 << 20;  // far more than the sockets hold
   World world;
   const Said bad_read = world.said({{0, 1}}, {.op = Op::kRead});
   const std::string note(kMaxNotificationBytes - 1, 'n');
@@ -355,13 +355,13 @@ TEST_CASE("what is kept for a peer has a bound") {
     for (const Fd& lane : peer->lanes)
       ::setsockopt(lane.get(), SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
     size_t sum = 0;
-    for (uint64_t i = 1; sum < flood.enough;) {
+    for (uint64_t i = 1; sum < kEnough;) {
       Bytes burst;
       while (burst.size() < 32 * 1024) burst = std::move(burst) + flood.said(i++);
       sum += burst.size();
       if (!peer->say(flood.lane, burst)) break;
     }
-    CHECK(sum < flood.enough);
+    CHECK(sum < kEnough);
     const std::string cause = world.end_of(*peer);
     INFO(cause);
     CHECK(cause.starts_with("protocol error: "));

@@ -35,6 +35,13 @@ SubmitOptions an_empty_one() {
   return options;
 }
 
+// What is held is not given up meanwhile.
+TransportConfig patient() {
+  TransportConfig config = pushing();
+  config.deadline_ns = 60'000'000'000;
+  return config;
+}
+
 struct World : PushWorld {
   explicit World(const TransportConfig& config = pushing()) : PushWorld(1 << 24, config) {
     std::memset(at_a(0), 0, static_cast<size_t>(ra->nbytes));
@@ -95,9 +102,7 @@ TEST_CASE("bytes in messages for a read that has been granted") {
 }
 
 TEST_CASE("the end of a read is told while our NIC reads the words") {
-  TransportConfig patient = pushing();  // what is held is not given up meanwhile
-  patient.deadline_ns = 60'000'000'000;
-  World w(patient);
+  World w(patient());
   std::atomic<bool> granted{false};
   Ticket ticket;
   TransferPtr t;
@@ -144,9 +149,7 @@ TEST_CASE("a read that was cancelled is told to have ended well, while our NIC s
 }
 
 TEST_CASE("a read that was cancelled, after its owner has taken the source away for good") {
-  TransportConfig patient = pushing();
-  patient.deadline_ns = 60'000'000'000;
-  World w(patient);
+  World w(patient());
   const Held held({w.source_of_b()});
   const TransferPtr t = w.read();
   REQUIRE(eventually([&] { return fake_verbs_num_held(held.numbers[0]) > 0; }));

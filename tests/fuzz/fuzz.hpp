@@ -25,6 +25,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
 namespace kvxfer::fuzz {
 
+inline constexpr std::byte kUntouched{0xc3};  // memory of ours that nobody was given
+inline constexpr std::byte kTheirs{0x5a};     // every byte that the peer could send
+
 // Past the end come zeros, so that every input is a whole script.
 class Input {
  public:

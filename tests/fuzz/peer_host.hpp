@@ -17,8 +17,6 @@
 
 namespace kvxfer::fuzz {
 
-inline constexpr std::byte kUntouched{0xc3};  // memory of ours that nobody was given
-inline constexpr std::byte kTheirs{0x5a};     // every byte that the peer could send
 inline constexpr uint64_t kRegionBytes = 16 * 1024, kGuardBytes = 4096;
 inline constexpr uint64_t kSlotBytes = 512, kNumOurs = 16;  // of the requests of ours
 inline constexpr uint64_t kSlotSpans = 16;  // in its slot: where what a request may move begins

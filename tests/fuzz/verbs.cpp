@@ -93,6 +93,16 @@ std::vector<Segment> segments(Input& input, const VerbsPeer& peer) {
   return out;
 }
 
+// Of the last chains of requests.
+std::vector<uint32_t> immediates(Input& input, size_t count) {
+  std::vector<uint32_t> out;
+  for (; count > 0; --count) {
+    const Ticket of = ticket(input);
+    out.push_back(Immediate{of.slot, of.generation, input.u8() & 3u, true}.pack());
+  }
+  return out;
+}
+
 void request(Input& input, VerbsPeer& peer) {
   RequestHead head;
   const uint8_t how = input.u8(), region = input.u8();
@@ -203,12 +213,7 @@ void queue_pair(Input& input, VerbsPeer& peer) {
   if (head.rail < peer.num_rails()) head.epoch = peer.told(kAbout[how % 8], head.rail).epoch;
   if (type == Type::kNewSource || type == Type::kNewSink) ++head.epoch;
   head.epoch = epoch < 0x40 ? head.epoch : epoch < 0xf0 ? epoch & 7u : input.u32();
-  std::vector<uint32_t> rest;
-  if (type == Type::kNewPusher)
-    for (size_t n = how >> 3 & 3; n > 0; --n) {
-      const Ticket of = ticket(input);
-      rest.push_back(Immediate{of.slot, of.generation, input.u8() & 3u, true}.pack());
-    }
+  const auto rest = immediates(input, type == Type::kNewPusher ? how >> 3 & 3 : 0);
   peer.message(type, {view_of(head), view_of(all(rest))});
 }
 
@@ -253,11 +258,7 @@ void window(Input& input, VerbsPeer& peer) {
     default: {
       SinkHead head{rail(input, peer), input.u8(), input.u8() & 1u, 0};
       head.posted = static_cast<uint32_t>(number(input));
-      std::vector<uint32_t> held;
-      for (size_t n = how >> 4 & 3; n > 0; --n) {
-        const Ticket of = ticket(input);
-        held.push_back(Immediate{of.slot, of.generation, input.u8() & 3u, true}.pack());
-      }
+      const auto held = immediates(input, how >> 4 & 3);
       return peer.message((how & 8) != 0 ? Type::kPushCredit : Type::kSinkReady,
                           {view_of(head), view_of(all(held))});
     }

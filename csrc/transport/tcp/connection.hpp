@@ -74,11 +74,11 @@ class TcpConnection final : public Connection {
   void queue_locked(uint32_t lane, Bytes frame);
   void answer(Bytes frame);
   void answer_locked(FramePtr frame);
-  void answer_locked(Bytes frame);
   void pump(Lane& lane, size_t budget) noexcept;
   void pump_soon(Lane& lane);
   void pump_all_soon();
   FramePtr new_frame();
+  FramePtr new_frame(Bytes head);
   void recycle(FramePtr frame);
   void fill_out(Lane& lane);
   FramePtr next_frame(Lane& lane);

@@ -120,7 +120,7 @@ void TcpConnection::flush_acks() {
   {
     std::lock_guard lock(mutex_);
     if (dead_) return;
-    answer_locked(encode_acks(acks_));
+    answer_locked(new_frame(encode_acks(acks_)));
   }
   acks_.clear();
   if (std::exchange(acks_wait_, true)) {
@@ -180,9 +180,8 @@ TcpConnection::Step TcpConnection::on_read(Lane& lane, ByteView control) {
     too_many = serves_pending_ >= 2 * kReadWindow;
     if (failure) {
       // On lane 0 behind the verdict, so that the count of outstanding reads comes back in order.
-      answer_locked(encode_failure(Type::kRefuse, serve.request, *failure));
-      FramePtr frame = new_frame();
-      frame->head = encode_read_data(serve.request, serve.stripe, 0);
+      answer_locked(new_frame(encode_failure(Type::kRefuse, serve.request, *failure)));
+      FramePtr frame = new_frame(encode_read_data(serve.request, serve.stripe, 0));
       frame->set_trailer(failure->code);
       answer_locked(std::move(frame));
     } else if (!too_many) {

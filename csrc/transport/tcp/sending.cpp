@@ -22,6 +22,12 @@ FramePtr TcpConnection::new_frame() {
   return frame;
 }
 
+FramePtr TcpConnection::new_frame(Bytes head) {
+  FramePtr frame = new_frame();
+  frame->head = std::move(head);
+  return frame;
+}
+
 void TcpConnection::recycle(FramePtr frame) {
   if (spare_frames_.size() >= kSpareFrames) return;
   frame->reset();
@@ -29,9 +35,7 @@ void TcpConnection::recycle(FramePtr frame) {
 }
 
 void TcpConnection::queue_locked(uint32_t lane, Bytes bytes) {
-  FramePtr frame = new_frame();
-  frame->head = std::move(bytes);
-  lanes_[lane]->queue.push_back(std::move(frame));
+  lanes_[lane]->queue.push_back(new_frame(std::move(bytes)));
 }
 
 void TcpConnection::enqueue(Bytes frame) {
@@ -51,17 +55,11 @@ void TcpConnection::answer_locked(FramePtr frame) {
   lanes_[0]->queue.push_back(std::move(frame));
 }
 
-void TcpConnection::answer_locked(Bytes bytes) {
-  FramePtr frame = new_frame();
-  frame->head = std::move(bytes);
-  answer_locked(std::move(frame));
-}
-
 void TcpConnection::answer(Bytes frame) {
   {
     std::lock_guard lock(mutex_);
     if (dead_) return;
-    answer_locked(std::move(frame));
+    answer_locked(new_frame(std::move(frame)));
   }
   pump_soon(*lanes_[0]);
 }
