@@ -27,6 +27,8 @@ const char* class_name(Code code) {
       return "TransferTimeoutError";
     case Code::kCancelled:
       return "TransferCancelledError";
+    case Code::kBackPressure:
+      return "BackPressureError";
     case Code::kOk:
     case Code::kAgain:
     case Code::kInternal:

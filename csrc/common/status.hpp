@@ -12,7 +12,7 @@ namespace kvxfer {
 // ERROR frames, so they are never renumbered.
 enum class Code : uint8_t {
   kOk = 0,
-  kAgain = 1,  // back-pressure: keep the request and offer it again; never shown to the user
+  kAgain = 1,  // a connection has no room: offer it again; never shown to the user
   kInvalidArgument = 2,
   kUnavailable = 3,
   kRegistration = 4,
@@ -23,8 +23,9 @@ enum class Code : uint8_t {
   kTimeout = 9,
   kCancelled = 10,
   kInternal = 11,
+  kBackPressure = 12,  // refused by our own engine at the call: never on a wire
 };
-inline constexpr uint8_t kMaxCode = 11;
+inline constexpr uint8_t kMaxCode = 11;  // of those that travel
 
 struct Status {
   Code code = Code::kOk;

@@ -203,6 +203,7 @@ void Engine::end(const TransferPtr& t, State state, Failure failure, bool agreed
   if (state != State::kDone && agreed && return_credit(*t->peer, *t)) kick(t->peer);
   if (!t->parent) ends_[static_cast<size_t>(state) - static_cast<size_t>(State::kDone)]++;
   if (quiesced) {
+    release(*t);
     if (t->local) t->local->uses.fetch_sub(1);
     t->quiesced.store(true, std::memory_order_release);
   } else {
@@ -229,6 +230,7 @@ void Engine::end(const TransferPtr& t, State state, Failure failure, bool agreed
 
 void Engine::quiesced(Request& request) noexcept {
   auto& t = static_cast<Transfer&>(request);
+  release(t);
   if (t.local) t.local->uses.fetch_sub(1);
   t.quiesced.store(true, std::memory_order_release);
   leave_quarantine(&t);  // after the store: who enters looks at it under the same lock

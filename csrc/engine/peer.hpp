@@ -71,6 +71,9 @@ struct Peer {
   std::string lost_because;
   std::map<std::string, RemoteRegionPtr> regions;
   std::map<std::string, Totals> past;  // of connections that are gone, by transport
+  // Of transfers that have not come to rest, wherever they are: bounded, so that a peer that takes
+  // nothing does not fill our memory. They publish nothing.
+  std::atomic<uint64_t> num_pending{0}, num_pending_spans{0};
   // Requests on their way to a connection, in order; one thread at a time hands them over.
   std::deque<TransferPtr> backlog;
   bool kicking = false, kick_again = false;

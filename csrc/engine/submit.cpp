@@ -56,6 +56,36 @@ TransferPtr Engine::make_transfer(Op op, const PeerPtr& peer, SubmitOptions& opt
   return t;
 }
 
+// Both counts first, the look second, so that no two threads together pass a limit.
+void Engine::admit(Transfer& t) {
+  Peer& peer = *t.peer;
+  t.num_spans_counted = t.spans.size();
+  t.is_counted = true;
+  const uint64_t others = peer.num_pending.fetch_add(1, std::memory_order_relaxed);
+  const uint64_t spans =
+      peer.num_pending_spans.fetch_add(t.num_spans_counted, std::memory_order_relaxed);
+  const uint64_t most = options_.transport.max_pending;
+  const uint64_t most_spans = options_.transport.max_pending_spans;
+  if (others == 0) return;  // alone, it may be as large as it likes
+  if (others < most && spans + t.num_spans_counted <= most_spans) return;
+  release(t);
+  throw Error(
+      Code::kBackPressure,
+      cat("peer '", peer.identity.name, "' has ", others, " transfers of ours, with ", spans,
+          " spans, that have not ended (or were cancelled and may still touch our memory), "
+          "and ",
+          most, " transfers with ", most_spans,
+          " spans is the most: wait for some of them, then offer this one, of ",
+          t.num_spans_counted, " spans, again (EngineConfig.max_pending, max_pending_spans)"),
+      0, {}, peer.identity.name);
+}
+
+void Engine::release(Transfer& t) noexcept {
+  if (!std::exchange(t.is_counted, false)) return;
+  t.peer->num_pending.fetch_sub(1, std::memory_order_relaxed);
+  t.peer->num_pending_spans.fetch_sub(t.num_spans_counted, std::memory_order_relaxed);
+}
+
 // Counts the transfer into its region, unless it is refused before it begins.
 class Engine::Use {
  public:
@@ -124,6 +154,7 @@ TransferPtr Engine::submit(Op op, const RegionPtr& local, const RemoteRegionPtr&
     after->arrival = t->arrival;
     t->follow_up = std::move(after);
   }
+  admit(*t);
   use.keep();
   launch(t);
   return t;
@@ -134,6 +165,7 @@ TransferPtr Engine::notify(const PeerPtr& peer, SubmitOptions options) {
   if (peer->owner != this)
     fail(Code::kInvalidArgument, "peer '", peer->identity.name, "' is not a peer of this engine");
   TransferPtr t = make_transfer(Op::kNotify, peer, options);
+  admit(*t);
   launch(t);
   return t;
 }

@@ -67,6 +67,8 @@ struct Transfer final : Request, Alarm {
   LatchPtr after;                        // what it waits for while it is held
   Birth birth;
   Reactor::TimerId timer = Reactor::kNoTimer;
+  bool is_counted = false;  // in Peer::num_pending, with so many spans
+  uint64_t num_spans_counted = 0;
   bool holds_credit = false;  // of the peer's notification window; under the peer's mutex
 
   // A read that also notifies: the notification is a transfer of its own, sent when the bytes are

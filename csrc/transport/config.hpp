@@ -16,10 +16,12 @@ struct TransportConfig {
   std::string tls_certificate;  // PEM files; all three or none
   std::string tls_key, tls_authority;
   int64_t deadline_ns = 30'000'000'000;  // of transfers that name none: what retries may take
-  std::string verbs_device;              // "mlx5_0", "mlx5_0:2,mlx5_1"; empty: every active port
-  int32_t verbs_gid_index = -1;          // of each port; -1: by rule
-  uint32_t verbs_queue_pairs = 1;        // for READs, between two ports that are joined
-  bool verbs_push = false;               // writes under leases by RDMA WRITE, into windows
+  uint32_t max_pending = 65'536;         // transfers to one peer that have not come to rest
+  uint64_t max_pending_spans = uint64_t{1} << 26;  // of all these, 24 bytes each
+  std::string verbs_device;        // "mlx5_0", "mlx5_0:2,mlx5_1"; empty: every active port
+  int32_t verbs_gid_index = -1;    // of each port; -1: by rule
+  uint32_t verbs_queue_pairs = 1;  // for READs, between two ports that are joined
+  bool verbs_push = false;         // writes under leases by RDMA WRITE, into windows
   // A region with more bytes to register, over all devices, is registered in the background, in
   // parts of at most so many bytes, between which it can be stopped.
   uint64_t verbs_background_nbytes = uint64_t{256} << 20;

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 from kvxfer import connector, kernels
 from kvxfer.errors import (
+    BackPressureError,
     InternalError,
     InvalidArgumentError,
     KvxferError,
@@ -30,6 +31,7 @@ from kvxfer.layout import KVLayout, plan_transfer, transfer_pairs
 from kvxfer.transfer import BlockView, EngineConfig, Signal, TlsFiles, TransferEngine
 
 __all__ = [
+    "BackPressureError",
     "BlockView",
     "EngineConfig",
     "InternalError",

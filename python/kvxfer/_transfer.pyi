@@ -190,6 +190,8 @@ class TransportConfig:
     tls_key: str
     tls_authority: str
     deadline_ns: int
+    max_pending: int
+    max_pending_spans: int
     verbs_device: str
     verbs_gid_index: int
     verbs_queue_pairs: int

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "BackPressureError",
     "InternalError",
     "InvalidArgumentError",
     "KvxferError",
@@ -100,6 +101,10 @@ class RemoteAccessError(TransportError):
 
 class LeaseError(RemoteAccessError):
     """The transfer's lease is unknown, foreign, expired or revoked; nothing of it was taken."""
+
+
+class BackPressureError(KvxferError, BlockingIOError):
+    """So many transfers to the peer have not ended that no more are taken; nothing of this one was sent."""
 
 
 class TransferTimeoutError(KvxferError, TimeoutError):

@@ -72,6 +72,8 @@ void register_engine(py::module_& m) {
       .def_readwrite("tls_key", &TransportConfig::tls_key)
       .def_readwrite("tls_authority", &TransportConfig::tls_authority)
       .def_readwrite("deadline_ns", &TransportConfig::deadline_ns)
+      .def_readwrite("max_pending", &TransportConfig::max_pending)
+      .def_readwrite("max_pending_spans", &TransportConfig::max_pending_spans)
       .def_readwrite("verbs_device", &TransportConfig::verbs_device)
       .def_readwrite("verbs_gid_index", &TransportConfig::verbs_gid_index)
       .def_readwrite("verbs_queue_pairs", &TransportConfig::verbs_queue_pairs)

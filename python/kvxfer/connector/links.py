@@ -118,7 +118,8 @@ class Links:
         try:
             self._engine.notify(link.peer, payload)
         except KvxferError:
-            # The connection just ended; its "lost" event follows and fails what depended on it.
+            # The connection just ended, and its "lost" event follows and fails what depended on it; or
+            # the peer has long taken nothing, and its silence is about to.
             self._counters["messages_unsent"] += 1
             return False
         self._counters[f"sent_{cls.kind}"] += 1

@@ -63,7 +63,14 @@ class Way:
     deadline_s: float | None = None
     reason: str | None = None
 
-    def engine(self, name: str, secret: bytes, **options: Any) -> TransferEngine:
+    def engine(
+        self,
+        name: str,
+        secret: bytes,
+        *,
+        max_pending: int = EngineConfig.max_pending,
+        **options: Any,
+    ) -> TransferEngine:
         """An engine that goes this way and no other."""
         device = None
         if self.verbs_devices is not None:
@@ -73,6 +80,7 @@ class Way:
             copy_threads=self.copy_threads,
             verbs_device=device,
             verbs_push=self.verbs_push,
+            max_pending=max_pending,
             deadline_s=EngineConfig.deadline_s if self.deadline_s is None else self.deadline_s,
         )
         on_fake = self.below == "verbs"

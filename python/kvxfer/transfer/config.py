@@ -60,6 +60,10 @@ class EngineConfig:
         spin_us: how long a waiter, or the progress thread, polls before it sleeps; never on one CPU.
         allow_ptrace: cma may open this process to every program of the user
             (``PR_SET_PTRACER_ANY``) where the system's policy would forbid it otherwise.
+        max_pending: transfers to one peer that may be under way or waiting at once; one more raises
+            ``BackPressureError`` at the call. What was cancelled counts until it is ``quiesced``.
+        max_pending_spans: the spans of all of them together, of 24 bytes each; one transfer alone may
+            have more.
         tls: makes tcp speak TLS; both sides must.
         verbs_device: the RDMA devices whose ports are rails: ``"mlx5_0"``, with one port ``"mlx5_0:2"``,
             or several, ``"mlx5_0,mlx5_1:2"``. Each must have an active port; they are used alike, and
@@ -83,6 +87,8 @@ class EngineConfig:
     copy_threads: int | None = None
     spin_us: float = 20.0
     allow_ptrace: bool = False
+    max_pending: int = 65536
+    max_pending_spans: int = 1 << 26
     tls: TlsFiles | None = None
     verbs_device: str | None = None
     verbs_gid_index: int | None = None
@@ -96,6 +102,8 @@ class EngineConfig:
         if self.copy_threads is not None:
             _check_int("copy_threads", self.copy_threads, 0, _MAX_COPY_THREADS)
         _check_number("spin_us", self.spin_us, 0, _MAX_SPIN_US)
+        _check_int("max_pending", self.max_pending, 1, 2**31 - 1)
+        _check_int("max_pending_spans", self.max_pending_spans, 1, 2**63 - 1)
         for name in ("allow_ptrace", "verbs_push"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(
@@ -124,6 +132,8 @@ class EngineConfig:
         out.copy_threads = -1 if self.copy_threads is None else self.copy_threads
         out.spin_ns = round(self.spin_us * 1e3)
         out.allow_ptrace = self.allow_ptrace
+        out.max_pending = self.max_pending
+        out.max_pending_spans = self.max_pending_spans
         if self.deadline_s < 1e9:  # else it means never, as it does natively
             out.deadline_ns = round(self.deadline_s * 1e9)
         else:

@@ -234,6 +234,8 @@ class TransferEngine:
             InvalidArgumentError: out of range, overlapping destinations, wrong dtype, read-only
                 destination, closed engine, foreign region: nothing was sent.
             LeaseError: the token is of another incarnation.
+            BackPressureError: ``EngineConfig.max_pending`` transfers to this peer have not ended, or
+                ``max_pending_spans`` spans of them: wait for some, then offer it again.
         """
         try:
             return self._core.submit(
