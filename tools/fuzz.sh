@@ -6,7 +6,7 @@
 # tests/fuzz/corpus. A finding ends the run and leaves its input in build/fuzz.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-targets=(wire token handshake shm verbs)
+targets=(wire token handshake shm tcp verbs)
 CXX=${FUZZ_CXX:-$(command -v clang++ clang++-{19,18,17,16,15,14} | head -1 || true)}
 [ -n "$CXX" ] || { echo "Fuzzing needs clang with libFuzzer. Debian, Ubuntu: apt-get install clang-14 libclang-rt-14-dev" >&2; exit 1; }
 command -v cmake >/dev/null || PATH="$PWD/${VENV:-.venv}/bin:$PATH"
@@ -26,7 +26,7 @@ run() { # run TARGET LIMIT
   # One slow input is a finding too; so is one large allocation for what a stranger sent.
   # A script reaches much of the code each time: what is rare of it is not worth the counting.
   local entropic=1
-  [[ $1 == handshake || $1 == shm || $1 == verbs ]] && entropic=0
+  [[ $1 == handshake || $1 == shm || $1 == tcp || $1 == verbs ]] && entropic=0
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 "build/fuzz/tests/fuzz/fuzz_$1" "$limit" -max_len=4096 -timeout=20 -entropic=$entropic \
     -malloc_limit_mb=64 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
     "build/fuzz/corpus/$1" "tests/fuzz/corpus/$1" 2>"build/fuzz/$1.log" || { tail -60 "build/fuzz/$1.log"; exit 1; }

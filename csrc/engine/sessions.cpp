@@ -88,11 +88,18 @@ std::optional<Session> Engine::session(const Key& id) noexcept {
 
 void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
   std::shared_ptr<Connection> orphan;
+  const char* why = "its session has ended";
   {
     std::lock_guard lock(mutex_);
     auto it = pending_.find(session);
     if (it == pending_.end() || closed()) {
       orphan = connection;
+    } else if (std::ranges::any_of(it->second.second->data, [&](auto& other) {
+                 return other->transport() == connection->transport();
+               })) {
+      // A peer that joins again and again would have our descriptors and memory.
+      orphan = connection;
+      why = "its session has joined by this transport before";
     } else {
       auto& [peer, link] = it->second;
       connection->peer = peer;
@@ -105,7 +112,7 @@ void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
                         connection);
     }
   }
-  if (orphan) orphan->close({.code = Code::kTransport, .text = "its session has ended"});
+  if (orphan) orphan->close({.code = Code::kTransport, .text = why});
 }
 
 bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {

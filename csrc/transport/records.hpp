@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/peer_text.hpp"
 #include "common/wire.hpp"
 #include "transport/transport.hpp"
 
@@ -61,20 +62,19 @@ bool read_rest(Reader& reader, uint64_t count, uint64_t most, std::vector<T>& ou
 // How a request ended, for its initiator. A failure's text goes behind the head.
 inline OutcomeHead outcome_of(Ticket ticket, Code code, uint64_t nbytes, const Failure* failure,
                               std::string& text) {
-  constexpr size_t kMaxText = 256;
   OutcomeHead head{ticket, static_cast<uint32_t>(code), 0, nbytes, kNoSpan, 0, 0};
   if (failure != nullptr) {
     head.err = failure->err;
     head.span = failure->span;
     head.expected = failure->expected;
     head.given = failure->given;
-    text = failure->text.substr(0, kMaxText);
+    text = failure->text.substr(0, kMaxPeerText);
   }
   return head;
 }
 
 // And what the initiator makes of it; `nbytes`: of the whole request.
-inline Completion completion_of(const OutcomeHead& head, uint64_t nbytes, std::string text) {
+inline Completion completion_of(const OutcomeHead& head, uint64_t nbytes, std::string_view text) {
   Completion completion;
   completion.ok = head.code == 0;
   completion.nbytes = completion.ok ? nbytes : std::min(head.nbytes, nbytes);
@@ -85,7 +85,7 @@ inline Completion completion_of(const OutcomeHead& head, uint64_t nbytes, std::s
   failure.span = head.span;
   failure.expected = head.expected;
   failure.given = head.given;
-  failure.text = std::move(text);
+  failure.text = peer_text(text);
   return completion;
 }
 

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The engine as one connection sees it, with regions, leases and requests that a hostile peer may
 // name; and the oracle: what must still hold after whatever the peer did. With what a transport
-// adds it is shm_host.hpp and verbs_host.hpp.
+// adds it is shm_host.hpp, verbs_host.hpp and tcp_host.hpp.
 #pragma once
 
 #include <array>
@@ -13,7 +13,7 @@
 
 #include "fuzz.hpp"
 #include "transport/shm/segment.hpp"
-#include "transport/transport.hpp"
+#include "transport/tcp/connection.hpp"
 
 namespace kvxfer::fuzz {
 
@@ -50,7 +50,7 @@ class Area {
   Bytes plain_;
 };
 
-class PeerHost : public Host {
+class PeerHost : public tcp::SessionHost {
  public:
   // The peer's: a region in two pieces, one that it may read by itself, one that is read-only.
   static constexpr uint64_t kSplit = 1, kShown = 2, kReadOnly = 3;
@@ -97,6 +97,12 @@ class PeerHost : public Host {
   }
   std::optional<Session> session(const Key&) noexcept override { return {}; }
   void adopt(const Key&, std::shared_ptr<Connection>) override {}
+  // Of a session itself, which only tcp carries.
+  bool opened(const std::shared_ptr<tcp::TcpConnection>&) noexcept override { return false; }
+  bool control(tcp::TcpConnection&, ByteView) noexcept override { return false; }
+  void ready(tcp::TcpConnection&) noexcept override {}
+  Bytes offers() override { return {}; }
+  void turned_away(const std::string&, const std::string&) noexcept override {}
   void quiesced(Request& request) noexcept override {
     Ours& mine = ours_[request.id];
     FUZZ_CHECK(mine.request.get() == &request && std::exchange(mine.unquiet, false));

@@ -98,6 +98,61 @@ void shared_memory() {
   script("shm", "positions", {0, 10, 0, 0x41, 0, 1, 0, 0, 0, 10, 0x83, 63, 0, 0});
 }
 
+// Steps of tcp.cpp: first how many lanes; then each after a byte that is odd where the engine does
+// not look in between. The low half of a step's own byte says what, the high half on which lane.
+void frames() {
+  using Step = std::vector<uint8_t>;
+  const auto write_script = [](const std::string& name, std::initializer_list<Step> steps) {
+    Step bytes{1};
+    for (const Step& step : steps) {
+      bytes.push_back(0);
+      bytes.insert(bytes.end(), step.begin(), step.end());
+    }
+    write("tcp", name, std::as_bytes(std::span(bytes)));
+  };
+  const Step write_64{0x10, 0, 1, 0x10, 0, 63, 0, 1, 0},
+      half{0x10, 0, 1, 0x12, 0, 63, 0, 0x40, 128, 0, 1, 0};
+  const Step other_half{0x20, 0, 1, 0x12, 63, 63, 0, 0x40, 128, 0, 1, 0};
+  const Step not_granted{0x10, 0, 1, 0x10, 0x44, 0, 1, 63, 0, 2, 0},
+      padding{0x10, 0x20, 1, 0x10, 0, 63, 0, 3, 10, 0};
+  const Step note{0x00, 3, 2, 0x09, 5, 0, 0, 0, 9, 4, 0}, many{0x20, 0, 2, 0xf0, 0, 7, 8, 5, 0};
+  const Step read_64{0x03, 0, 2, 0x10, 0, 63, 0, 6, 0},
+      read_not_granted{0x03, 0, 2, 0x10, 0x44, 0, 1, 63, 0, 7, 0};
+  const Step our_write{13, 0x08, 31, 0}, our_long_write{13, 0x20, 127, 0},
+      our_read{13, 0x09, 31, 0};
+  const Step our_long_read{13, 0x21, 127, 0}, our_note{13, 0x42, 0, 0}, cancel{13, 5},
+      revoke{13, 0x0e};
+  const Step ack{6, 1, 0x80, 0}, refuse{6, 0, 0x80, 0, 1, 0}, data{0x14, 0, 0, 0}, aborts{8, 0, 1};
+  const Step deaf{11, 0x08, 0}, hears{11, 0x0a}, in_pieces{11, 0x0b, 9}, ping{9, 4, 0},
+      second{13, 100};
+
+  write_script("write", {write_64});
+  write_script("write_in_pieces", {in_pieces, write_64, {0}, {0}});
+  write_script("two_stripes", {half, other_half});
+  write_script("many_spans", {many});
+  write_script("not_granted", {not_granted, aborts});
+  write_script("padding", {padding, aborts});
+  write_script("notification", {note});
+  write_script("aborted_write", {half, aborts, other_half});
+  write_script("revoked_write", {in_pieces, half, revoke, other_half});
+  write_script("read", {read_64});
+  write_script("read_not_granted", {read_not_granted});
+  write_script("read_revoked", {deaf, read_64, revoke, hears});
+  write_script("our_write", {our_write, ack});
+  write_script("our_long_write", {our_long_write, ack});
+  write_script("our_write_refused", {our_write, refuse});
+  write_script("our_write_cancelled", {deaf, our_long_write, cancel, hears, ack});
+  write_script("our_write_refused_in_the_middle",
+               {deaf, our_long_write, {6, 0, 0, 0, 1, 0}, hears});
+  write_script("our_read", {our_read, data});
+  write_script("our_long_read", {our_long_read, data, data, data});
+  write_script("our_read_cancelled", {our_read, cancel, data});
+  write_script("our_read_refused", {our_read, {6, 0, 0x40, 0, 1, 0}, data});
+  write_script("our_notification", {our_note, ack});
+  write_script("control", {{9, 0, 63, 0}, {9, 1, 5, 0}, ping, {9, 3, 0}, {9, 5, 0}});
+  write_script("silence", {our_write, second, second, ping});
+}
+
 // Steps of verbs.cpp: first whether there are pushes (1), two rails (2), and who had asked (4);
 // then each after a byte that says whether the engine (1) or the peer (2) does not look in between.
 void rdma() {
@@ -245,6 +300,7 @@ int main(int argc, char** argv) {
   write("token", "token", encode_token(token));
   handshakes();
   shared_memory();
+  frames();
   rdma();
   return 0;
 }

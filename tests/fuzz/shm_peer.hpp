@@ -26,7 +26,9 @@ inline std::shared_ptr<shm::Mapping> make_scratch(size_t nbytes) {
 
 class ShmPeer {
  public:
-  explicit ShmPeer(ShmHost& host, std::shared_ptr<shm::Mapping> control = nullptr) : host_(host) {
+  explicit ShmPeer(ShmHost& host, std::shared_ptr<shm::Mapping> control = nullptr,
+                   std::unique_ptr<shm::Reach> reach = shm::make_mapped_reach())
+      : host_(host) {
     static const auto scratch = make_scratch(sizeof(shm::Control));
     static const auto staging = make_scratch(shm::kStageBytes);
     static const auto theirs = [] {
@@ -49,7 +51,7 @@ class ShmPeer {
     parts.my_bell = Fd(::eventfd(0, EFD_NONBLOCK));
     parts.peer_bell = Fd(::eventfd(0, EFD_NONBLOCK));
     parts.socket = Fd(ends[0]);
-    parts.reach = shm::make_mapped_reach();
+    parts.reach = std::move(reach);
     connection_ = std::make_shared<shm::ShmConnection>(host, std::move(parts));
     shm::Side& mine = control_->side[1];
     messages_.attach(&mine.messages, mine.message_data, shm::kMessageRingBytes);

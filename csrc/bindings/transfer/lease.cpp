@@ -52,8 +52,10 @@ void revoke(LeaseHandle& self, const Timeout& timeout_s) {
     return self.lease->gate.wait_quiet(until_ns);
   });
   if (why == Woken::kTimedOut && !self.lease->gate.quiet())
-    raise(Code::kTimeout, cat("the lease is not quiet after ", *timeout_s,
-                              " s; its spans stay quarantined until lease.quiet is true"));
+    raise(Code::kTimeout, cat("the lease on region '", self.lease->region->name,
+                              "' is not quiet after ", *timeout_s,
+                              " s: what had begun under it may still land; its spans stay "
+                              "quarantined until lease.quiet is true"));
 }
 
 // Before a look at what may come: who looks again and again brings it in by looking.

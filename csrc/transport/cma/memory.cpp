@@ -113,7 +113,9 @@ class CmaReach final : public shm::Reach {
     uint64_t left = nbytes;
     while (reader.remaining() > 0 && pieces.size() < kMaxPieces) {
       const auto piece = reader.get<RemotePiece>();
-      if (piece.nbytes == 0 || piece.nbytes > left) break;
+      if (piece.nbytes == 0 || piece.nbytes > left || piece.address == 0 ||
+          piece.address > ~uint64_t{0} - piece.nbytes)
+        break;
       left -= piece.nbytes;
       pieces.push_back(piece);
     }
@@ -124,8 +126,8 @@ class CmaReach final : public shm::Reach {
   bool take_words(ByteView shown, Fd fd, std::string& reason) override {
     Reader reader(shown);
     const uint64_t address = reader.u64();
-    if (fd || !reader.finished()) return reason = "words shown wrongly", false;
-    peer_->set_words(address);
+    if (fd || !reader.finished() || !peer_->set_words(address))
+      return reason = "words shown wrongly", false;
     return true;
   }
 

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 
 #include "transport/shm/peer_memory.hpp"
 
@@ -34,8 +35,10 @@ class Peer {
   std::optional<Failure> read(std::span<iovec> local, std::span<iovec> remote,
                               const shm::Watch& watch, size_t& done) const noexcept;
 
-  // Where the peer's words are; progress thread only, before the first watch.
-  void set_words(uint64_t address) noexcept { words_ = address; }
+  // Where the peer's words are, which is said once; progress thread only, before the first watch.
+  bool set_words(uint64_t address) noexcept {
+    return std::exchange(words_, address) == 0 && address != 0;
+  }
 
  private:
   int pid_;

@@ -134,7 +134,7 @@ void Outgoing::tell(const RequestPtr& request, Completion completion) {
   host_.ended(connection_, request, std::move(completion));
 }
 
-bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
+bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string_view text) {
   Completion completion;
   RequestPtr request;
   {
@@ -142,7 +142,7 @@ bool Outgoing::on_outcome(const OutcomeHead& outcome, std::string text) {
     Flight* flight = flights_.find(outcome.ticket);
     if (flight == nullptr) return outcome.ticket.slot < kNumSlots;
     const Request& asked = *flight->request;
-    completion = completion_of(outcome, asked.nbytes, std::move(text));
+    completion = completion_of(outcome, asked.nbytes, text);
     if (completion.ok && asked.op == Op::kRead && flight->landed < asked.nbytes &&
         !flight->cancelled) {
       flight->accepted = true;  // the rest is in the bulk ring

@@ -31,7 +31,7 @@ class Outgoing {
   bool room_wanted() noexcept;  // true once, when a post was turned away and there may be room now
 
   // Progress thread. False from the two on_… means that the peer broke the protocol.
-  bool on_outcome(const OutcomeHead& outcome, std::string text);
+  bool on_outcome(const OutcomeHead& outcome, std::string_view text);
   bool on_read_data(const StageHead& head, const std::byte* bytes);
   // `memory`: the region that the grant names, or null when the peer has not shown it.
   bool on_granted(const GrantHead& head, std::shared_ptr<PeerMemory> memory);

@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +15,7 @@
 
 #include "common/clock.hpp"
 #include "common/error.hpp"
+#include "common/peer_text.hpp"
 #include "common/random.hpp"
 #include "common/sha256.hpp"
 
@@ -24,6 +26,7 @@ namespace {
 constexpr size_t kMaxJoining = 64;  // strangers of our own user that have not proved anything yet
 // A busy machine has kept a joining process from its next instruction for longer than 2 s.
 constexpr int64_t kJoinTimeoutNs = static_cast<int64_t>(kReadyTimeoutS * 1e9);
+constexpr char kMalformedAnswer[] = "the peer's answer to the join is malformed";
 
 struct JoinRequest {  // then the introduction
   uint32_t version = kVersion;
@@ -52,10 +55,13 @@ Fd make_bell() {
   return bell;
 }
 
-// The flag is shared with the peer, who made the descriptor: a write of ours must never block.
-bool make_nonblocking(int fd) {
+// A write to the peer's bell must neither block nor raise SIGPIPE: it is one of the kernel's own
+// objects, as an eventfd is, and no pipe, socket or file. The flag is shared with the peer.
+bool is_bell(int fd) {
+  struct stat info{};
   const int flags = ::fcntl(fd, F_GETFL);
-  return flags >= 0 && ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+  return ::fstat(fd, &info) == 0 && (info.st_mode & S_IFMT) == 0 && flags >= 0 &&
+         ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
 }
 
 std::string uid_reason(uint32_t theirs, uint32_t ours) {
@@ -130,7 +136,7 @@ struct ShmTransport::Joining final : FdHandler {
     parts.staging = make_owned("kvxfer-staging", kStageBytes);
     parts.peer_staging = map_peer_readonly(fds[0].get(), kStageBytes, reason);
     if (!parts.peer_staging) return reason;
-    if (!make_nonblocking(fds[1].get())) return "its bell is no event descriptor";
+    if (!is_bell(fds[1].get())) return "its bell is no event descriptor";
     parts.my_bell = make_bell();
     parts.peer_bell = std::move(fds[1]);
     parts.control = control.mapping;
@@ -263,16 +269,19 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
     return cat("the peer did not answer the join within ", wait_ns / 1'000'000, " ms");
   Bytes message;
   std::vector<Fd> fds;
-  if (receive(socket.get(), message, fds, 3) != Received::kMessage)
+  const Received received = receive(socket.get(), message, fds, 3);
+  if (received == Received::kBroken) return kMalformedAnswer;
+  if (received != Received::kMessage)
     return cat("the peer closed the Unix socket ",
                sent ? "without an answer" : cat("before it had our join (", errno_text(err), ")"),
                ": another user, too many who join at once, or it is closing");
   Reader answer(message);
   const auto reply = answer.get<JoinReply>();
-  if (!answer.ok() || reply.refused != 0) {
+  if (!answer.ok()) return kMalformedAnswer;
+  if (reply.refused != 0) {
     const ByteView text = answer.take(answer.remaining());
     return cat("the peer refused the join: ",
-               std::string_view(reinterpret_cast<const char*>(text.data()), text.size()));
+               peer_text({reinterpret_cast<const char*>(text.data()), text.size()}));
   }
   if (fds.size() != 3 ||
       !equal_constant_time(reply.proof, prove(session, name(), "server", request, ours)))
@@ -280,7 +289,7 @@ std::optional<std::string> ShmTransport::attach(const Session& session, ByteView
   parts.control = map_peer_shared(fds[0].get(), sizeof(Control), reason);
   if (parts.control) parts.peer_staging = map_peer_readonly(fds[1].get(), kStageBytes, reason);
   if (!parts.peer_staging) return reason;
-  if (!make_nonblocking(fds[2].get())) return "its bell is no event descriptor";
+  if (!is_bell(fds[2].get())) return "its bell is no event descriptor";
   parts.peer_bell = std::move(fds[2]);
   parts.socket = std::move(socket);
   auto connection = std::make_shared<ShmConnection>(*host_, std::move(parts));

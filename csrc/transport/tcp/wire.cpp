@@ -4,11 +4,12 @@
 
 #include <algorithm>
 
+#include "common/peer_text.hpp"
+
 namespace kvxfer::tcp {
 namespace {
 constexpr uint32_t kTrailerMagic = 0x2145'4e44;  // "DNE!": a desynchronised stream is noticed here
 constexpr uint16_t kHasNotify = 1, kHasArrival = 2, kUniform = 4;
-constexpr size_t kMaxTextBytes = 256;
 }  // namespace
 
 void write_head(const Head& head, std::byte* out) noexcept {
@@ -121,7 +122,7 @@ Bytes encode_failure(Type type, uint64_t request, const Failure& failure) {
   return encode_frame({.type = type, .request = request}, [&](Writer& w) {
     w.u8(static_cast<uint8_t>(failure.code));
     w.u64(failure.span), w.u64(failure.expected), w.u64(failure.given);
-    w.text(std::string_view(failure.text).substr(0, kMaxTextBytes));
+    w.text(std::string_view(failure.text).substr(0, kMaxPeerText));
   });
 }
 
@@ -130,11 +131,9 @@ std::optional<Failure> decode_failure(ByteView control) {
   Failure failure;
   const uint8_t code = r.u8();
   failure.span = r.u64(), failure.expected = r.u64(), failure.given = r.u64();
-  failure.text = r.text(kMaxTextBytes);
+  failure.text = peer_text(r.text(kMaxPeerText));
   if (!r.finished() || code > kMaxCode || code == 0) return {};
   failure.code = static_cast<Code>(code);
-  for (char& c : failure.text)  // it is the peer's text: shown as data
-    if (static_cast<unsigned char>(c) < 0x20 || static_cast<unsigned char>(c) > 0x7e) c = '?';
   return failure;
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "common/peer_text.hpp"
 #include "transport/verbs/outgoing.hpp"
 
 namespace kvxfer::verbs {
@@ -122,7 +123,7 @@ bool Outgoing::on_no_window(ByteView body) {
   const auto head = reader.get<NoWindowHead>();
   const ByteView view = reader.take(reader.remaining());
   if (!reader.ok()) return false;
-  const std::string text(reinterpret_cast<const char*>(view.data()), view.size());
+  const std::string text = peer_text({reinterpret_cast<const char*>(view.data()), view.size()});
   std::deque<RequestPtr> refused;
   Failure failure;
   {
