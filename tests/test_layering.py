@@ -135,3 +135,13 @@ def test_nothing_but_tests_imports_testing() -> None:
         if name.startswith("kvxfer.testing")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="no native sources in this tree")
+def test_only_the_verbs_transport_needs_the_headers_of_libibverbs() -> None:
+    """A build without them leaves that folder out, and registry.cpp does not include it then."""
+    needs = re.compile(r'^\s*#\s*include\s+[<"](infiniband|transport/verbs)/', re.MULTILINE)
+    files = {p for p in CSRC.rglob("*") if p.suffix in {".hpp", ".cpp", ".cu", ".cuh"}}
+    found = {p.relative_to(CSRC).as_posix() for p in files if needs.search(p.read_text())}
+    others = {place for place in found if not place.startswith("transport/verbs/")}
+    assert others == {"transport/registry.cpp"}

@@ -122,7 +122,7 @@ LANDING = (
 )
 CORE = (
     f"[verbs] or [verbs-allocated or (verbs-push-registered and ({LANDING})) or "
-    "(test_verbs_rails and not messages_move) or "
+    "(test_verbs_rails and not messages_move and not rail_fails) or "
     "((two-rails-allocated or cable-registered) and "
     "((random_scatter and (-0- or -1-)) or thousands_of_notifications or predecessor))"
 )
@@ -175,11 +175,18 @@ def test_conformance_over_a_cable_that_loses_packets(verbs: Guest) -> None:
 
 
 @pytest.mark.slow
-def test_kills_over_a_cable_that_loses_and_delays(verbs: Guest) -> None:
+@pytest.mark.parametrize("place", ["cable", "two-rails"])
+def test_kills_over_a_cable_that_loses_and_delays(verbs: Guest, place: str) -> None:
     netem = ("--netem", "loss 1% delay 1ms")
-    ways = of("verbs-cable", "verbs-push-cable")
-    count = passed(verbs, *KILLS, options=netem, places=("cable",), select=ways, timeout_s=1500)
+    ways = of(f"verbs-{place}", f"verbs-push-{place}")
+    count = passed(verbs, *KILLS, options=netem, places=(place,), select=ways, timeout_s=1500)
     assert count >= 16
+
+
+@pytest.mark.slow
+def test_requests_go_on_when_the_interface_of_a_rail_goes_down(verbs: Guest) -> None:
+    count = passed(verbs, RAILS, options=("--rails", "2"), select="rail_fails_under_them")
+    assert count == 2
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from transfer_peers import SECRET, TIMEOUT_S, PeerProcess
 from kvxfer.errors import KvxferError
 from kvxfer.testing import fake_verbs
 from kvxfer.testing.faults import Way, ways
-from kvxfer.transfer import TransferEngine
+from kvxfer.transfer import Peer, TransferEngine
 
 _VERBS = next((way for way in ways() if way.name == "verbs"), None)
 pytestmark = pytest.mark.skipif(
@@ -26,14 +28,13 @@ pytestmark = pytest.mark.skipif(
 NBYTES = 1 << 20
 
 
-def on_devices(count: int, *, push: bool = False) -> Way:
-    """Verbs on that many NICs on each side."""
+def on_devices(count: int, *, push: bool = False, crossed: bool = True) -> Way:
+    """Verbs on that many NICs on each side, in one network from one to another; or each to itself."""
     assert _VERBS is not None
     real = fake_verbs.real_devices()
     if real and len(real) < count:
         pytest.skip(f"needs {count} RDMA devices, there is {real}")
-    # The other way round over there: in one network, rails then lead from one NIC to another.
-    ours, theirs = real[:count], real[:count][::-1]
+    ours, theirs = real[:count], real[:count][:: -1 if crossed else 1]
     return replace(
         _VERBS,
         nic=f"devices={count}",
@@ -57,6 +58,31 @@ def forget_plan() -> None:
         fake_verbs.set_plan("")
 
 
+def until(true: Callable[[], bool], what: Callable[[], object]) -> None:
+    """Polls, since neither a rail's state nor a count wakes anybody; ``what`` is shown if it never comes true."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
+def until_both_serve(engine: TransferEngine, peer: Peer) -> None:
+    def both() -> bool:
+        text = engine.explain(peer)
+        return text.count("; in use") == 2 and "could not carry messages" not in text
+
+    until(both, lambda: engine.explain(peer))
+
+
+def set_link(nic: int, *, up: bool) -> None:
+    """The nth NIC's link goes or comes: its interface in the guest (tests/rdma_vm), else a software one's port."""
+    if fake_verbs.real_devices():
+        state = "up" if up else "down"
+        subprocess.run(["ip", "link", "set", f"rdma{nic}", state], check=True)
+    else:
+        fake_verbs.set_port(f"fake{nic}", 1, up=up)
+
+
 def test_two_processes_stripe_over_two_rails(two_rails: tuple[TransferEngine, PeerProcess]) -> None:
     engine, target = two_rails
     size = 8 * NBYTES
@@ -67,10 +93,7 @@ def test_two_processes_stripe_over_two_rails(two_rails: tuple[TransferEngine, Pe
     local.array[:] = data
     engine.write(local, peer.regions["kv"], 0, 0, size).wait(TIMEOUT_S)
     local.array[:] = 0
-    deadline = time.monotonic() + TIMEOUT_S
-    while engine.explain(peer).count("; in use") < 2:  # the second one is tried first
-        assert time.monotonic() < deadline, engine.explain(peer)
-        time.sleep(0.01)
+    until_both_serve(engine, peer)
     engine.read(local, peer.regions["kv"], 0, 0, size).wait(TIMEOUT_S)
     assert local.array.tobytes() == data.tobytes()
     pulled = [int(each) for each in re.findall(r"(\d+) bytes pulled", engine.explain(peer))]
@@ -89,19 +112,9 @@ def test_messages_move_when_a_port_of_one_side_goes(
     local = engine.allocate(8 * NBYTES, "kv")
     local.array[:] = np.random.default_rng(9).integers(0, 256, 8 * NBYTES, np.uint8)
     peer = engine.connect(target.address)
-
-    def until_both_serve() -> None:
-        deadline = time.monotonic() + TIMEOUT_S
-        while True:
-            text = engine.explain(peer)
-            if text.count("; in use") == 2 and "could not carry messages" not in text:
-                return
-            assert time.monotonic() < deadline, text
-            time.sleep(0.01)
-
     sent, transfers = 0, []
     for lost in (0, 1, 0, 1):
-        until_both_serve()
+        until_both_serve(engine, peer)
         # The target hears of it by a message over the other rail alone.
         transfers.append(engine.write(local, peer.regions["kv"], 0, 0, 8 * NBYTES))
         for _ in range(20):
@@ -115,11 +128,51 @@ def test_messages_move_when_a_port_of_one_side_goes(
         assert f"messages over rail {1 - lost}" in engine.explain(peer)
     assert "moved 4 time(s)" in engine.explain(peer)
     assert target.call("bytes_of", "kv") == local.array.tobytes()
-    deadline = time.monotonic() + TIMEOUT_S
-    while len(numbers := target.call("drain")) < sent:
-        assert time.monotonic() < deadline, numbers
-        time.sleep(0.01)
-    assert numbers == list(range(sent))
+    until(lambda: len(target.call("drain")) >= sent, lambda: target.call("drain"))
+    assert target.call("drain") == list(range(sent))
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_writes_and_reads_go_on_when_a_rail_fails_under_them(push: bool) -> None:
+    """In the guest each rail leads from a device to itself, so that one interface is all of it."""
+    if fake_verbs.real_devices() and "KVXFER_RDMA_DEVICES" not in os.environ:
+        pytest.skip("links of NICs that belong to somebody stay up")
+    way = on_devices(2, push=push, crossed=False)
+    size = 4 * NBYTES
+    rng = np.random.default_rng(10)
+    target = PeerProcess("target", way)
+    try:
+        with way.engine("driver", SECRET) as engine:
+            target.call("add_region", "kv", size, "registered")
+            local, back = engine.allocate(size, "kv"), engine.allocate(size, "back")
+            peer = engine.connect(target.address)
+            remote = peer.regions["kv"]
+            _, token = target.call("grant", "kv", 0, size, ttl_s=600)
+            lease = token if push else None
+            for lost in (0, 1, 0):
+                until_both_serve(engine, peer)
+                local.array[:] = rng.integers(0, 256, size, np.uint8)
+                # Under way when it goes, and when it has gone.
+                writes = [engine.write(local, remote, 0, 0, size, lease=lease) for _ in range(4)]
+                set_link(lost, up=False)
+                writes += [engine.write(local, remote, 0, 0, size, lease=lease) for _ in range(4)]
+                for each in writes:
+                    each.wait(TIMEOUT_S)
+                assert target.call("bytes_of", "kv") == local.array.tobytes()
+                engine.read(back, remote, 0, 0, size).wait(TIMEOUT_S)
+                assert back.array.tobytes() == local.array.tobytes()
+                until(
+                    lambda: engine.explain(peer).count("; in use") == 1,
+                    lambda: engine.explain(peer),
+                )
+                assert f"messages over rail {1 - lost}" in engine.explain(peer)
+                set_link(lost, up=True)
+            until_both_serve(engine, peer)
+    finally:
+        for nic in (0, 1):
+            set_link(nic, up=True)
+        target.close()
+        forget_plan()
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -135,19 +188,24 @@ def test_writes_under_leases_are_pushed_where_both_sides_say_so(devices: int) ->
             peer = engine.connect(target.address)
             number, token = target.call("grant", "kv", 0, size, ttl_s=600, num_arrivals=1)
             # A rail carries pushes once the owner has told its key of the window: the first rail is the first.
-            pushed, writes, deadline = [0], 0, time.monotonic() + TIMEOUT_S
-            while min(pushed) < NBYTES:
-                assert time.monotonic() < deadline, engine.explain(peer)
+            writes = 0
+
+            def pushed() -> list[int]:
+                return [int(n) for n in re.findall(r"(\d+) bytes pushed", engine.explain(peer))]
+
+            def one_more_goes_over_all() -> bool:
+                nonlocal writes
                 xfer = engine.write(local, peer.regions["kv"], 0, 0, size, lease=token, arrival=0)
                 xfer.wait(TIMEOUT_S)
                 writes += 1
-                text = engine.explain(peer)
-                pushed = [int(each) for each in re.findall(r"(\d+) bytes pushed", text)]
+                return min(pushed()) >= NBYTES
+
+            until(one_more_goes_over_all, lambda: engine.explain(peer))
             target.call("wait_arrived", number, 0)
             assert target.call("bytes_of", "kv") == local.array.tobytes()
-            assert len(pushed) == devices
-            assert sum(pushed) == writes * size
-            assert "our writes are pushed where they have a lease" in text
+            assert len(pushed()) == devices
+            assert sum(pushed()) == writes * size
+            assert "our writes are pushed where they have a lease" in engine.explain(peer)
             assert target.call("revoke", number)
             with pytest.raises(KvxferError, match="lease"):
                 engine.write(local, peer.regions["kv"], 0, 0, 4096, lease=token).wait(TIMEOUT_S)
