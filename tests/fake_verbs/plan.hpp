@@ -47,7 +47,7 @@ struct Plan {
   int max_mr = 1 << 16;
   uint64_t max_mr_size = uint64_t{1} << 40;
   int max_rd_atomic = 16;
-  bool soft_roce = false;      // soft_roce=1: its vendor, and a fenced READ is never sent again
+  bool soft_roce = false;      // soft_roce=1: its vendor, fence, and error of a port that is down
   int windows = 3;             // windows=0: none; 1: type 1; 2: type 2B; 3: both
   uint64_t memlock = 0;        // bytes that may be registered in this process; 0: any number
   uint64_t hold_reg = 0;       // hold_reg=N: from the Nth on, registrations wait for another plan

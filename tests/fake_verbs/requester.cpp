@@ -229,6 +229,8 @@ bool scatter(Nic& nic, QueuePair& qp, const SendRequest& r, uint64_t offset,
 }
 
 void send_piece(Nic& nic, QueuePair& qp, SendRequest& r) {
+  // Soft-RoCE finds no route from an interface that is down, and blames the queue pair.
+  if (nic.plan.soft_roce && qp.port && !qp.port->up) return fail(nic, qp, r, IBV_WC_LOC_QP_OP_ERR);
   const uint32_t piece = qp.cursor_piece;
   const uint64_t offset = uint64_t{piece} * qp.mtu();
   Packet packet;

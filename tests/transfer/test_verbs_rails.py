@@ -138,6 +138,7 @@ def test_writes_and_reads_go_on_when_a_rail_fails_under_them(push: bool) -> None
     if fake_verbs.real_devices() and "KVXFER_RDMA_DEVICES" not in os.environ:
         pytest.skip("links of NICs that belong to somebody stay up")
     way = on_devices(2, push=push, crossed=False)
+    way = replace(way, nic=f"{way.nic} soft_roce=1")  # as in the guest
     size = 4 * NBYTES
     rng = np.random.default_rng(10)
     target = PeerProcess("target", way)

@@ -67,7 +67,9 @@ class Chunk {
 };
 using ChunkPtr = std::unique_ptr<Chunk>;
 
-// Whether one request's addresses or keys have caused it; any other failure is the path's.
+// Whether one request's addresses or keys have caused it; any other failure is the path's. A local
+// QP operation error too: Soft-RoCE gives it where the interface is down, and what we post is well
+// formed.
 bool is_requests_own(ibv_wc_status status) noexcept;
 
 class ChainQueue {
