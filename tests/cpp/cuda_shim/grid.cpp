@@ -127,7 +127,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
   gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
   blockDim = {launch.block[0], launch.block[1], launch.block[2]};
   g.num_threads = blockDim.x * blockDim.y * blockDim.z;
-  g.shared = std::make_unique<char[]>(launch.shared_bytes + 16);
+  g.shared = std::make_unique<char[]>(launch.shared_bytes);
   g.shared_bytes = launch.shared_bytes;
   std::vector<uint64_t> order(size_t{gridDim.x} * gridDim.y * gridDim.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
