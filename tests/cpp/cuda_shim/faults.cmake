@@ -93,6 +93,8 @@ fault(merge_leaves_the_tail_of_a_row cuda/merge.cu cuda/merge.cu
   "i < p.width; i += 32" "i < p.width / 32 * 32; i += 32" "${merge}")
 fault(merge_reads_b_by_the_strides_of_a cuda/merge.cu cuda/merge.cu
   "row * p.lse_b_row + head * p.lse_b_head" "row * p.lse_a_row + head * p.lse_a_head" "${merge}")
+fault(launch_on_the_default_stream cuda/device.cuh cuda/merge.cu
+  "config.stream = stream;" "config.stream = stream ? nullptr : stream;" "${merge}")
 
 set(checksum "checksum*")
 fault(checksum_keys_not_awaited cuda/checksum.cu cuda/checksum.cu

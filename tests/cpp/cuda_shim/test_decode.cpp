@@ -146,7 +146,8 @@ class World {
     p.partial = partial.data();
     p.partial_lse = partial_lse.data();
     p.arrived = arrived.data();
-    cuda::paged_decode(p, nullptr);
+    cuda::paged_decode(p, shim_a_stream());
+    REQUIRE(shim_stream == shim_a_stream());
     for (size_t i = 0; i < arrived.size(); ++i) REQUIRE(arrived[i] == 0);
     Result result{{}, lse.values()};
     for (size_t i = 0; i < out.size(); ++i) result.out.push_back(oracle::get(&out[i], c_.q_type));

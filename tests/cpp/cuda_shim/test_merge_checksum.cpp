@@ -59,7 +59,8 @@ TEST_CASE("merge: two states give what attending to both gives, also where one o
       p.num_heads = static_cast<int32_t>(heads);
       p.width = width;
       p.type = type;
-      cuda::merge_states(p, nullptr);
+      cuda::merge_states(p, shim_a_stream());
+      REQUIRE(shim_stream == shim_a_stream());
       const double eps = type == Element::kBFloat16  ? 0x1p-8
                          : type == Element::kFloat16 ? 0x1p-11
                                                      : 1e-6;
@@ -143,7 +144,8 @@ struct Cache {
     p.first_head = 4;
     p.num_heads = static_cast<int32_t>(heads);
     p.num_segments = static_cast<int64_t>(segments.size() / 4);
-    cuda::checksum_blocks(p, nullptr);
+    cuda::checksum_blocks(p, shim_a_stream());
+    REQUIRE(shim_stream == shim_a_stream());
     return sums.values();
   }
 };
