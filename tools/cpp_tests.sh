@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
 # Builds and runs the C++ tests: cpp_tests.sh [plain] [shim] [asan] [tsan]. Warnings are errors here. `shim` is the part of
-# plain that runs the CUDA kernels' sources on the CPU; SHIM=OFF leaves it out of the others. SHORT=1 leaves out of tsan
-# what repeats with two rails what others do with one, which takes minutes there. Sanitizers compile eight files as one, in half the time; UNITY=OFF
+# plain that runs the CUDA kernels' sources on the CPU, and faults seeded in them; asan runs the sound sources too, tsan
+# does not, since they have one thread; SHIM=OFF leaves them out. SHORT=1 leaves out of tsan what repeats with two rails
+# what others do with one, which takes minutes there. Sanitizers compile eight files as one, in half the time; UNITY=OFF
 # compiles each alone, so that a changed file is all that is compiled again.
 set -euo pipefail
 cd "$(dirname "$0")/.."

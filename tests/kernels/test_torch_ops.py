@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import kvxfer.kernels.torch_ops  # noqa: F401
 from kvxfer import kernels
 from kvxfer.errors import InvalidArgumentError, UnavailableError
+from kvxfer.kernels.torch_ops import plan_tensors
 
 ops = torch.ops.kvxfer
 
@@ -35,6 +35,11 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (values(3, 2, 16), values(3, 2, 16), *eight, torch.tensor([4, -1, 9])), scales
     if op == "paged_decode":
         return (values(2, 4, 16), k, v, table, lens), {"window_left": 6, "sinks": values(4)}
+    if op == "paged_decode_planned":
+        plan = kernels.plan_decode(
+            lens, num_q_heads=4, num_kv_heads=2, head_dim=16, block_size=4, window_left=6
+        )
+        return (values(2, 4, 16), k, v, table, lens), {"window_left": 6, **plan_tensors(plan)}
     if op == "paged_prefill":
         starts = torch.tensor([0, 2, 9], dtype=torch.int32)
         return (values(9, 4, 16), k, v, starts, table, lens), {"logits_soft_cap": 5.0}
@@ -45,11 +50,11 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (values(5, 3, 8), lse[0], values(5, 3, 8), lse[1]), {}
 
 
-NAMES = ["append_kv", "append_kv_scaled", "paged_decode", "paged_prefill", "mla_decode", "merge_states"]  # fmt: skip
+NAMES = ["append_kv", "append_kv_scaled", "paged_decode", "paged_decode_planned", "paged_prefill", "mla_decode", "merge_states"]  # fmt: skip
 
 
 def overload(name: str) -> Any:
-    return getattr(ops, name.removesuffix("_scaled")).default
+    return getattr(ops, name.removesuffix("_scaled").removesuffix("_planned")).default
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,3 +144,58 @@ def test_mistakes_are_refused_through_the_operator_too() -> None:
     args, _ = arguments("merge_states")
     with pytest.raises(InvalidArgumentError, match="lse_a: expected shape"):
         ops.merge_states(args[0], args[1][:, :2], *args[2:])
+
+
+def long_decode(lens: list[int], split_size: int) -> tuple[tuple[Any, ...], kernels.DecodePlan]:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 16), (50, 16, 2, 16), (50, 16, 2, 16)))  # fmt: skip
+    table = torch.randperm(50, generator=generator, dtype=torch.int32).view(2, 25)
+    plan = kernels.plan_decode(
+        lens, num_q_heads=4, num_kv_heads=2, head_dim=16, block_size=16, split_size=split_size
+    )
+    return (q, k, v, table, torch.tensor(lens, dtype=torch.int32)), plan
+
+
+def test_an_operator_follows_its_plan() -> None:
+    args, plan = long_decode([400, 130], 64)
+    given = ops.paged_decode(*args, **plan_tensors(plan))
+    for ours, theirs in zip(given, kernels.paged_decode(*args, return_lse=True, plan=plan), strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+    assert torch.equal(given[0], ops.paged_decode(*args, split_size=64)[0])
+    assert not torch.equal(given[0], ops.paged_decode(*args)[0]), "other splits round otherwise"
+
+
+def test_the_next_steps_plan_does_not_compile_anew() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(ops.paged_decode.default, fullgraph=True, backend=counter)
+    for first in (200, 264, 330, 393, 300):  # more splits, and fewer
+        args, plan = long_decode([first, 130], 64)
+        want = kernels.paged_decode(*args, return_lse=True, plan=plan)
+        for ours, theirs in zip(compiled(*args, **plan_tensors(plan)), want, strict=True):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count <= 2, "the second time with a number of items that may change"
+
+
+def test_plans_that_are_none_or_another_calls_are_refused_through_the_operator() -> None:
+    args, _ = long_decode([400, 130], 64)
+    plan = plan_tensors(long_decode([400, 129], 64)[1])
+    items, numbers = plan["plan_items"], plan["plan_numbers"]
+    for wrong, message in (
+        (plan, "number 1 is 130, given one for 129"),
+        ({"plan_items": items}, "plan_numbers: expected both tensors of plan_tensors"),
+        ({"plan_numbers": numbers}, "plan_items: expected both"),
+        (
+            plan | {"plan_numbers": numbers[:6]},
+            r"plan_numbers: expected at least 7 of int64.*\[6\]",
+        ),
+        (plan | {"plan_numbers": numbers.int()}, "plan_numbers: .*torch.int32"),
+        (plan | {"plan_items": items.long()}, "plan_items: expected .*int32, given .*torch.int64"),
+        (plan | {"plan_items": items.view(-1)}, r"plan_items: expected shape \[num_items, 2\]"),
+        (plan | {"split_size": 64}, "split_size: expected None, since the plan has 64"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            ops.paged_decode(*args, **wrong)
+    with pytest.raises(InvalidArgumentError, match="plan: expected what plan_decode returns, given int"):  # fmt: skip
+        plan_tensors(64)

@@ -159,7 +159,7 @@ def _counters_of_graph(index: int, stream: int, count: int) -> Array:
         # Of the graph's own memory, and zeroed in it at every replay.
         return torch.zeros(count, dtype=torch.int32, device=f"cuda:{index}")
     _spare[index] = spare, given + count
-    _captured[key] = spare[given : given + count]
+    _captured[key] = spare.narrow(0, given, count)
     return _captured[key]
 
 

@@ -12,6 +12,10 @@ through one raises :class:`UnavailableError`.
     import kvxfer.kernels.torch_ops
     out, lse = torch.ops.kvxfer.paged_decode(q, k_cache, v_cache, block_table, seq_lens)
 
+A decode plan is two tensors, which :func:`plan_tensors` makes, so that the next step's plan does not compile anew:
+``paged_decode(..., **plan_tensors(plan))``. A CUDA graph that was captured with a plan replays that plan, for its
+lengths alone; without one it stays right when lengths change.
+
 The copies and ``checksum_blocks`` take a layout as text, which :func:`layout_text` makes: an operator takes no
 objects, and a number that stands for one would mean nothing to a graph that was saved and loaded in another process.
 Block ids are int64 tensors on the host, whose values the compiler does not look at, so other blocks do not compile
@@ -34,20 +38,24 @@ from torch import Tensor
 
 from kvxfer import kernels
 from kvxfer.errors import LayoutError, UnavailableError
+from kvxfer.kernels._plan_tensors import PLAN, plan_of, plan_tensors
 from kvxfer.kernels._sides import token_range
 from kvxfer.kernels._wire import wire_side
 from kvxfer.layout import KVLayout
 
-__all__ = ["layout_text"]
+__all__ = ["layout_text", "plan_tensors"]
 
 _CACHES = "Tensor k_cache, Tensor v_cache"
 # In front of the star, though meant to be named: autograd takes no tensors behind it.
 _OPTIONAL = ("sinks", "k_scale_cache", "v_scale_cache")
-_ATTENTION = (
-    ", ".join(f"Tensor? {name}=None" for name in _OPTIONAL)
-    + ", *, float? sm_scale=None, str kv_layout='NHD', int window_left=-1, float logits_soft_cap=0.0, "
+_NUMBERS = (
+    "*, float? sm_scale=None, str kv_layout='NHD', int window_left=-1, float logits_soft_cap=0.0, "
     "float k_scale=1.0, float v_scale=1.0"
 )
+
+
+def _optional(*names: str) -> str:
+    return ", ".join(f"Tensor? {name}=None" for name in names)
 
 
 def layout_text(layout: KVLayout) -> str:
@@ -101,8 +109,9 @@ def _append_kv(
 
 
 def _paged_decode(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    options |= dict(zip(_OPTIONAL, tensors[5:], strict=False))
-    out, lse = kernels.paged_decode(*tensors[:5], return_lse=True, **options)
+    options |= dict(zip((*_OPTIONAL, *PLAN), tensors[5:], strict=False))
+    plan = plan_of(*(options.pop(name, None) for name in PLAN))
+    out, lse = kernels.paged_decode(*tensors[:5], return_lse=True, plan=plan, **options)
     return out, lse
 
 
@@ -244,15 +253,15 @@ _register(
     _nothing,
 )
 _register(
-    f"paged_decode(Tensor q, {_CACHES}, Tensor block_table, Tensor seq_lens, {_ATTENTION}, "
-    "int? split_size=None) -> (Tensor, Tensor)",
+    f"paged_decode(Tensor q, {_CACHES}, Tensor block_table, Tensor seq_lens, {_optional(*_OPTIONAL, *PLAN)}, "
+    f"{_NUMBERS}, int? split_size=None) -> (Tensor, Tensor)",
     _paged_decode,
     _attention_shapes,
     floats=True,
 )
 _register(
     f"paged_prefill(Tensor q, {_CACHES}, Tensor cu_seqlens_q, Tensor block_table, Tensor seq_lens, "
-    f"{_ATTENTION}, bool causal=True) -> (Tensor, Tensor)",
+    f"{_optional(*_OPTIONAL)}, {_NUMBERS}, bool causal=True) -> (Tensor, Tensor)",
     _paged_prefill,
     _attention_shapes,
     floats=True,

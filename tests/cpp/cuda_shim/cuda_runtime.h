@@ -52,6 +52,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Args&&... args) {
   const dim3 &g = config->gridDim, &b = config->blockDim;
   if (g.x == 0 || g.y == 0 || g.z == 0 || g.y > 65535 || g.z > 65535) return cudaErrorInvalidValue;
+  shim_stream = config->stream;
   const std::tuple<std::decay_t<Params>...> values(std::forward<Args>(args)...);
   shim::run({{g.x, g.y, g.z}, {b.x, b.y, b.z}, config->dynamicSmemBytes},
             [&] { std::apply(kernel, values); });

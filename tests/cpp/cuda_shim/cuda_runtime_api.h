@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// The runtime's types and calls that the kernels' launchers use, on the CPU.
+// The runtime's types and calls that the kernels' launchers use, on the CPU. None of them waits for
+// a stream or a device, allocates or copies: sources that did so would not compile here.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +16,14 @@ enum cudaError_t {
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+// Of the last launch.
+inline cudaStream_t shim_stream = nullptr;
+// A stream that is nobody's default.
+inline cudaStream_t shim_a_stream() {
+  static char place;
+  return reinterpret_cast<cudaStream_t>(&place);
+}
 
 // What the calls about a second device answer; tests set it.
 struct ShimPeers {

@@ -30,7 +30,8 @@ struct Warp {
 struct Grid {
   Fiber host;
   std::vector<std::unique_ptr<Fiber>> threads;  // kept from launch to launch
-  std::vector<uint32_t> ready;
+  std::vector<uint32_t> ready, late;  // late: of the slow warp, which runs when nobody else can
+  uint32_t slow_warp = 0;
   std::vector<Warp> warps;
   std::vector<uint32_t> at_barrier;
   uint32_t num_threads = 0, done = 0, running = 0;
@@ -53,19 +54,29 @@ void set_thread(uint32_t flat) {
   threadIdx = {flat % blockDim.x, flat / blockDim.x % blockDim.y, flat / blockDim.x / blockDim.y};
 }
 
+void make_ready(uint32_t flat) {
+  Grid& g = grid();
+  (flat / kWarp == g.slow_warp ? g.late : g.ready).push_back(flat);
+}
+
+uint32_t take(std::vector<uint32_t>& from) {
+  std::swap(from[grid().random() % from.size()], from.back());
+  const uint32_t taken = from.back();
+  from.pop_back();
+  return taken;
+}
+
 // Hands over to a thread that can go on, else to the host.
 void leave() {
   Grid& g = grid();
   const uint32_t self = g.running;
-  if (g.ready.empty()) {
+  if (g.ready.empty() && g.late.empty()) {
     if (g.done < g.num_threads && g.error.empty()) {
       g.error = "threads wait at different barriers, or one that others have passed or left";
     }
     Fiber::switch_stacks(*g.threads[self], g.host);
   } else {
-    std::swap(g.ready[g.random() % g.ready.size()], g.ready.back());
-    const uint32_t next = g.ready.back();
-    g.ready.pop_back();
+    const uint32_t next = take(g.ready.empty() ? g.late : g.ready);
     set_thread(next);
     if (next != self) Fiber::switch_stacks(*g.threads[self], *g.threads[next]);
   }
@@ -90,12 +101,14 @@ void run_block(const std::function<void()>& body) {
   while (g.threads.size() < g.num_threads) {
     g.threads.push_back(std::make_unique<Fiber>(&thread_main));
   }
-  g.ready.resize(g.num_threads);
-  for (uint32_t i = 0; i < g.num_threads; ++i) g.ready[i] = i;
+  // Warps that all run alike seldom overtake one another by more than a step: each block has a
+  // slow one, or none.
+  g.slow_warp = static_cast<uint32_t>(g.random() % (g.warps.size() + 1));
+  g.ready.clear();
+  g.late.clear();
+  for (uint32_t i = 0; i < g.num_threads; ++i) make_ready(i);
   std::memset(g.shared.get(), 0xff, g.shared_bytes);
-  const uint32_t first = static_cast<uint32_t>(g.random() % g.num_threads);
-  std::swap(g.ready[first], g.ready.back());
-  g.ready.pop_back();
+  const uint32_t first = take(g.ready.empty() ? g.late : g.ready);
   set_thread(first);
   Fiber::switch_stacks(g.host, *g.threads[first]);
   if (!g.error.empty()) {
@@ -114,7 +127,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
   gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
   blockDim = {launch.block[0], launch.block[1], launch.block[2]};
   g.num_threads = blockDim.x * blockDim.y * blockDim.z;
-  g.shared = std::make_unique<char[]>(launch.shared_bytes + 16);
+  g.shared = std::make_unique<char[]>(launch.shared_bytes);
   g.shared_bytes = launch.shared_bytes;
   std::vector<uint64_t> order(size_t{gridDim.x} * gridDim.y * gridDim.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -145,7 +158,7 @@ void wait_for_block() {
   g.at_barrier.push_back(g.running);
   if (g.at_barrier.size() < g.num_threads) return leave();
   // The last one to come does not run on first: that would favour one order.
-  g.ready.insert(g.ready.end(), g.at_barrier.begin(), g.at_barrier.end());
+  for (const uint32_t thread : g.at_barrier) make_ready(thread);
   g.at_barrier.clear();
   leave();
 }
@@ -161,7 +174,7 @@ void meet(int kind, void* argument, void (*operation)(void* const*)) {
   if (++warp.arrived == kWarp) {
     operation(warp.arguments);
     warp.arrived = 0;
-    for (uint32_t i = 0; i < kWarp; ++i) g.ready.push_back(first + i);
+    for (uint32_t i = 0; i < kWarp; ++i) make_ready(first + i);
   }
   leave();
 }

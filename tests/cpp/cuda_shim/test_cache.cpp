@@ -142,7 +142,8 @@ TEST_CASE("a block copy moves every byte of every row, and no other") {
       std::memcpy(&want[layer * dst.layer_bytes() + b], from.data() + layer * src.layer_bytes() + a,
                   row);
     });
-    cuda::copy_rows(p, nullptr);
+    cuda::copy_rows(p, shim_a_stream());
+    REQUIRE(shim_stream == shim_a_stream());
     REQUIRE(to.values() == want);
     if (p.max_ctas > 0) CHECK(shim::last_grid_size() <= static_cast<uint64_t>(p.max_ctas));
   }
@@ -205,7 +206,8 @@ TEST_CASE("a converting copy rounds, scales by layer and head, and saturates fp8
               oracle::put(&want[entry * dst.layer_bytes() + b + i * out], value, to);
             }
           });
-          cuda::copy_rows(p, nullptr);
+          cuda::copy_rows(p, shim_a_stream());
+          REQUIRE(shim_stream == shim_a_stream());
           REQUIRE(target.values() == want);
         }
       }
@@ -218,7 +220,8 @@ TEST_CASE("a quotient by a corrected reciprocal is the quotient") {
   std::uniform_int_distribution<uint32_t> fraction(0, (1u << 23) - 1), exponent(127 - 40, 127 + 40);
   for (int round = 0; round < 3'000'000; ++round) {
     const float divisor = __uint_as_float(exponent(random) << 23 | fraction(random));
-    uint32_t bits = exponent(random) << 23 | fraction(random) | (random() & 1u) << 31;
+    uint32_t bits =
+        exponent(random) << 23 | fraction(random) | (static_cast<uint32_t>(random()) & 1u) << 31;
     if (round % 3 == 0) bits &= 0xffff0000u;  // what bfloat16 holds
     const float x = __uint_as_float(bits);
     const float got = cuda::divide(x, cuda::divider_of(divisor, true));
@@ -312,7 +315,8 @@ TEST_CASE("append writes the rows of its slots, converted, and leaves the rest a
               }
             }
           }
-          cuda::append_kv(p, nullptr);
+          cuda::append_kv(p, shim_a_stream());
+          REQUIRE(shim_stream == shim_a_stream());
           REQUIRE(cache.values() == want);
         }
       }

@@ -146,7 +146,8 @@ class World {
     p.partial = partial.data();
     p.partial_lse = partial_lse.data();
     p.arrived = arrived.data();
-    cuda::paged_decode(p, nullptr);
+    cuda::paged_decode(p, shim_a_stream());
+    REQUIRE(shim_stream == shim_a_stream());
     for (size_t i = 0; i < arrived.size(); ++i) REQUIRE(arrived[i] == 0);
     Result result{{}, lse.values()};
     for (size_t i = 0; i < out.size(); ++i) result.out.push_back(oracle::get(&out[i], c_.q_type));
@@ -313,6 +314,7 @@ TEST_CASE("decode: window, softcap, sinks and scales, in any mixture") {
   for (int round = 0; round < 24; ++round) {
     Case c;
     std::tie(c.q_type, c.kv_type) = kTypes[random() % 4];
+    c.head_dim = std::vector<int>{64, 64, 128, 256}[random() % 4];
     c.block_size = std::vector<int>{1, 5, 16, 32, 48}[random() % 5];
     for (int b = 0; b < 3; ++b) c.lengths.push_back(static_cast<int>(random() % 400));
     c.window_left = std::vector<int>{-1, 0, 1, 63, 64, 100}[random() % 6];
@@ -326,6 +328,23 @@ TEST_CASE("decode: window, softcap, sinks and scales, in any mixture") {
     c.num_kv_heads = 1 + static_cast<int>(random() % 2);
     c.seed = random() % 1000;
     check(c);
+  }
+}
+
+TEST_CASE("decode: a split so long that each stage of the pipeline is filled again") {
+  uint64_t seed = 0;
+  for (const auto& [q_type, kv_type] : kTypes) {
+    for (const int head_dim : {64, 128, 256}) {
+      Case c;
+      c.q_type = q_type;
+      c.kv_type = kv_type;
+      c.head_dim = head_dim;
+      c.lengths = {650};  // of at most 128 tokens a tile, in at most 4 stages
+      c.split_size = 704;
+      c.num_kv_heads = 1;
+      c.seed = ++seed;
+      check(c);
+    }
   }
 }
 

@@ -22,17 +22,24 @@ TEST_CASE("merge: two states give what attending to both gives, also where one o
   std::normal_distribution<double> normal;
   for (const Element type : {Element::kFloat32, Element::kFloat16, Element::kBFloat16}) {
     for (const int width : {64, 5}) {
-      const int64_t rows = 5, heads = 3;
+      constexpr int64_t rows = 5, heads = 3;
       const auto size = static_cast<int64_t>(oracle::size_of(type));
       const auto count = static_cast<size_t>(rows * heads * width * size);
       Guarded<char> a(count), b(count), out(count);
       Guarded<float> lse_a(rows * heads), lse_b(rows * heads), lse(rows * heads);
+      // a and the result lie row by row, b head by head.
+      const auto of_b = [](int64_t unit) { return unit % heads * rows + unit / heads; };
       for (int64_t unit = 0; unit < rows * heads; ++unit) {
         lse_a[unit] = unit % 4 == 1 || unit == 6 ? -INFINITY : static_cast<float>(normal(random));
-        lse_b[unit] = unit % 5 == 2 || unit == 6 ? -INFINITY : static_cast<float>(normal(random));
-        for (int64_t i = unit * width; i < (unit + 1) * width; ++i) {  // else NaN: never written
-          if (lse_a[unit] != -INFINITY) oracle::put(&a[i * size], normal(random), type);
-          if (lse_b[unit] != -INFINITY) oracle::put(&b[i * size], normal(random), type);
+        lse_b[of_b(unit)] =
+            unit % 5 == 2 || unit == 6 ? -INFINITY : static_cast<float>(normal(random));
+        for (int64_t i = 0; i < width; ++i) {  // else NaN: never written
+          if (lse_a[unit] != -INFINITY) {
+            oracle::put(&a[(unit * width + i) * size], normal(random), type);
+          }
+          if (lse_b[of_b(unit)] != -INFINITY) {
+            oracle::put(&b[(of_b(unit) * width + i) * size], normal(random), type);
+          }
         }
       }
       cuda::Merge p{};
@@ -42,31 +49,36 @@ TEST_CASE("merge: two states give what attending to both gives, also where one o
       p.lse_b = lse_b.data();
       p.out = out.data();
       p.lse = lse.data();
-      p.a_row = p.b_row = heads * width;
-      p.a_head = p.b_head = width;
-      p.lse_a_row = p.lse_b_row = heads;
-      p.lse_a_head = p.lse_b_head = 1;
+      p.a_row = heads * width;
+      p.a_head = p.b_row = width;
+      p.b_head = rows * width;
+      p.lse_a_row = heads;
+      p.lse_a_head = p.lse_b_row = 1;
+      p.lse_b_head = rows;
       p.num_rows = rows;
       p.num_heads = static_cast<int32_t>(heads);
       p.width = width;
       p.type = type;
-      cuda::merge_states(p, nullptr);
+      cuda::merge_states(p, shim_a_stream());
+      REQUIRE(shim_stream == shim_a_stream());
       const double eps = type == Element::kBFloat16  ? 0x1p-8
                          : type == Element::kFloat16 ? 0x1p-11
                                                      : 1e-6;
       for (int64_t unit = 0; unit < rows * heads; ++unit) {
-        const double wa = std::exp(double{lse_a[unit]}), wb = std::exp(double{lse_b[unit]});
+        const double wa = std::exp(double{lse_a[unit]}), wb = std::exp(double{lse_b[of_b(unit)]});
         if (wa + wb == 0) {
           REQUIRE(lse[unit] == -INFINITY);
         } else {
           REQUIRE(std::fabs(lse[unit] - std::log(wa + wb)) < 1e-5);
         }
-        for (int64_t i = unit * width; i < (unit + 1) * width; ++i) {
-          const double from_a = wa > 0 ? wa * oracle::get(&a[i * size], type) : 0;
-          const double from_b = wb > 0 ? wb * oracle::get(&b[i * size], type) : 0;
+        for (int64_t i = 0; i < width; ++i) {
+          const auto get = [&](Guarded<char>& from, int64_t number) {
+            return oracle::get(&from[(number * width + i) * size], type);
+          };
+          const double from_a = wa > 0 ? wa * get(a, unit) : 0;
+          const double from_b = wb > 0 ? wb * get(b, of_b(unit)) : 0;
           const double want = wa + wb > 0 ? (from_a + from_b) / (wa + wb) : 0;
-          REQUIRE(std::fabs(oracle::get(&out[i * size], type) - want) <=
-                  eps * std::fabs(want) + 1e-6);
+          REQUIRE(std::fabs(get(out, unit) - want) <= eps * std::fabs(want) + 1e-6);
         }
       }
     }
@@ -132,7 +144,8 @@ struct Cache {
     p.first_head = 4;
     p.num_heads = static_cast<int32_t>(heads);
     p.num_segments = static_cast<int64_t>(segments.size() / 4);
-    cuda::checksum_blocks(p, nullptr);
+    cuda::checksum_blocks(p, shim_a_stream());
+    REQUIRE(shim_stream == shim_a_stream());
     return sums.values();
   }
 };
