@@ -10,31 +10,45 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
 
 from torch._subclasses.fake_tensor import (  # noqa: E402
     DataDependentOutputException,
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kvxfer import kernels  # noqa: E402
-from kvxfer.kernels import _cuda, _cuda_base, _cuda_decode  # noqa: E402
+from kvxfer.kernels import _cuda, _cuda_base, _cuda_decode, _upload  # noqa: E402
+from kvxfer.kernels._dispatch import _load  # noqa: E402
 from kvxfer.layout import KVLayout  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
+built = pytest.mark.skipif(
     _cuda_base.missing is not None, reason=f"not built: {_cuda_base.missing}"
 )
 LAUNCHES = ("append_kv", "checksum_blocks", "copy_rows", "merge_states", "paged_decode")
 
 
-class LaunchedError(Exception):
-    """Ends a function that goes on to wait for its result."""
+class WaitingError(Exception):
+    """A copy between host and device that torch waits for, with everything before it on the stream."""
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        copies = func is torch.ops.aten._to_copy.default and args[0].device != result.device
+        if copies and not kwargs.get("non_blocking"):
+            raise WaitingError(f"{args[0].device} to {result.device}")
+        return result
 
 
 class Gpu:
@@ -56,8 +70,6 @@ class Gpu:
             self.launches.append((name, given[-1] if stream is None else stream))
             if name == "paged_decode":
                 self.decodes.append(given[0])
-            if name == "checksum_blocks":
-                raise LaunchedError
 
         return launch
 
@@ -95,7 +107,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(
         FakeTensor, "data_ptr", lambda tensor: gpu.address_of(tensor), raising=False
     )
-    with FakeTensorMode():
+    with FakeTensorMode(), NoWaiting():
         yield gpu
 
 
@@ -139,8 +151,7 @@ def pack() -> None:
 
 def checksum() -> None:
     layout, cache = layout_and_cache()
-    with pytest.raises(LaunchedError):
-        kernels.checksum_blocks(layout, [cache], np.array([0, 2]))
+    kernels.checksum_blocks(layout, [cache], np.array([0, 2]))
 
 
 CALLS: dict[str, Callable[[], None]] = {
@@ -153,6 +164,7 @@ CALLS: dict[str, Callable[[], None]] = {
 }
 
 
+@built
 @pytest.mark.parametrize("name", CALLS)
 def test_a_launch_goes_to_the_current_stream_and_waits_for_nothing(gpu: Gpu, name: str) -> None:
     decode()  # the first one on a device waits until its counters are zeroed, and says so
@@ -160,11 +172,16 @@ def test_a_launch_goes_to_the_current_stream_and_waits_for_nothing(gpu: Gpu, nam
     gpu.launches.clear()
     for stream in (7, 9, 7):
         gpu.cuda_stream = stream
-        CALLS[name]()
+        if name == "checksum_blocks":  # whose sums are wanted on the host, after the launch
+            with pytest.raises(WaitingError, match="cuda:0 to cpu"):
+                CALLS[name]()
+        else:
+            CALLS[name]()
     assert gpu.launches == [(name.split()[0], stream) for stream in (7, 9, 7)]
     assert gpu.waited == 1
 
 
+@built
 def test_a_look_at_the_device_would_be_seen(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVXFER_CHECK_DEVICE_IDS", "1")  # which waits for the device, as it says
     for call in (decode, append):
@@ -173,6 +190,84 @@ def test_a_look_at_the_device_would_be_seen(gpu: Gpu, monkeypatch: pytest.Monkey
     assert gpu.launches == []
 
 
+TRITON = {
+    "append": "append_kernel",
+    "attention_decode": "decode_kernel merge_splits_kernel",
+    "attention_prefill": "prefill_kernel",
+    "checksum": "checksum_kernel",
+    "copy": "copy_kernel",
+    "merge": "merge_kernel",
+    "mla": "mla_kernel merge_splits",
+}
+
+
+def prefill() -> None:
+    cache = [on_gpu(9, 16, 2, 64) for _ in range(2)]
+    ids = [on_gpu(*shape, dtype=torch.int32) for shape in ((3,), (2, 8), (2,))]
+    kernels.paged_prefill(on_gpu(9, 8, 64), *cache, *ids)
+
+
+def mla() -> None:
+    ids = [on_gpu(*shape, dtype=torch.int32) for shape in ((2, 8), (2,))]
+    q = on_gpu(2, 16, 512), on_gpu(2, 16, 64)
+    kernels.mla_decode(*q, on_gpu(9, 16, 576), *ids, sm_scale=0.1)
+
+
+TRITON_CALLS = {"decode": decode, "prefill": prefill, "append": append, "merge": merge, "copy": copy, "pack": pack, "mla": mla}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TRITON_CALLS, "checksum"])
+def test_tritons_host_code_waits_for_nothing(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    launched: list[str] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return self
+
+        def __call__(self, *given: Any, **options: Any) -> None:
+            launched.append(name)
+
+    for module, names in TRITON.items():
+        for kernel in names.split():
+            monkeypatch.setattr(f"kvxfer.kernels.triton.{module}.{kernel}", Kernel())
+    monkeypatch.setattr(_load("triton"), "unavailable", lambda op, device: None)
+    monkeypatch.setattr(_cuda, "unavailable", lambda op, device: "not asked for")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    if name == "checksum":  # whose sums are wanted on the host, after the launch
+        with pytest.raises(WaitingError, match="cuda:0 to cpu"):
+            checksum()
+    else:
+        TRITON_CALLS[name]()
+    assert launched
+    assert gpu.waited == 0
+
+
+def test_a_plan_is_uploaded_without_waiting(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvxfer.kernels.plan._reached", lambda device: device)
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 16}
+    plan = kernels.plan_decode([900, 3], **shape, device="cuda:0")
+    assert str(plan.items.device) == "cuda:0"
+
+
+def test_tables_of_a_captured_copy_are_pinned_and_stay(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(_upload, "_kept", kept)
+    pinned = []
+    monkeypatch.setattr(FakeTensor, "pin_memory", lambda self: pinned.append(self) or self)
+    host = torch.zeros(3)
+    _upload.upload(host, "cuda:0")
+    assert not pinned
+    gpu.capture = 1
+    _upload.upload(host, "cuda:0")
+    assert len(pinned) == len(kept) == 1
+
+
+@built
 def test_streams_have_counters_of_their_own_and_keep_them(gpu: Gpu) -> None:
     for stream in (7, 9, 7, 9):
         gpu.cuda_stream = stream
@@ -183,6 +278,7 @@ def test_streams_have_counters_of_their_own_and_keep_them(gpu: Gpu) -> None:
     assert counters[0] != counters[1]
 
 
+@built
 def test_a_larger_batch_gets_more_counters_and_other_streams_keep_theirs(gpu: Gpu) -> None:
     decode()
     gpu.cuda_stream = 9
@@ -197,6 +293,7 @@ def test_a_larger_batch_gets_more_counters_and_other_streams_keep_theirs(gpu: Gp
     assert _cuda_decode._arrived[0, 9].numel() >= 1024 * 2
 
 
+@built
 def test_a_captured_graph_has_counters_of_its_own_and_waits_for_nothing(gpu: Gpu) -> None:
     decode()
     for capture, stream in ((1, 7), (1, 7), (2, 7), (2, 9)):

@@ -33,6 +33,7 @@ from kvxfer.kernels._cuda_base import (
 )
 from kvxfer.kernels._cuda_decode import decode_params, paged_decode
 from kvxfer.kernels._sides import ITEMSIZE
+from kvxfer.kernels._upload import upload
 
 __all__ = [
     "append_kv",
@@ -50,9 +51,6 @@ CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3")
 SCALES = True  # fixed ones, in copies
 PLANS = True
 REACHES_OTHERS = True  # pinned host memory and memory of other GPUs, in copies
-
-# The tables of copies that CUDA graphs hold: a replay reads them again, and nobody says when the last one was.
-_kept: list[Array] = []
 
 
 def unavailable(op: str, device: str) -> str | None:
@@ -153,7 +151,7 @@ def checksum_blocks(job: ChecksumJob) -> np.ndarray[Any, Any]:
     sums = torch.zeros(len(job.layers), dtype=torch.int64, device=device)
     with torch.cuda.device(device):
         tables = [
-            torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+            upload(torch.as_tensor(values, dtype=torch.int64), device)
             for values in (bases, job.layers, segments)
         ]
         native.checksum_blocks(
@@ -194,7 +192,10 @@ def copy_blocks(job: CopyJob) -> None:
         for launch in job.route.once(plan_launches):
             chosen = bases[launch.chosen]
             tables = chosen.tobytes() + segments + launch.factors
-            uploaded = _upload(tables, device) if len(tables) > native.INLINE_TABLES else None
+            uploaded = None
+            if len(tables) > native.INLINE_TABLES:
+                host = torch.frombuffer(bytearray(tables), dtype=torch.uint8)
+                uploaded = upload(host, device)
             src_dtype, dst_dtype = launch.kind or ("float32", "float32")
             native.copy_rows(
                 launch.parts,
@@ -216,15 +217,6 @@ def copy_blocks(job: CopyJob) -> None:
 @functools.cache
 def _reach(device: int, peer: int) -> None:
     native.reach_peer(device, peer)
-
-
-def _upload(table: bytes, device: Any) -> Array:
-    torch = sys.modules["torch"]
-    host = torch.frombuffer(bytearray(table), dtype=torch.uint8)
-    if torch.cuda.is_current_stream_capturing():
-        host = host.pin_memory()
-        _kept.append(host)
-    return host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kvxfer.errors import InvalidArgumentError, UnavailableError
 from kvxfer.kernels._arrays import Array, Operands, as_numpy, is_torch
 from kvxfer.kernels._dispatch import get_num_threads
 from kvxfer.kernels._numbers import MOST, flag, whole
+from kvxfer.kernels._upload import upload
 
 __all__ = ["DecodePlan", "check_plan", "plan_decode"]
 
@@ -296,4 +297,4 @@ def _items(
 def _on_device(items: npt.NDArray[np.int32], device: str) -> Array:
     if device == "cpu":
         return items
-    return sys.modules["torch"].from_numpy(items).to(device)
+    return upload(sys.modules["torch"].from_numpy(items), device)

@@ -38,9 +38,9 @@ from torch import Tensor
 
 from kvxfer import kernels
 from kvxfer.errors import LayoutError, UnavailableError
-from kvxfer.kernels._plan_tensors import PLAN, plan_of, plan_tensors
 from kvxfer.kernels._sides import token_range
 from kvxfer.kernels._wire import wire_side
+from kvxfer.kernels.torch_ops_plan import PLAN, plan_of, plan_tensors
 from kvxfer.layout import KVLayout
 
 __all__ = ["layout_text", "plan_tensors"]

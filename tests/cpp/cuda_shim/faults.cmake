@@ -73,6 +73,8 @@ fault(decode_fp8_without_the_scale_of_values cuda/decode_work.cuh cuda/decode_fl
   "value / total * p.v_scale" "value / total" "decode: window*")
 fault(decode_fp8_odd_channels_for_even cuda/decode.cuh cuda/decode_float8_64.cu
   "odd ? 0x4431 : 0x4420" "odd ? 0x4420 : 0x4431" "${decode}")
+fault(decode_fp8_queries_overflow cuda/decode.cuh cuda/decode_float8_64.cu
+  "fminf(fmaxf(low, -65504.0f), 65504.0f)" "low" "decode: bfloat16 queries*")
 fault(decode_fp8_missing_wait cuda/decode.cuh cuda/decode_float8_128.cu
   "cp_async_wait<Shape::kStages - 2>();" "cp_async_wait<Shape::kStages - 1>();" "${decode}")
 fault(decode_fp8_queries_of_another_lane cuda/decode.cuh cuda/decode_float8_128.cu

@@ -33,6 +33,7 @@ struct Case {
   int window_left = -1;
   float soft_cap = 0, v_scale = 1;
   bool sinks = false, head_major = false, fused = false, items = false;
+  bool huge_queries = false;  // in channels 0, in which keys are 0
   uint64_t seed = 1;
 };
 
@@ -60,7 +61,10 @@ class World {
         sinks_(heads_) {
     std::mt19937 random(static_cast<uint32_t>(c.seed));
     std::normal_distribution<double> normal;
-    for (size_t i = 0; i < q_.size(); ++i) oracle::put(&q_[i], 2 * normal(random), c.q_type);
+    for (size_t i = 0; i < q_.size(); ++i) {
+      const bool huge = c.huge_queries && i % static_cast<size_t>(c.head_dim) == 0;
+      oracle::put(&q_[i], huge ? -1e30 : 2 * normal(random), c.q_type);
+    }
     for (int h = 0; h < heads_; ++h) sinks_[h] = static_cast<float>(normal(random));
     std::vector<int32_t> ids(num_blocks_);
     for (int i = 0; i < num_blocks_; ++i) ids[i] = i;
@@ -76,7 +80,8 @@ class World {
         for (int head = 0; head < c.num_kv_heads; ++head) {
           for (int i = 0; i < c.head_dim; ++i) {
             const auto at = i * static_cast<int64_t>(size_of(c.kv_type));
-            oracle::put(key(b, token, head) + at, normal(random), c.kv_type);
+            const bool none = c.huge_queries && i == 0;
+            oracle::put(key(b, token, head) + at, none ? 0 : normal(random), c.kv_type);
             oracle::put(value(b, token, head) + at, normal(random), c.kv_type);
           }
         }
@@ -345,6 +350,18 @@ TEST_CASE("decode: a split so long that each stage of the pipeline is filled aga
       c.seed = ++seed;
       check(c);
     }
+  }
+}
+
+TEST_CASE("decode: bfloat16 queries beyond float16's largest over an fp8 cache are clamped to it") {
+  for (const int head_dim : {64, 128, 256}) {
+    Case c;
+    c.q_type = Element::kBFloat16;
+    c.kv_type = Element::kE4m3;
+    c.head_dim = head_dim;
+    c.lengths = {20};
+    c.huge_queries = true;  // as infinities they would be NaN times 0
+    check(c);
   }
 }
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kvxfer.kernels._checksum_job import ChecksumJob, PartRows, hash_keys
+from kvxfer.kernels._upload import upload
 from kvxfer.kernels.triton._common import on_device_of, tensors_of
 
 __all__ = ["checksum_blocks"]
@@ -112,14 +112,10 @@ def _hash_part(
         tiles = min(tiles, max(1, _CTAS_PER_SM * count // len(job.layers)))
     arrays = (bases, np.array(job.layers, np.int64), job.block_ids, hash_keys().view(np.int64))
     checksum_kernel[(tiles, len(job.layers))](
-        *(_to(array, device) for array in arrays),
+        *(upload(torch.from_numpy(array), device) for array in arrays),
         sums, job.first_token, num_rows, job.first_head, job.num_heads,
         *(stride // unit for stride in part.strides),
         PART=part.part_id, ROW_BYTES=part.row_bytes, BLOCK_SIZE=job.block_size,
         UNIT=unit, LOADED=_UNITS[unit], BLOCK_R=block_r, BLOCK_P=block_p,
         num_warps=4,
     )  # fmt: skip
-
-
-def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)

@@ -18,6 +18,7 @@ import triton.language as tl
 from kvxfer.kernels._copy_job import CopyJob
 from kvxfer.kernels._copy_route import PartCopy
 from kvxfer.kernels._sides import ITEMSIZE
+from kvxfer.kernels._upload import upload
 from kvxfer.kernels.triton._common import on_device_of
 from kvxfer.kernels.triton._numbers import TRITON_DTYPES, narrow, widen
 
@@ -90,7 +91,7 @@ def copy_blocks(job: CopyJob) -> None:
     """See :func:`kvxfer.kernels.copy_blocks`; the job is resolved and checked."""
     if job.is_empty:
         return
-    segments = torch.from_numpy(job.segments).to(job.device)
+    segments = upload(torch.from_numpy(job.segments), job.device)
     with on_device_of(segments):
         for part, addresses in zip(job.route.parts, job.bases, strict=True):
             _copy_part(job, part, addresses, segments)
@@ -110,9 +111,9 @@ def _copy_part(
     num_tiles = len(addresses) * len(segments)
     device = segments.device
     copy_kernel[(_programs(job, num_tiles, device),)](
-        torch.from_numpy(addresses).to(device),
+        upload(torch.from_numpy(addresses), device),
         segments,
-        segments if part.factors is None else torch.from_numpy(part.factors).to(device),
+        segments if part.factors is None else upload(torch.from_numpy(part.factors), device),
         len(segments),
         num_tiles,
         job.route.num_heads,
