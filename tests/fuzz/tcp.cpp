@@ -199,7 +199,7 @@ void line(Input& input, TcpPeer& peer) {
       lane.piece = FakeStream::kAll;
       break;
     default:
-      lane.ended = (how & 0x80) != 0;
+      if ((how & 0x80) != 0) return lane.end();
   }
   peer.say(how >> 3, {});
 }
@@ -221,8 +221,10 @@ void engine(Input& input, TcpHost& host, TcpPeer& peer) {
   }
   const auto op = static_cast<Op>((how & 3) % 3);
   static constexpr size_t kCounts[] = {1, 3, 64, 1100, 2200, 300, 0, 7};
-  const auto request = host.next(op, (how & 0x80) != 0, kCounts[how >> 3 & 7], 1 + input.u8() % 128,
-                                 number(input) % 4096, 1);
+  // The engine itself ends a read of nothing.
+  const size_t count = std::max<size_t>(kCounts[how >> 3 & 7], op == Op::kRead ? 1 : 0);
+  const auto request =
+      host.next(op, (how & 0x80) != 0, count, 1 + input.u8() % 128, number(input) % 4096, 1);
   if (!request) return;
   request->has_notify = op != Op::kRead && (how & 0x40) != 0;
   if (request->has_notify) request->notify.resize(64);

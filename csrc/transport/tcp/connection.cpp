@@ -24,6 +24,7 @@ struct TcpConnection::LaneHandler final : FdHandler {
   LaneHandler(std::shared_ptr<TcpConnection> owner, Lane& l)
       : connection(std::move(owner)), lane(l) {}
   void on_events(uint32_t events) override {
+    lane.hung_up |= (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
     if (events & EPOLLOUT) connection->pump(lane, kTurn);
     if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) connection->receive(lane);
   }

@@ -119,8 +119,9 @@ struct Lane {
   enum class Phase : uint8_t { kHead, kControl, kBody, kTrailer } phase = Phase::kHead;
   Bytes buffer;
   size_t begin = 0, end = 0;
-  bool drained =
-      false;  // the last read took less than there was room for: an event will tell of more
+  // The last read took less than there was room for: an event will tell of more. Not so once it has
+  // hung up, which an event tells of only once, together with the last bytes perhaps.
+  bool drained = false, hung_up = false;
   Head head;
   StripeHead stripe;
   size_t last_control = 0;  // control bytes of the last frame with a body: a good guess of the next

@@ -101,7 +101,8 @@ TcpConnection::Step TcpConnection::fill(Lane& lane, size_t need) {
     const ssize_t n = lane.stream->receive({&into, 1});
     if (n > 0) {
       lane.end += static_cast<size_t>(n);
-      lane.drained = static_cast<size_t>(n) < want && lane.stream->shared();  // of a bare socket
+      lane.drained = static_cast<size_t>(n) < want && lane.stream->shared() &&  // of a bare socket
+                     !lane.hung_up;
     } else if (n == 0) {
       return stream_ended(lane, 0);
     } else if (errno == EAGAIN) {
