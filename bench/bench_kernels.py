@@ -48,6 +48,7 @@ def main() -> int:
         prog="kvxfer bench kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     usable = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=min(2, usable))

@@ -88,7 +88,10 @@ def burst(cluster: Cluster, seed: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="kvxfer bench serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model_dir", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=5)

@@ -189,6 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="kvxfer bench transfer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--blocks", default="4,16,64,256", help="KiB, comma-separated")
     parser.add_argument("--num-blocks", type=int, default=1024)

@@ -90,6 +90,9 @@ One take_dlpack(const py::object& source, const std::string& what) {
   try {
     capsule = source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
+    if (error.matches(PyExc_BufferError))  // a tensor that needs gradients, say
+      raise(Code::kInvalidArgument,
+            what + " does not lend its memory: " + std::string(py::str(error.value())));
     if (!error.matches(PyExc_TypeError)) throw;
     capsule = source.attr("__dlpack__")();  // producers of before 1.0 do not know max_version
   }
@@ -328,7 +331,10 @@ void Offsets::take(const char* name, const py::object& value, int columns) {
   if (columns == 1 && !PyBool_Check(value.ptr()) && PyIndex_Check(value.ptr()) &&
       !PyObject_CheckBuffer(value.ptr())) {
     py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-    if (!index) throw py::error_already_set();
+    if (!index) {  // a tensor of several elements says that it is an index, and is none
+      PyErr_Clear();
+      bad(type_name(value));
+    }
     int overflow = 0;
     value_ = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
     if (overflow != 0) bad("an integer beyond 64 bits");

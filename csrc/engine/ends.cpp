@@ -17,7 +17,7 @@ const char* verb(Op op) {
   return op == Op::kWrite ? "write" : op == Op::kRead ? "read" : "notification";
 }
 
-const char* hint(Code code, bool agreed) {
+const char* hint(const Transfer& t, Code code, bool agreed) {
   switch (code) {
     case Code::kPeerDisconnected:
       return "; connect() again: a restarted peer is a new incarnation with new "
@@ -25,7 +25,8 @@ const char* hint(Code code, bool agreed) {
     case Code::kRemoteAccess:
       return "; look at peer.regions again: the owner may have changed them";
     case Code::kLease:
-      return "; ask the owner for a new lease";
+      return t.lease.id == 0 ? "; pass lease=, the token that its owner has granted"
+                             : "; ask the owner for a new lease";
     case Code::kTimeout:
       return agreed ? "; a longer deadline_s=, or engine.explain(peer), may help"
                     : "; the target's arrival counts and lease decide";
@@ -57,7 +58,7 @@ std::string describe(const Transfer& t, const Failure& failure, bool agreed, boo
     out += cat("; ", t.nbytes_done.load(), " bytes are known to have landed");
   if (!agreed) out += "; the peer may or may not have taken it";
   if (!quiesced) out += "; its local memory must not be reused before xfer.quiesced";
-  return out + hint(failure.code, agreed);
+  return out + hint(t, failure.code, agreed);
 }
 
 }  // namespace

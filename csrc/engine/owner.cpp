@@ -31,8 +31,8 @@ namespace {
 std::optional<Failure> beyond(const Lease& lease, uint64_t arrival) {
   if (arrival < lease.num_arrivals) return {};
   return Failure{.code = Code::kLease,
-                 .text = cat("arrival=", arrival,
-                             " is not below the lease's num_arrivals=", lease.num_arrivals)};
+                 .text = cat("arrival=", arrival, " is not below the lease's num_arrivals=",
+                             lease.num_arrivals, ", which is said when it is granted")};
 }
 }  // namespace
 
@@ -41,6 +41,11 @@ std::optional<Failure> Engine::judge(Connection& from, const Access& access,
   auto peer = std::static_pointer_cast<Peer>(from.peer.lock());
   if (!peer || closed())
     return Failure{.code = Code::kPeerDisconnected, .text = "the engine is closing"};
+  // Tcp is there all the same, for control.
+  if (!allows(from.transport()))
+    return Failure{.code = Code::kUnavailable,
+                   .text = cat("the peer takes nothing over ", from.transport(),
+                               ": its transports= leaves it out")};
   std::lock_guard lock(mutex_);
   if (access.lease.id != 0) {
     auto it = leases_.find(access.lease.id);

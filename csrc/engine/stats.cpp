@@ -12,6 +12,8 @@ const char* name_of(Code code) {
   switch (code) {
     case Code::kInvalidArgument:
       return "invalid_argument";
+    case Code::kUnavailable:
+      return "unavailable";
     case Code::kTransport:
       return "transport";
     case Code::kPeerDisconnected:

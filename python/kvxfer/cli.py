@@ -40,13 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit status. Errors meant for the user are one line, not a trace."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="kvxfer", description="Move the KV cache, and attend over it where it lands."
+        prog="kvxfer",
+        description="Move the KV cache, and attend over it where it lands.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kvxfer {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.help, description=command.help)
+        sub = subparsers.add_parser(
+            name, help=command.help, description=command.help, allow_abbrev=False
+        )
         if name == chosen:
             try:
                 module = importlib.import_module(command.module)

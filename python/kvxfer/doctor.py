@@ -153,7 +153,7 @@ def _extras() -> list[Check]:
                     "extras",
                     package,
                     None,
-                    f"absent: in the checkout, pip install '.[{extra}]' ({purpose})",
+                    f"absent: pip install {package} ({purpose}; one of the extra [{extra}])",
                 )
             )
     return checks

@@ -44,6 +44,7 @@ BAD_SPANS: list[tuple[str, dict[str, Any], str]] = [
     ("float", {"nbytes": 1.0}, "int64"),
     ("bool", {"nbytes": True}, "int64"),
     ("list", {"local_offsets": [0]}, "not list"),
+    ("tensor", {"local_offsets": torch.tensor([0, 10])}, "an int or .* int64 array, not Tensor"),
     ("matrix", {"local_offsets": np.zeros((2, 2), i64)}, "one-dimensional"),
     (
         "strided",
@@ -121,6 +122,11 @@ def test_overlapping_sources_are_fine(pair: Pair) -> None:
 BAD_BUFFERS: list[tuple[str, Callable[[], Any], str]] = [
     ("strided", lambda: np.zeros((4, 4), np.uint8)[:, ::2], "not C-contiguous"),
     ("fortran", lambda: np.zeros((4, 4), np.float32, order="F"), "not C-contiguous"),
+    (
+        "tensor with gradients",
+        lambda: torch.zeros(4, requires_grad=True),
+        "lend its memory.*detach",
+    ),
     ("strided tensor", lambda: torch.zeros(4, 4).t(), "not C-contiguous"),
     ("number", lambda: 5, "neither the buffer protocol"),
     ("empty", lambda: np.zeros(0, np.uint8), "empty"),

@@ -50,6 +50,28 @@ def test_each_refusal_is_explained(transport: str) -> None:
         assert theirs.array.all()
 
 
+@pytest.mark.parametrize("transport", WORKING)
+def test_what_a_peer_asks_over_a_transport_that_is_left_out_is_refused(transport: str) -> None:
+    with (
+        TransferEngine("a", transports=("tcp",), secret=SECRET) as a,
+        TransferEngine("b", transports=(transport,), secret=SECRET) as b,
+    ):
+        local = a.register(np.ones(NBYTES, np.uint8), "kv")
+        theirs = b.register(np.full(NBYTES, 2, np.uint8), "kv")
+        peer = a.connect(b.address)
+        for xfer in (
+            a.write(local, peer.regions["kv"], 0, 0, NBYTES),
+            a.read(local, peer.regions["kv"], 0, 0, NBYTES),
+            a.notify(peer, b"x"),
+        ):
+            with pytest.raises(UnavailableError, match="takes nothing over tcp: its transports="):
+                xfer.wait(TIMEOUT_S)
+        assert (theirs.array == 2).all()
+        assert (local.array == 1).all()
+        assert b.notifications() == []
+        assert b.stats()["refused"] == {"unavailable": 3}
+
+
 def test_engines_listen_on_the_loopback_unless_told_otherwise() -> None:
     with TransferEngine("a") as engine:
         assert engine.address.startswith("127.0.0.1:")

@@ -351,8 +351,8 @@ void ShmConnection::join() noexcept {}
 std::string ShmConnection::describe() const {
   std::lock_guard lock(mutex_);
   return cat(transport(), ": Unix socket and shared rings; ", reach_->describe(), "; ",
-             "opened to direct reads at first use: ", shown_.size(),
-             " of our regions to the peer, ", num_taken_, " of its to us");
+             "directly readable, each from its first use on: ", shown_.size(),
+             " of our regions by the peer, ", num_taken_, " of its by us");
 }
 
 }  // namespace kvxfer::shm

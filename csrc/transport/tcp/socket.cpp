@@ -20,6 +20,9 @@
 namespace kvxfer::tcp {
 namespace {
 
+constexpr char kBroke[] = "the connection broke during the handshake: ";
+constexpr char kTryAgain[] = "; if the peer's process has just ended, connect() to its successor";
+
 using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
 
 AddressList resolve(const std::string& address, bool passive) {
@@ -186,8 +189,7 @@ void read_exact(Stream& stream, std::span<std::byte> out, const Patience& patien
         fail(Code::kTimeout, "the other side did not answer in the handshake in time");
     } else if (errno != EINTR) {
       const int err = errno;
-      throw Error(Code::kPeerDisconnected,
-                  cat("the connection broke during the handshake: ", stream.explain(err)), err);
+      throw Error(Code::kPeerDisconnected, cat(kBroke, stream.explain(err), kTryAgain), err);
     }
   }
 }
@@ -205,8 +207,7 @@ void write_all(Stream& stream, ByteView data, const Patience& patience) {
         fail(Code::kTimeout, "the other side did not read the handshake in time");
     } else if (errno != EINTR) {
       const int err = errno;
-      throw Error(Code::kPeerDisconnected,
-                  cat("the connection broke during the handshake: ", stream.explain(err)), err);
+      throw Error(Code::kPeerDisconnected, cat(kBroke, stream.explain(err), kTryAgain), err);
     }
   }
 }

@@ -58,6 +58,10 @@ def describe(plan: TransferPlan) -> str:
             f"staging {plan.wire_layout.order} {plan.wire_layout.dtype}{change}: "
             f"{_size(here)} at the source, {_size(there)} at the destination"
         )
+    if plan.kind == "direct" and len(plan.cost_s) == 1:
+        lines.append(
+            "other kinds were not worked out: little data, or spans that no copy could beat"
+        )
     costs = ", ".join(f"{kind} {seconds * 1e3:.3g} ms" for kind, seconds in plan.cost_s.items())
     lines.append(f"estimated on {plan.cost_path}: {costs}")
     return "\n".join(lines)

@@ -200,7 +200,8 @@ def plan_transfer(
         layers: ids to move; None for those that both ranks hold.
         by_layer: keep layers apart, so that ``for_layer`` works; a layer-by-layer push needs it.
         spread: share the layers among source ranks that hold the same heads.
-        kind: ``direct``, ``gathered``, ``packed``, or ``auto`` for the cheapest by ``cost``.
+        kind: ``direct``, ``gathered``, ``packed``, or ``auto`` for the cheapest by ``cost``, but direct
+            below ``CostModel.pack_from_nbytes`` (1 MiB), where a kernel would wait for its turn.
         cost: a path's name (``shm``, ``tcp``, ``verbs``, ...) or a :class:`CostModel`; None for tcp.
 
     Raises:

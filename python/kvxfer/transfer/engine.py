@@ -48,7 +48,8 @@ class TransferEngine:
         name: what peers and error messages call this engine.
         listen: "host:port"; port 0 lets the system choose. Other hosts than loopback need a secret.
         transports: which may be used, for example ``("tcp",)``; None: all that work here, best
-            first. One that is named and does not work here is an error, never skipped.
+            first. One that is named and does not work here is an error, never skipped; what a peer
+            asks over one that is not named is refused. (Sessions are set up over tcp in any case.)
         secret: shared by all engines that may talk to each other; None: this user's own.
     """
 
