@@ -33,8 +33,8 @@ TEST_CASE("acknowledgements that nobody reads have a bound, and the reason is na
     say();
     CHECK(peer.connection().counters.requests_served.load() == 1);
     peer.lane(0).room = 0;
-    // Every one counts at least for the bytes that it has.
-    constexpr uint64_t kMost = (4 << 20) / (kHeadBytes + sizeof(uint64_t));
+    // Each counts with the record it stands in; some stand where the socket takes them from.
+    constexpr uint64_t kMost = (4 << 20) / (sizeof(Frame) + kHeadBytes + sizeof(uint64_t)) + 128;
     while (!host.is_lost() && num_said < kMost) say();
     CHECK(host.is_lost());
     CHECK(peer.connection().counters.requests_served.load() + 1 == num_said);

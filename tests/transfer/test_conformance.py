@@ -348,7 +348,7 @@ def test_region_can_require_a_lease(
     engine: TransferEngine, shared_peer: PeerProcess, kind: str
 ) -> None:
     with make_world(engine, shared_peer, kind, require_lease=True) as world:
-        with pytest.raises(LeaseError, match="requires a lease.*pass lease="):
+        with pytest.raises(LeaseError, match=r"requires a lease.*pass lease="):
             engine.write(world.local, world.remote, 0, 0, 10).wait(TIMEOUT_S)
         _, token = world.process.call("grant", world.name, 0, 10, ttl_s=60)
         engine.write(world.local, world.remote, 0, 0, 10, lease=token).wait(TIMEOUT_S)
