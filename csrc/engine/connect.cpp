@@ -63,6 +63,7 @@ void Engine::attach_all(Link& link, const Session& session, ByteView encoded_off
   if (!offers) fail(Code::kTransport, "malformed offers");
   std::vector<std::string> refusals;
   size_t num_tried = 0;
+  int err = 0;  // of the first that says one
   for (auto& [name, transport] : transports_) {
     patience.look();
     auto offer = std::ranges::find(*offers, name, &Offer::transport);
@@ -77,6 +78,7 @@ void Engine::attach_all(Link& link, const Session& session, ByteView encoded_off
       } catch (const Error& error) {
         if (error.code == Code::kCancelled) throw;
         refusal = error.what();
+        if (err == 0) err = error.err;
       }
     }
     if (refusal) refusals.push_back(cat(name, ": ", *refusal));
@@ -88,7 +90,8 @@ void Engine::attach_all(Link& link, const Session& session, ByteView encoded_off
   if (!link.data.empty()) return;
   std::string reasons;
   for (auto& refusal : refusals) reasons += cat(reasons.empty() ? "" : "; ", refusal);
-  fail(Code::kUnavailable, "none of the transports asked for can be used: ", reasons);
+  throw Error(Code::kUnavailable, cat("none of the transports asked for can be used: ", reasons),
+              err);
 }
 
 void Engine::await_ready(Link& link, const Patience& patience) {

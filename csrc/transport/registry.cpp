@@ -89,9 +89,19 @@ std::vector<Availability> probe_transports() {
   for (const auto& [name, maker] : makers()) {
     const auto transport = maker({});
     auto reason = transport->probe();
-    out.push_back({name, reason, reason ? std::string() : transport->detail()});
+    out.push_back({name, reason});
   }
-  out.push_back({"tcp", {}, {}});
+  out.push_back({"tcp", {}});
+  return out;
+}
+
+std::map<std::string, std::string> transport_details() {
+  std::map<std::string, std::string> out;
+  for (const auto& [name, maker] : makers()) {
+    const auto transport = maker({});
+    if (transport->probe()) continue;
+    if (std::string detail = transport->detail(); !detail.empty()) out[name] = std::move(detail);
+  }
   return out;
 }
 

@@ -3,6 +3,7 @@
 // What is compiled in, what works here, and the reason when it does not.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,7 +17,6 @@ namespace kvxfer {
 struct Availability {
   std::string name;
   std::optional<std::string> reason;  // empty: works here
-  std::string detail;                 // and with what; may be empty
 };
 
 // Best first: the order in which a peer is offered requests. "tcp" comes last and is always there,
@@ -26,6 +26,8 @@ const std::vector<std::string>& transport_names();
 const std::vector<std::string>& all_transport_names();
 // "tcp" from here attaches to a session like the others; only "faulty" asks for that.
 std::unique_ptr<Transport> make_transport(const std::string& name, const TransportConfig& config);
-std::vector<Availability> probe_transports();  // for `kvxfer doctor`
+std::vector<Availability> probe_transports();
+// With what they work, by name, where there is more to say; for `kvxfer doctor`. May open CUDA.
+std::map<std::string, std::string> transport_details();
 
 }  // namespace kvxfer

@@ -305,7 +305,7 @@ class Transport {
   virtual std::string_view name() const noexcept = 0;
   // Empty when it works here; else the reason, with errno where there is one.
   virtual std::optional<std::string> probe() const = 0;
-  // After a probe that was empty: what it has found, in words. May be empty.
+  // After a probe that was empty: what it has found, in words; or empty. May open CUDA.
   virtual std::string detail() const { return {}; }
 
   // Acceptor's side. start() puts listeners into the reactor; offer() is what a peer must know to

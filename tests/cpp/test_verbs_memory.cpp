@@ -280,6 +280,12 @@ TEST_CASE("verbs memory: what is too long for one registration has several") {
   CHECK(count("receives") - received < 100);
 }
 
+TEST_CASE("verbs memory: what was never a region's id is an error, and waited for by nobody") {
+  verbs::MemoryTable table;
+  CHECK_THROWS_WITH_AS(table.remove(0), doctest::Contains("region 0"), Error);
+  table.remove(77);  // one that could not be registered, or has gone
+}
+
 TEST_CASE("verbs memory: many come and go at once") {
   const Closing a{engine("a", {"verbs"})};
   const int64_t locked = count("locked_bytes");

@@ -193,21 +193,6 @@ TEST_CASE("rails: ports of one subnet first, in our order, each port once") {
                  {ethernet({link_local(0, 2)}), port(1, 2)}) == Pairs{{1, 1}, {0, 0}});
 }
 
-TEST_CASE("nearness: what sysfs says of a device, and the node of memory that is there") {
-  char folder[] = "/tmp/kvxfer-sysfs-XXXXXX";
-  REQUIRE(::mkdtemp(folder) != nullptr);
-  const std::filesystem::path device = std::filesystem::path(folder) / "device";
-  std::filesystem::create_directory(device);
-  CHECK(node_of_device(folder) == kNoNode);  // no file
-  for (const auto& [text, node] : {std::pair{"3\n", 3}, {"0\n", 0}, {"-1\n", kNoNode}}) {
-    std::ofstream(device / "numa_node") << text;
-    CHECK(node_of_device(folder) == node);
-  }
-  std::filesystem::remove_all(folder);
-  NodeOfMemory none;
-  CHECK(none.node() == kNoNode);
-}
-
 TEST_CASE("locked memory: what to do is said where the limit is the cause, and only there") {
   const auto says = [](const Memlock& memlock, uint64_t nbytes, const char* what) {
     const std::string text = explain_memlock(memlock, nbytes);

@@ -11,29 +11,6 @@
 
 using namespace kvxfer;
 
-namespace {
-
-// A write whose chains are all posted, on whatever rails, and of which nothing is delivered.
-struct HeldPush {
-  HeldPush(PushWorld& w, const LeasePtr& lease, int64_t nbytes) : held(sinks(w)) {
-    const int64_t before = fake_verbs_count("doorbells");
-    transfer = w.write(lease, nbytes, 0, 0);
-    // The request, and each chain.
-    REQUIRE(
-        eventually([&] { return fake_verbs_count("doorbells") >= before + 1 + nbytes / kBytes; }));
-  }
-  static std::vector<uint32_t> sinks(const PushWorld& w) {
-    std::vector<uint32_t> out;
-    for (size_t rail = 0; rail < w.owner().size(); ++rail)
-      if (w.sink(rail) != 0) out.push_back(w.sink(rail));
-    return out;
-  }
-  Held held;
-  TransferPtr transfer;
-};
-
-}  // namespace
-
 TEST_CASE("push: a network that loses, delays and repeats costs time alone") {
   PushWorld w;
   for (int64_t i = 0; i < 3 * kBytes; ++i) w.at_a(0)[i] = static_cast<std::byte>(i * 7 + i / 251);

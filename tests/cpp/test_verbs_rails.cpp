@@ -295,8 +295,9 @@ TEST_CASE("rails: chains go to the NIC at the memory's node, unless devices were
     World w;
     const std::string prefers =
         "'kv': " + w.ra->backing.text + "; verbs " + w.ra->exposures[0]->text();
-    CHECK(prefers.find(is_known ? "NUMA node, " + std::to_string(node) : "all are alike") !=
-          std::string::npos);
+    CHECK(prefers.find(is_known ? cat("prefers fake1:1 (at NUMA node ", node,
+                                      ") to fake0:1 (elsewhere, or unknown)")
+                                : "prefers no NIC: nothing is known") != std::string::npos);
     CHECK(w.a->explain(*w.to_b).find(prefers) != std::string::npos);
     finish(w.write());
     finish(w.read());

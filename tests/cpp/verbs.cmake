@@ -31,7 +31,7 @@ if(KVXFER_WITH_VERBS)
   add_test(NAME transfer_verbs_two_rails COMMAND test_transfer)
   set_tests_properties(transfer_verbs_two_rails PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_two}")
 
-  verbs_program(test_verbs test_verbs.cpp test_verbs_parts.cpp)
+  verbs_program(test_verbs test_verbs.cpp test_verbs_parts.cpp test_verbs_setup.cpp)
   add_test(NAME verbs COMMAND test_verbs)
   set_tests_properties(verbs PROPERTIES TIMEOUT 300 ENVIRONMENT "${on_fake}")
   # But for what is said of the only port and device.

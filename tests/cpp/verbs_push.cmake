@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The verbs transport with pushed writes, over one rail and over two.
 if(KVXFER_WITH_VERBS)
-  verbs_program(test_verbs_push test_verbs_push.cpp test_verbs_push_faults.cpp test_verbs_work.cpp)
+  verbs_program(test_verbs_push test_verbs_push.cpp test_verbs_push_faults.cpp test_verbs_work.cpp test_verbs_stuck.cpp)
   set(on_fake "KVXFER_TEST_TRANSPORT=verbs;KVXFER_LIBIBVERBS=$<TARGET_FILE:fake_verbs>")
   foreach(num_rails 1 2)
     set(suffix "")

@@ -97,6 +97,25 @@ struct Held {
   const std::vector<uint32_t> numbers;
 };
 
+// A write whose chains are all posted, on whatever rails, and of which nothing is delivered.
+struct HeldPush {
+  HeldPush(PushWorld& w, const LeasePtr& lease, int64_t nbytes) : held(sinks(w)) {
+    const int64_t before = fake_verbs_count("doorbells");
+    transfer = w.write(lease, nbytes, 0, 0);
+    // The request, and each chain.
+    REQUIRE(
+        eventually([&] { return fake_verbs_count("doorbells") >= before + 1 + nbytes / kBytes; }));
+  }
+  static std::vector<uint32_t> sinks(const PushWorld& w) {
+    std::vector<uint32_t> out;
+    for (size_t rail = 0; rail < w.owner().size(); ++rail)
+      if (w.sink(rail) != 0) out.push_back(w.sink(rail));
+    return out;
+  }
+  Held held;
+  TransferPtr transfer;
+};
+
 inline bool quiesces(const TransferPtr& t) {
   return eventually([&] { return t->quiesced.load(); });
 }

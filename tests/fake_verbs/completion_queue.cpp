@@ -11,16 +11,21 @@ namespace fake_verbs {
 void Nic::complete(CompletionQueue& cq, Cqe cqe) {
   if (cq.overrun) return;
   if (cq.entries.size() >= static_cast<size_t>(cq.cqe)) {
-    // What does not fit is lost, and the queue is of no more use to anybody.
-    cq.overrun = true;
-    cq.broken.store(true, std::memory_order_release);
+    // What does not fit is lost, and the queue is of no more use to anybody; but Soft-RoCE goes on
+    // as if nothing were.
     Context& context = context_of(cq.context);
     ibv_async_event event{};
     event.element.cq = &cq;
     event.event_type = IBV_EVENT_CQ_ERR;
     tell(context, event);
-    for (const auto& [key, qp] : context.qps)
-      if (qp->send_cq == &cq || qp->recv_cq == &cq) break_qp(*qp, IBV_EVENT_QP_FATAL);
+    if (plan.soft_roce) return;
+    cq.overrun = true;
+    cq.broken.store(true, std::memory_order_release);
+    for (const auto& [key, qp] : context.qps) {
+      if (qp->send_cq != &cq && qp->recv_cq != &cq) continue;
+      qp->hindered = true;  // nobody can poll what it still had
+      break_qp(*qp, IBV_EVENT_QP_FATAL);
+    }
     return;
   }
   ibv_wc& wc = cqe.wc;

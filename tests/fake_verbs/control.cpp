@@ -81,6 +81,16 @@ FAKE_VERBS_EXPORT int fake_verbs_break_qp(uint32_t qp_num) {
   return 0;
 }
 
+FAKE_VERBS_EXPORT int fake_verbs_overrun_cq(uint32_t qp_num) {
+  Nic& nic = Nic::get();
+  const auto lock = nic.lock();
+  QueuePair* const qp = nic.find(qp_num);
+  if (!qp) return ENOENT;
+  auto& cq = *static_cast<CompletionQueue*>(qp->send_cq);
+  cq.cqe = static_cast<int>(cq.entries.size());
+  return 0;
+}
+
 FAKE_VERBS_EXPORT int fake_verbs_set_port(const char* name, int number, int up) {
   Nic& nic = Nic::get();
   const auto lock = nic.lock();

@@ -47,6 +47,9 @@ void fake_verbs_tamper(fake_verbs_tamperer tamper);
 /* The QP breaks: ERR and IBV_EVENT_QP_FATAL. ENOENT. */
 int fake_verbs_break_qp(uint32_t qp_num);
 
+/* The CQ of this QP has room for no more than it holds: the next completion overruns it. ENOENT. */
+int fake_verbs_overrun_cq(uint32_t qp_num);
+
 /* The link of a port goes or comes, with the event; packets are lost while it is away. ENODEV. */
 int fake_verbs_set_port(const char* device, int port, int up);
 

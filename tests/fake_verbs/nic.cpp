@@ -81,6 +81,8 @@ void Nic::set_plan(const Plan& next) {
   wr_count_ = packet_count_ = polls = num_registered = 0;
   calls_.clear();
   every_poll_counts.store(plan.remove != 0, std::memory_order_relaxed);
+  for (const auto& [number, qp] : qps_)
+    if (qp->flushing) wake(*qp);
 }
 
 const std::vector<std::unique_ptr<Device>>& Nic::devices() {
@@ -235,7 +237,7 @@ void Nic::deliver(Packet packet) {
 
 bool Nic::serve(QueuePair& qp) {
   if (qp.port && qp.port->device->removed) return false;
-  if (qp.flushing) flush(qp);
+  if (qp.flushing && plan.flush) flush(qp);
   const bool more = answer_some(*this, qp, kBudget);
   return send_some(*this, qp, kBudget) || more;
 }

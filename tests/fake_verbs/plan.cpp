@@ -24,10 +24,11 @@ const Names<GidKind> kGids = {{"ll1", GidKind::kLinkLocalV1}, {"ll2", GidKind::k
                               {"v6r1", GidKind::kIpv6V1},     {"v6r2", GidKind::kIpv6V2},
                               {"none", GidKind::kEmpty}};
 
-const Names<int> kErrnos = {{"ENOMEM", ENOMEM}, {"EINVAL", EINVAL}, {"EIO", EIO},
-                            {"EAGAIN", EAGAIN}, {"EPERM", EPERM},   {"EOPNOTSUPP", EOPNOTSUPP},
-                            {"EFAULT", EFAULT}, {"ENODEV", ENODEV}, {"EBUSY", EBUSY},
-                            {"EMFILE", EMFILE}, {"ENOSPC", ENOSPC}, {"EACCES", EACCES}};
+const Names<int> kErrnos = {{"ENOMEM", ENOMEM},      {"EINVAL", EINVAL}, {"EIO", EIO},
+                            {"EAGAIN", EAGAIN},      {"EPERM", EPERM},   {"EOPNOTSUPP", EOPNOTSUPP},
+                            {"EFAULT", EFAULT},      {"ENODEV", ENODEV}, {"EBUSY", EBUSY},
+                            {"EMFILE", EMFILE},      {"ENOSPC", ENOSPC}, {"EACCES", EACCES},
+                            {"ETIMEDOUT", ETIMEDOUT}};
 
 const Names<ibv_wc_status> kStatuses = {{"loc_len", IBV_WC_LOC_LEN_ERR},
                                         {"loc_qp_op", IBV_WC_LOC_QP_OP_ERR},
@@ -174,6 +175,7 @@ const std::map<Text, Reader> kReaders = {
     {"windows", [](Plan& p, const Word& w) { p.windows = w.whole(0, 3); }},
     {"memlock", [](Plan& p, const Word& w) { p.memlock = w.count(w.value); }},
     {"hold_reg", [](Plan& p, const Word& w) { p.hold_reg = w.count(w.value); }},
+    {"flush", [](Plan& p, const Word& w) { p.flush = w.whole(0, 1) == 1; }},
     {"dmabuf", [](Plan& p, const Word& w) { p.dmabuf = w.whole(0, 1) == 1; }},
     {"dmabuf_windows", [](Plan& p, const Word& w) { p.dmabuf_windows = w.whole(0, 1) == 1; }},
     {"by_hand", [](Plan& p, const Word& w) { p.by_hand = w.whole(0, 1) == 1; }},

@@ -35,7 +35,7 @@ struct Plan {
   std::vector<GidKind> gids = {GidKind::kLinkLocalV1, GidKind::kLinkLocalV2, GidKind::kIpv4V1,
                                GidKind::kIpv4V2};
   int mtu = 4096;
-  std::string sysfs;      // sysfs=DIR: ibdev_path is DIR/fakeN, where a test puts numa_node
+  std::string sysfs;      // sysfs=DIR: ibdev_path is DIR/fakeN, where a test puts or links "device"
   std::vector<int> down;  // down=0,1: rails that have no link at the start
 
   // -- Limits, as ibv_query_device tells them.
@@ -47,7 +47,8 @@ struct Plan {
   int max_mr = 1 << 16;
   uint64_t max_mr_size = uint64_t{1} << 40;
   int max_rd_atomic = 16;
-  bool soft_roce = false;      // soft_roce=1: its vendor, fence, and error of a port that is down
+  bool soft_roce = false;      // soft_roce=1: its vendor, fence, and errors of a port that is down
+                               // and of a CQ that overruns
   int windows = 3;             // windows=0: none; 1: type 1; 2: type 2B; 3: both
   uint64_t memlock = 0;        // bytes that may be registered in this process; 0: any number
   uint64_t hold_reg = 0;       // hold_reg=N: from the Nth on, registrations wait for another plan
@@ -71,6 +72,8 @@ struct Plan {
   double bind = 0;        // BIND_MW ends with IBV_WC_MW_BIND_ERR
   double invalidate = 0;  // LOCAL_INV ends with IBV_WC_LOC_QP_OP_ERR
   double short_poll = 0;  // ibv_poll_cq gives fewer than it could, never none
+  bool flush = true;      // flush=0: what a QP in ERR still has gets no completion, until a plan
+                          // without it comes
   Chance hold_cqe;        // a completion is seen late, and those behind it with it
   struct Error {
     double probability = 0;

@@ -9,6 +9,7 @@ import multiprocessing
 import weakref
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,3 +305,33 @@ def test_doctor_says_how_a_gpus_memory_could_be_registered() -> None:
     text = run_with_fake_verbs(DOCTOR, KVXFER_LIBCUDA=path, KVXFER_FAKE_CUDA="devices=0")
     assert "CUDA shows this process no GPU" in text
     assert "libnone.so.1" in run_with_fake_verbs(DOCTOR, KVXFER_LIBCUDA="libnone.so.1")
+
+
+def test_doctor_says_which_nics_each_gpu_prefers(tmp_path: Path) -> None:
+    def wire(folder: str, node: int) -> Path:
+        place = tmp_path / "devices" / folder
+        place.mkdir(parents=True)
+        (place / "numa_node").write_text(f"{node}\n")
+        (place / "subsystem").symlink_to(tmp_path / "bus")
+        (tmp_path / "bus" / "devices").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bus" / "devices" / place.name).symlink_to(place)
+        return place
+
+    wire("pci0000:3a/0000:3a:01.0/0000:3b:00.0", 0)
+    for name, folder in (
+        ("fake0", "0000:3a:02.0/0000:3d:00.0"),
+        ("fake1", "0000:3a:01.0/0000:3c:00.0"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "device").symlink_to(wire(f"pci0000:3a/{folder}", 0))
+    text = run_with_fake_verbs(
+        DOCTOR.replace("GPU memory", "verbs"),
+        KVXFER_LIBCUDA=str(fake_cuda.library()[0]),
+        KVXFER_FAKE_CUDA="devices=1",
+        KVXFER_FAKE_VERBS=f"devices=2 sysfs={tmp_path}",
+    )
+    assert "fake1:1 (NUMA node 0, PCI pci0000:3a/0000:3a:01.0/0000:3c:00.0)" in text
+    assert (
+        "; a GPU's memory at 0000:3b:00.0 prefers fake1:1 (behind PCI bridge 0000:3a:01.0) "
+        "to fake0:1 (under root complex pci0000:3a)"
+    ) in text

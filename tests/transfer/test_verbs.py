@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, run_with_fake_verbs
 
-from kvxfer.errors import KvxferError
+from kvxfer.errors import KvxferError, UnavailableError
 from kvxfer.testing import fake_verbs
 from kvxfer.testing.faults import Way, ways
 from kvxfer.transfer import TransferEngine
@@ -121,6 +123,21 @@ def test_failed_completions_end_transfers_once_with_a_typed_error(
     assert engine.stats()["transfers"]["in_flight"] == 0
 
 
+def test_a_step_of_a_queue_pair_that_fails_is_an_error_with_its_errno(
+    pair: tuple[TransferEngine, PeerProcess],
+) -> None:
+    engine, target = pair
+    fake_verbs.set_plan("fail=modify_qp@1:ETIMEDOUT")
+    with pytest.raises(
+        UnavailableError, match=r"ibv_modify_qp\(qp \d+, RESET to INIT, port 1"
+    ) as caught:
+        engine.connect(target.address)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert os.strerror(errno.ETIMEDOUT) in str(caught.value)
+    fake_verbs.set_plan("")
+    assert engine.connect(target.address).alive
+
+
 def test_explain_names_device_address_and_limits(
     pair: tuple[TransferEngine, PeerProcess],
 ) -> None:
@@ -156,11 +173,12 @@ print(next(check.detail for check in examine() if check.name == "verbs"))
 """
 
 
-def test_doctor_names_every_rail_and_its_node(tmp_path: Path) -> None:
+def test_doctor_names_every_rail_and_where_it_is(tmp_path: Path) -> None:
     for device, node in (("fake0", "1"), ("fake1", "-1")):
         (tmp_path / device / "device").mkdir(parents=True)
         (tmp_path / device / "device" / "numa_node").write_text(f"{node}\n")
-    text = run_with_fake_verbs(DOCTOR, KVXFER_FAKE_VERBS=f"devices=2 sysfs={tmp_path}")
+    plan = f"devices=2 sysfs={tmp_path}"
+    text = run_with_fake_verbs(DOCTOR, KVXFER_FAKE_VERBS=plan, KVXFER_LIBCUDA="libnone.so.1")
     assert text.strip() == ("works here: fake0:1 (NUMA node 1), fake1:1 (NUMA node unknown)")
 
 

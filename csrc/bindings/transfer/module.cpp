@@ -27,12 +27,11 @@ PYBIND11_MODULE(_transfer, m) {
       "transport_details",
       [] {
         py::dict out;
-        for (auto& each : probe_transports())
-          if (!each.detail.empty()) out[py::str(each.name)] = each.detail;
+        for (const auto& [name, detail] : transport_details()) out[py::str(name)] = detail;
         return out;
       },
-      "{name: what it works with}, where there is something to say: of verbs, its ports and the "
-      "NUMA nodes of their devices.");
+      "{name: what it works with}, where there is something to say: of verbs, its ports, where "
+      "their devices are, and which of several each GPU prefers.");
   m.def(
       "gpus",
       [] {

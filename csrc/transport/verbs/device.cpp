@@ -14,7 +14,6 @@
 
 #include "common/error.hpp"
 #include "transport/verbs/memlock.hpp"
-#include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
 namespace {
@@ -129,7 +128,8 @@ std::shared_ptr<Device> Device::open(ibv_device* of, uint8_t port, int& num_port
     reason = cat("ibv_alloc_pd on ", name, " failed: ", errno_text(errno));
     return nullptr;
   }
-  device->node_ = node_of_device(of->ibdev_path);
+  device->sysfs_ = of->ibdev_path;
+  device->place_ = place_of(device->sysfs_ + "/device");
   // Its events are read by the reactor, which must never block in the call.
   ::fcntl(context->async_fd, F_SETFL, ::fcntl(context->async_fd, F_GETFL) | O_NONBLOCK);
   return device;
@@ -209,6 +209,10 @@ Devices Device::open_all(const std::string& wanted, Refusal refusal, std::string
                               : cat("no RDMA device ", wanted.empty() ? "" : cat("'", wanted, "' "),
                                     "can be used: ", seen);
   return out;
+}
+
+Place Device::place_on_bus(const std::string& bus_id) const {
+  return bus_id.empty() ? Place{} : place_of(cat(sysfs_, "/device/subsystem/devices/", bus_id));
 }
 
 MrPtr Device::register_memory(void* base, size_t nbytes, int access,

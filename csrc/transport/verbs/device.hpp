@@ -15,6 +15,7 @@
 #include "common/fork.hpp"
 #include "transport/verbs/address.hpp"
 #include "transport/verbs/api.hpp"
+#include "transport/verbs/nearness.hpp"
 #include "transport/verbs/pairing.hpp"
 
 namespace kvxfer::verbs {
@@ -41,7 +42,10 @@ class Device {
   uint8_t port() const noexcept { return port_; }
   const PortAddress& address() const noexcept { return address_; }
   size_t index() const noexcept { return index_; }  // in what open_all() gave
-  int node() const noexcept { return node_; }       // NUMA node, or kNoNode
+  const Place& place() const noexcept { return place_; }
+  // Of another device on the bus that this one is on, such as a GPU, by its address in sysfs
+  // ("0000:3b:00.0").
+  Place place_on_bus(const std::string& bus_id) const;
   // Of type 2B, which belong to one queue pair.
   bool has_windows() const noexcept {
     return (limits_.device_cap_flags & IBV_DEVICE_MEM_WINDOW_TYPE_2B) != 0 && limits_.max_mw > 0;
@@ -74,7 +78,8 @@ class Device {
   ibv_device_attr limits_{};
   uint8_t port_ = 0;
   size_t index_ = 0;
-  int node_ = -1;
+  std::string sysfs_;  // its folder: "/sys/class/infiniband/mlx5_0"
+  Place place_;
   std::atomic<bool> up_{true}, lost_{false};
   PortAddress address_;
   PdPtr pd_;

@@ -44,7 +44,7 @@ void Incoming::start(ChunkPtr chunk, Rail& rail) {
 
 bool Incoming::pull_again() {
   for (auto it = again_.begin(); it != again_.end(); ++it) {
-    Rail* const rail = rails_.pick((*it)->job->memory->node());
+    Rail* const rail = rails_.pick((*it)->job->memory->preference());
     if (rail == nullptr) continue;
     ChunkPtr chunk = std::move(*it);
     again_.erase(it);
@@ -63,7 +63,7 @@ bool Incoming::pull_one() {
     // A retry is not overtaken by its dead predecessor: as long as a READ of a request that was
     // stopped may still store, on whatever rail, no other begins. The abort came before the retry.
     if (!stopped && !next.begun && held_back()) continue;
-    Rail* const rail = stopped ? nullptr : rails_.pick(next.memory->node());
+    Rail* const rail = stopped ? nullptr : rails_.pick(next.memory->preference());
     if (!stopped && rail == nullptr) continue;
     const JobPtr job = *it;
     pulling_.erase(it);

@@ -150,8 +150,10 @@ Bytes VerbsTransport::answer(const Session& session, ByteView question) {
   const auto head = reader.get<AskHead>();
   Bytes reply;
   std::string refusal;
-  if (!reader.ok() || head.version != kVersion) {
-    refusal = "a malformed question, or another version of the transport";
+  if (!reader.ok()) {
+    refusal = "a malformed question";
+  } else if (head.version != kVersion) {
+    refusal = cat("you ask by version ", head.version, " of it, we speak ", kVersion);
   } else {
     try {
       refusal = head.what == Ask::kJoin     ? join(session, reader, reply)

@@ -8,7 +8,6 @@
 #include "common/error.hpp"
 #include "cuda_driver/memory.hpp"
 #include "transport/verbs/gpu_memory.hpp"
-#include "transport/verbs/nearness.hpp"
 
 namespace kvxfer::verbs {
 namespace {
@@ -38,8 +37,7 @@ RegionMemory::RegionMemory(std::shared_ptr<WordMemory> words, const Region& regi
       shares_(!region.shareable || !region.require_lease),
       access_(access_to(region, windows)),
       device_(region.device),
-      keep_(region.keep),
-      node_(kNoNode) {
+      keep_(region.keep) {
   for (const Piece& piece : region.pieces)
     for (uint64_t skip = 0; skip < piece.nbytes; skip += max_part)
       parts_.push_back(
@@ -99,7 +97,8 @@ void RegionMemory::complete(const Devices& devices, RangeCache& cache,
     registrations_.clear();
     throw;
   }
-  node_ = is_on_gpu() ? node_of_pci(cuda_driver::bus_id(device_)) : nodes.node();
+  preference_ = is_on_gpu() ? Preference(devices, cuda_driver::bus_id(device_))
+                            : Preference(devices, nodes.node());
 }
 
 void RegionMemory::leave(RangeCache& cache) noexcept {
@@ -222,7 +221,9 @@ void MemoryTable::show(uint64_t region, std::shared_ptr<RegionMemory> memory) {
   regions_[region] = std::move(memory);
 }
 
-void MemoryTable::remove(uint64_t region) noexcept {
+void MemoryTable::remove(uint64_t region) {
+  if (region == 0)
+    fail(Code::kInternal, "memory of region 0 is to be removed, which was never given as an id");
   registrar_.drop(region);             // from here on nobody shows it
   std::shared_ptr<RegionMemory> last;  // deregistered after the lock
   {

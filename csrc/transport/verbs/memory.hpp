@@ -13,6 +13,7 @@
 
 #include "transport/region.hpp"
 #include "transport/verbs/device.hpp"
+#include "transport/verbs/preference.hpp"
 #include "transport/verbs/range_cache.hpp"
 #include "transport/verbs/registrar.hpp"
 
@@ -70,7 +71,7 @@ class RegionMemory {
   bool readable() const noexcept { return readable_; }
   // Null where there are none.
   const WordMemory* words() const noexcept { return words_.get(); }
-  int node() const noexcept { return node_; }  // where its pages are, or kNoNode
+  const Preference& preference() const noexcept { return preference_; }
   bool is_on_gpu() const noexcept { return device_ != kHostMemory; }
   std::string how() const;  // it was registered, in words; empty: as host memory is
 
@@ -87,7 +88,7 @@ class RegionMemory {
   std::vector<Piece> parts_;
   const std::shared_ptr<void> keep_;  // what the parts lie in
   std::vector<RegistrationPtr> registrations_;
-  int node_;
+  Preference preference_;
 };
 using RegionMemoryPtr = std::shared_ptr<const RegionMemory>;
 
@@ -102,8 +103,9 @@ class MemoryTable {
   using Describe = std::function<std::string(const RegionMemory&)>;
   void add(Region& region, Describe describe);
   // Nothing that is asked for from here on gets it; registrations go with the last that uses them.
-  // Waits for at most one call of the device that registers a part of it.
-  void remove(uint64_t region) noexcept;
+  // Waits for at most one call of the device that registers a part of it. Throws for 0, which is
+  // no region's id.
+  void remove(uint64_t region);
   // Null: it is not registered, or not yet.
   RegionMemoryPtr find(uint64_t region) const noexcept;
   void clear() noexcept;  // and nothing comes any more

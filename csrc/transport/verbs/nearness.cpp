@@ -5,7 +5,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 
 #include "common/error.hpp"
@@ -21,10 +23,35 @@ int node_in(const std::string& file) {
 }
 }  // namespace
 
-int node_of_device(const std::string& sysfs) { return node_in(sysfs + "/device/numa_node"); }
+Place place_of(const std::string& folder) {
+  Place out{.node = node_in(folder + "/numa_node")};
+  // The kernel names folders as devices are wired:
+  // /sys/devices/pci0000:3a/0000:3a:01.0/0000:3b:00.0.
+  std::error_code none;
+  for (const auto& part : std::filesystem::canonical(folder, none))
+    if (!out.path.empty() || part.native().starts_with("pci")) out.path.push_back(part.native());
+  return out;
+}
 
-int node_of_pci(const std::string& bus_id, const std::string& devices) {
-  return bus_id.empty() ? kNoNode : node_in(cat(devices, "/", bus_id, "/numa_node"));
+std::string Place::text() const {
+  std::string out = cat("NUMA node ", node < 0 ? "unknown" : cat(node));
+  for (size_t i = 0; i < path.size(); ++i) out += (i == 0 ? ", PCI " : "/") + path[i];
+  return out;
+}
+
+Nearness nearness(const Place& nic, const Place& memory) {
+  // The last of a path is the device itself, which is no bridge to anything.
+  const auto end = [](const Place& place) {
+    return place.path.end() - (place.path.empty() ? 0 : 1);
+  };
+  const auto differ =
+      std::mismatch(nic.path.begin(), end(nic), memory.path.begin(), end(memory)).first;
+  const auto shared = std::min<ptrdiff_t>(differ - nic.path.begin(), 250);
+  if (shared > 1)
+    return {static_cast<uint8_t>(1 + shared), cat("behind PCI bridge ", *(differ - 1))};
+  if (shared == 1) return {2, cat("under root complex ", nic.path.front())};
+  if (nic.node >= 0 && nic.node == memory.node) return {1, cat("at NUMA node ", nic.node)};
+  return {};
 }
 
 void NodeOfMemory::look_at(const std::byte* base, size_t nbytes) noexcept {

@@ -49,7 +49,7 @@ bool Outgoing::push_one() {
       if (wanted) {
         // A retry is not overtaken by what is left of its dead predecessor.
         if (flight->num_chains == 0 && num_dead_inside_ > 0) continue;
-        rail = rails_.pick_push(flight->memory->node(), *flight->window);
+        rail = rails_.pick_push(flight->memory->preference(), *flight->window);
         if (rail == nullptr) continue;
       }
       pushing_.erase(it);
@@ -84,7 +84,7 @@ bool Outgoing::push_again() {
       std::lock_guard lock(mutex_);
       const Flight& flight = flights_[ticket.slot];  // it stays while a chain of it is inside
       wanted = !flight.is_dead() && flight.window->state == PushWindow::State::kOpen;
-      if (wanted) rail = rails_.pick_push(flight.memory->node(), *flight.window);
+      if (wanted) rail = rails_.pick_push(flight.memory->preference(), *flight.window);
     }
     if (wanted && rail == nullptr) continue;
     ChunkPtr chunk = std::move(*it);

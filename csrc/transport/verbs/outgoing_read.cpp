@@ -77,7 +77,7 @@ void Outgoing::cut(const Request& request, Flight& flight, Chunk& chunk) {
 // Null: not yet. Once it is landed any will do.
 Rail* Outgoing::rail_for_words(Ticket ticket, const Flight& flight) const noexcept {
   const uint64_t missing = flight.request->nbytes - flight.landed;
-  if (missing == 0) return rails_.pick(flight.memory->node());
+  if (missing == 0) return rails_.pick(flight.memory->preference());
   for (const auto& rail : rails_) {
     if (!rail->device->has_sound_fence()) continue;
     uint64_t nbytes = 0;
@@ -127,7 +127,7 @@ bool Outgoing::pick(Ticket ticket, Rail*& rail) noexcept {
   const Flight* flight = flights_.find(ticket);
   rail = nullptr;
   if (flight == nullptr || flight->cancelled || flight->over) return false;
-  rail = rails_.pick(flight->memory->node());
+  rail = rails_.pick(flight->memory->preference());
   return true;
 }
 

@@ -13,16 +13,17 @@
 namespace kvxfer::verbs {
 namespace {
 
-// Receives never run out (credits), so this is met only by a bug, and must then end.
+// Receives never run out (credits), so this is met only by a bug, and must then end. No deadline is
+// looked at: 6 x 0.64 ms are less than the retries that the shortest of them gets.
 constexpr uint8_t kRnrRetry = 6;      // 7 would be for ever
 constexpr uint8_t kMinRnrTimer = 12;  // 0.64 ms
 constexpr uint8_t kHopLimit = 64;
 
-void modify(const Device& device, ibv_qp* qp, ibv_qp_attr& attr, int mask, const char* state,
+void modify(const Device& device, ibv_qp* qp, ibv_qp_attr& attr, int mask, const char* step,
             const std::string& with) {
   if (const int err = api().modify_qp(qp, &attr, mask))
     throw Error(Code::kTransport,
-                cat("ibv_modify_qp(qp ", qp->qp_num, ", to ", state, with, ") on ", device.name(),
+                cat("ibv_modify_qp(qp ", qp->qp_num, ", ", step, with, ") on ", device.name(),
                     " failed: ", errno_text(err)),
                 err, "verbs");
 }
@@ -59,7 +60,7 @@ QpPtr make_qp(const Device& device, ibv_cq* cq, QpShape& shape, int access) {
   attr.port_num = device.port();
   attr.qp_access_flags = static_cast<unsigned>(access);
   modify(device, qp.get(), attr,
-         IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS, "INIT",
+         IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS, "RESET to INIT",
          cat(", port ", int{attr.port_num}, ", access ", access));
   return qp;
 }
@@ -85,9 +86,10 @@ void connect_qp(const Device& device, ibv_qp* qp, const Route& route, const QpEn
   modify(device, qp, attr,
          IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
              IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER,
-         "RTR",
+         "INIT to RTR",
          cat(", dest_qp_num ", remote.number, ", path_mtu ", int{route.mtu}, ", dlid ",
-             route.remote_lid, ", ", route.path.reason, ", max_dest_rd_atomic ", int{served}));
+             route.remote_lid, ", ", route.path.reason, ", rq_psn ", remote.psn,
+             ", max_dest_rd_atomic ", int{served}, ", min_rnr_timer ", int{kMinRnrTimer}));
   attr = {};
   attr.qp_state = IBV_QPS_RTS;
   attr.sq_psn = own_psn;
@@ -95,12 +97,13 @@ void connect_qp(const Device& device, ibv_qp* qp, const Route& route, const QpEn
   attr.retry_cnt = route.retry_count;
   attr.rnr_retry = kRnrRetry;
   attr.max_rd_atomic = issued;
-  modify(device, qp, attr,
-         IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
-             IBV_QP_MAX_QP_RD_ATOMIC,
-         "RTS",
-         cat(", timeout ", int{route.timeout}, ", retry_cnt ", int{route.retry_count},
-             ", max_rd_atomic ", int{issued}));
+  modify(
+      device, qp, attr,
+      IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
+          IBV_QP_MAX_QP_RD_ATOMIC,
+      "RTR to RTS",
+      cat(", sq_psn ", own_psn, ", timeout ", int{route.timeout}, ", retry_cnt ",
+          int{route.retry_count}, ", rnr_retry ", int{kRnrRetry}, ", max_rd_atomic ", int{issued}));
 }
 
 int stop_qp(ibv_qp* qp) noexcept {

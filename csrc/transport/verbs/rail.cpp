@@ -88,31 +88,33 @@ std::vector<ibv_cq*> Rails::queues() const {
 
 // `usable`, `has_room`: of a rail; `chains`: its queue that they would go through.
 template <typename Usable, typename HasRoom, typename Chains>
-Rail* Rails::least_busy(int node, Usable usable, HasRoom has_room, Chains chains) const noexcept {
-  const auto is_near = [&](const Rail& rail) { return rail.device->node() == node; };
-  const bool any_near =
-      by_nearness_ && node >= 0 && std::ranges::any_of(rails_, [&](const auto& rail) {
-        return usable(*rail) && is_near(*rail);
-      });
+Rail* Rails::least_busy(const Preference& nearest, Usable usable, HasRoom has_room,
+                        Chains chains) const noexcept {
+  const auto rank_of = [&](const Rail& rail) {
+    return by_nearness_ ? nearest.rank(*rail.device) : 0;
+  };
+  int rank = 0;
+  for (const auto& rail : rails_)
+    if (usable(*rail)) rank = std::max<int>(rank, rank_of(*rail));
   Rail* best = nullptr;
   for (const auto& rail : rails_) {
-    if (!usable(*rail) || !has_room(*rail) || (any_near && !is_near(*rail))) continue;
+    if (!usable(*rail) || !has_room(*rail) || rank_of(*rail) < rank) continue;
     if (best == nullptr || chains(*rail).nbytes_in_flight() < chains(*best).nbytes_in_flight())
       best = rail.get();
   }
   return best;
 }
 
-Rail* Rails::pick(int node) const noexcept {
+Rail* Rails::pick(const Preference& nearest) const noexcept {
   return least_busy(
-      node, [](const Rail& rail) { return rail.pulls.is_ready(); },
+      nearest, [](const Rail& rail) { return rail.pulls.is_ready(); },
       [](const Rail& rail) { return rail.pulls.has_room(); },
       [](const Rail& rail) -> const ChainQueue& { return rail.pulls; });
 }
 
-Rail* Rails::pick_push(int node, const PushWindow& window) const noexcept {
+Rail* Rails::pick_push(const Preference& nearest, const PushWindow& window) const noexcept {
   return least_busy(
-      node,
+      nearest,
       [&](const Rail& rail) { return rail.push->writes.is_ready() && window.has_key[rail.number]; },
       [](const Rail& rail) { return rail.push->has_room(); },
       [](const Rail& rail) -> const ChainQueue& { return rail.push->writes; });

@@ -23,6 +23,7 @@
 #include "transport/reactor.hpp"
 #include "transport/verbs/chain_queue.hpp"
 #include "transport/verbs/completion_queue.hpp"
+#include "transport/verbs/preference.hpp"
 #include "transport/verbs/push_ends.hpp"
 
 namespace kvxfer::verbs {
@@ -93,7 +94,7 @@ class Rails {
   // The first pause of a rail that goes on failing; each is twice as long as the one before.
   static constexpr int64_t kFirstPauseNs = 100'000'000;
 
-  // `by_nearness`: chains prefer devices at the memory's node; else all are alike. Throws.
+  // `by_nearness`: chains go to the NICs that their memory prefers; else all are alike. Throws.
   Rails(const Devices& devices, bool by_nearness, uint32_t more_entries, bool push);
   // What the completion queue of such a rail has.
   static uint32_t num_entries(const Device& device, uint32_t more_entries, bool push) noexcept;
@@ -103,12 +104,12 @@ class Rails {
   auto end() const noexcept { return rails_.end(); }
   std::vector<ibv_cq*> queues() const;  // of completions
 
-  // The one with room that has the least to do; of those near the node as long as one of them is in
-  // use at all. Null: none has room.
-  Rail* pick(int node) const noexcept;
+  // The one with room that has the least to do, of the nearest ones that are in use at all. Null:
+  // none of those has room.
+  Rail* pick(const Preference& nearest) const noexcept;
   bool any_room() const noexcept;
   // The same for chains of a write through this window: of the rails on which it has a key.
-  Rail* pick_push(int node, const PushWindow& window) const noexcept;
+  Rail* pick_push(const Preference& nearest, const PushWindow& window) const noexcept;
   bool any_left() const noexcept;
   uint32_t max_sge() const noexcept { return max_sge_; }  // of a READ on any of them
   // The keys of this memory on each rail, as the peer gets to know them.
@@ -119,7 +120,8 @@ class Rails {
 
  private:
   template <typename Usable, typename HasRoom, typename Chains>
-  Rail* least_busy(int node, Usable usable, HasRoom has_room, Chains chains) const noexcept;
+  Rail* least_busy(const Preference& nearest, Usable usable, HasRoom has_room,
+                   Chains chains) const noexcept;
 
   std::vector<std::unique_ptr<Rail>> rails_;
   const bool by_nearness_;

@@ -62,7 +62,7 @@ void Registrar::run() {
     job->run(stop_job_);
     job.reset();  // with the memory that it has kept
     lock.lock();
-    running_ = 0;
+    running_.reset();
     left_.notify_all();
   }
 }

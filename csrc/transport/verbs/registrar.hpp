@@ -10,6 +10,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -43,7 +44,7 @@ class Registrar {
   std::mutex mutex_;  // over all below; not held while a job runs
   std::condition_variable work_, left_;
   std::deque<std::pair<uint64_t, std::unique_ptr<Job>>> waiting_;
-  uint64_t running_ = 0;  // of which region; 0: none
+  std::optional<uint64_t> running_;  // of which region
   bool stopping_ = false;
   std::thread thread_;
   // Set under the mutex, read by the job; relaxed: it only asks.

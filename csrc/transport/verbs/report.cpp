@@ -46,13 +46,12 @@ std::string VerbsConnection::describe() const {
         cat("the owner pulls: no region is remotely writable; nothing is pushed: ", why_no_push_);
   for (const auto& rail : rails_) {
     const Route& route = rail->route;
-    const int node = rail->device->node();
-    out += cat("\n    rail ", rail->number, ": ", rail->device->name(), ", NUMA node ",
-               node < 0 ? "unknown" : cat(node), ", ", route.path.reason, ", MTU ",
-               128 << route.mtu, ", ", int{rail->issued}, " READs in flight, gives up after ",
-               int{route.retry_count}, " retries of ", (int64_t{4096} << route.timeout) / 1'000'000,
-               " ms; ", rail->in_use.load(std::memory_order_relaxed) ? "in use" : "not in use",
-               ", ", rail->num_bytes.load(std::memory_order_relaxed), " bytes pulled, ",
+    out += cat("\n    rail ", rail->number, ": ", rail->device->name(), ", ",
+               rail->device->place().text(), ", ", route.path.reason, ", MTU ", 128 << route.mtu,
+               ", ", int{rail->issued}, " READs in flight, gives up after ", int{route.retry_count},
+               " retries of ", (int64_t{4096} << route.timeout) / 1'000'000, " ms; ",
+               rail->in_use.load(std::memory_order_relaxed) ? "in use" : "not in use", ", ",
+               rail->num_bytes.load(std::memory_order_relaxed), " bytes pulled, ",
                rail->num_replaced.load(std::memory_order_relaxed), " queue pair(s) replaced");
     if (rail->control.load(std::memory_order_relaxed) == 0)
       out += "; it could not carry messages now";

@@ -9,6 +9,7 @@
 
 #include "common/clock.hpp"
 #include "common/error.hpp"
+#include "cuda_driver/memory.hpp"
 
 namespace kvxfer::verbs {
 namespace {
@@ -47,8 +48,11 @@ std::optional<std::string> VerbsTransport::probe() const {
 std::string VerbsTransport::detail() const {
   std::string out;
   for (const auto& device : devices_)
-    out += cat(out.empty() ? "" : ", ", device->name(), " (NUMA node ",
-               device->node() < 0 ? "unknown" : cat(device->node()), ")");
+    out += cat(out.empty() ? "" : ", ", device->name(), " (", device->place().text(), ")");
+  std::string no_gpus;
+  if (devices_.size() > 1)
+    for (const cuda_driver::Gpu& gpu : cuda_driver::gpus(no_gpus))
+      out += cat("; a GPU's memory at ", gpu.bus_id, " ", Preference(devices_, gpu.bus_id).text());
   if (api().reg_dmabuf_mr == nullptr) out += "; this libibverbs (rdma-core) takes no dma-bufs";
   return out;
 }
@@ -78,10 +82,7 @@ void VerbsTransport::expose(const std::shared_ptr<Region>& region) {
   memory_.add(*region, [chooses, device](const RegionMemory& memory) {
     std::string out =
         memory.is_on_gpu() ? cat("has registered memory of ", device, " ", memory.how()) : "";
-    const int node = memory.node();
-    if (chooses)
-      out += cat(out.empty() ? "" : "; ", "prefers NICs at its NUMA node, ",
-                 node < 0 ? "which is unknown: all are alike" : cat(node));
+    if (chooses) out += (out.empty() ? "" : "; ") + memory.preference().text();
     return out;
   });
 }

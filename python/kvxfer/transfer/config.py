@@ -68,7 +68,7 @@ class EngineConfig:
         verbs_device: the RDMA devices whose ports are rails: ``"mlx5_0"``, with one port ``"mlx5_0:2"``,
             or several, ``"mlx5_0,mlx5_1:2"``. Each must have an active port; they are used alike, and
             one carries the messages. None: every active port (eight at most), of which chains
-            prefer those at the memory's NUMA node.
+            go to those that are nearest to the memory (docs/verbs.md).
         verbs_gid_index: which of each port's GIDs to use; None: by rule (docs/verbs.md).
         verbs_queue_pairs: for READs between two ports that are joined; a device allows some 16 READs
             in flight on each, so more of them help small blocks over a long round trip. Each counts
