@@ -137,7 +137,7 @@ def test_reads_take_the_direct_way_where_there_is_one(
     engine.notify(peer, b"behind it").wait(TIMEOUT_S)  # the owner has heard of its end
     assert own_peer.call("stats")["transport"][transport]["bytes_served"] == NBYTES
     direct = transport == "cma" or (transport == "shm" and kind == "allocated")
-    assert ("1 of its to us" in engine.explain(peer)) == direct
+    assert ("1 of its by us" in engine.explain(peer)) == direct
 
 
 def test_memory_that_was_a_source_of_writes_is_read_like_any_other(
@@ -166,4 +166,4 @@ def test_memory_that_is_not_shared_is_read_through_its_owner(
     assert (local.array == OLD).all()
     engine.write(local, peer.regions["pool"], 0, 0, NBYTES).wait(TIMEOUT_S)
     if transport in ("shm", "cma"):
-        assert "0 of our regions to the peer, 0 of its to us" in engine.explain(peer)
+        assert "0 of our regions by the peer, 0 of its by us" in engine.explain(peer)
