@@ -142,8 +142,9 @@ void frames() {
   write_script("our_long_write", {our_long_write, ack});
   write_script("our_write_refused", {our_write, refuse});
   write_script("our_write_cancelled", {deaf, our_long_write, cancel, hears, ack});
+  const Step deaf_too{11, 0x10, 0}, hears_too{11, 0x12};
   write_script("our_write_refused_in_the_middle",
-               {deaf, our_long_write, {6, 0, 0, 0, 1, 0}, hears});
+               {deaf, deaf_too, our_long_write, {6, 0, 0, 0, 1, 0}, hears, hears_too});
   write_script("our_read", {our_read, data});
   write_script("our_long_read", {our_long_read, data, data, data});
   write_script("our_read_cancelled", {our_read, cancel, data});

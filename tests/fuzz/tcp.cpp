@@ -173,8 +173,10 @@ Bytes plain(Input& input) {
       return encode_plain(Type::kPong, {});
     case 6:
       return encode_failure(Type::kError, 0, {.code = Code::kTransport, .text = "\x1b[2J"});
-    default:
-      return encode_plain(static_cast<Type>(how < 0x40 ? 13 : input.u8()), input.take(how >> 3));
+    default: {
+      const auto type = static_cast<Type>(how < 0x40 ? 13 : input.u8());
+      return encode_plain(type, input.take(how >> 3));
+    }
   }
 }
 
@@ -223,8 +225,9 @@ void engine(Input& input, TcpHost& host, TcpPeer& peer) {
   static constexpr size_t kCounts[] = {1, 3, 64, 1100, 2200, 300, 0, 7};
   // The engine itself ends a read of nothing.
   const size_t count = std::max<size_t>(kCounts[how >> 3 & 7], op == Op::kRead ? 1 : 0);
-  const auto request =
-      host.next(op, (how & 0x80) != 0, count, 1 + input.u8() % 128, number(input) % 4096, 1);
+  const uint32_t nbytes = 1 + input.u8() % 128;  // in this order, whatever the compiler's is
+  const uint64_t remote = number(input) % 4096;
+  const auto request = host.next(op, (how & 0x80) != 0, count, nbytes, remote, 1);
   if (!request) return;
   request->has_notify = op != Op::kRead && (how & 0x40) != 0;
   if (request->has_notify) request->notify.resize(64);
