@@ -156,6 +156,28 @@ TEST_CASE("ERR flushes both queues, and a marker comes last") {
   fake_verbs_release(p.b.qp->qp_num);
 }
 
+TEST_CASE("flushes come when a plan lets them, and a queue pair may be destroyed before") {
+  Setup withheld;
+  withheld.plan = "flush=0";
+  Pair p(withheld);
+  fake_verbs_hold(p.b.qp->qp_num);
+  ibv_send_wr wr = p.a.write(p.b, 10, 5);
+  REQUIRE(p.a.post(wr) == 0);
+  ibv_qp* const other = p.a.make_qp(withheld);
+  REQUIRE(p.a.to_init(other) == 0);
+  REQUIRE(p.a.receive(6, p.a.sge(0, 10), other) == 0);
+  for (ibv_qp* qp : {p.a.qp, other}) REQUIRE(p.a.to(qp, IBV_QPS_ERR) == 0);
+  pause_ms(20);
+  ibv_wc wc{};
+  CHECK_FALSE(p.a.poll(wc));
+  CHECK(ibv_destroy_qp(other) == 0);
+  REQUIRE(fake_verbs_plan("") == 0);
+  wc = p.a.await();
+  CHECK(wc.wr_id == 5);
+  CHECK(wc.status == IBV_WC_WR_FLUSH_ERR);
+  fake_verbs_release(p.b.qp->qp_num);
+}
+
 TEST_CASE("a fence waits for the reads before it") {
   Pair p;
   p.b.fill(8);
@@ -230,6 +252,19 @@ TEST_CASE("a completion queue that runs over is lost, and its queue pairs with i
   for (uint64_t i = 0; i < 3; ++i) CHECK(p.a.await().wr_id == i);
   ibv_wc wc{};
   CHECK(ibv_poll_cq(p.a.cq, 1, &wc) < 0);
+}
+
+TEST_CASE("on Soft-RoCE a completion queue that runs over loses what came, and goes on") {
+  Setup small;
+  small.plan = "soft_roce=1";
+  Pair p(small);
+  REQUIRE(fake_verbs_overrun_cq(p.a.qp->qp_num) == 0);
+  ibv_send_wr wr = p.a.write(p.b, 10, 1);
+  REQUIRE(p.a.post(wr) == 0);
+  CHECK(p.a.await_event() == IBV_EVENT_CQ_ERR);
+  CHECK(p.a.state(p.a.qp) == IBV_QPS_RTS);
+  ibv_wc wc{};
+  CHECK(ibv_poll_cq(p.a.cq, 1, &wc) == 0);
 }
 
 TEST_CASE("short polls give something whenever there is something") {
