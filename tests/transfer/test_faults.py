@@ -271,7 +271,11 @@ def test_no_descriptor_thread_or_mapping_leaks(shared_peer: PeerProcess, way: Wa
     before, mappings = _resources(), _mappings()
     for _ in range(10):
         round_trip()
-    assert _resources() == before
+    # No more, and soon: a software NIC hangs up on others a moment after its last engine has closed.
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(now > then for now, then in zip(_resources(), before, strict=True)):
+        assert time.monotonic() < deadline, (_resources(), before)
+        time.sleep(0.01)
     assert _mappings() == mappings
     shared_peer.call("drop_region", "leaks")
 
