@@ -6,6 +6,7 @@
 #include <random>
 
 #include "engine/control.hpp"
+#include "transport/records.hpp"
 #include "transport/tcp/handshake.hpp"
 #include "transport/tcp/wire.hpp"
 
@@ -149,6 +150,18 @@ TEST_CASE("a refusal's text is shown as printable data") {
   CHECK(out->code == Code::kLease);
   CHECK(out->span == 3);
   CHECK(out->text == "a?[31m?b");
+}
+
+TEST_CASE("an outcome's text is shown as printable data, a bounded length of it") {
+  std::string text;
+  const Failure failure{.code = Code::kLease, .text = "\x1b[2J" + std::string(1000, 'x')};
+  OutcomeHead head = outcome_of({}, failure.code, 7, &failure, text);
+  CHECK(text.size() == kMaxPeerText);  // what an honest peer sends
+  head.nbytes = 8;
+  const Completion heard = completion_of(head, 7, failure.text);
+  CHECK(heard.failure.text == "?[2J" + std::string(kMaxPeerText - 4, 'x'));
+  CHECK(heard.failure.code == Code::kLease);
+  CHECK(heard.nbytes == 7);  // of the whole request, whatever it says
 }
 
 TEST_CASE("the proofs depend on secret, role, nonces and every byte of the transcript") {

@@ -228,8 +228,9 @@ void engine(Input& input, ShmHost& host, ShmPeer& peer) {
   }
   const auto op = static_cast<Op>((how & 7) % 3);
   static constexpr size_t kCounts[] = {1, 3, 64, 1100, 2200, 5000, 0, 7};
-  const auto request = host.next(op, (how & 0x80) != 0, kCounts[how >> 3 & 7], 1 + input.u8() % 128,
-                                 number(input) % 4096);
+  const uint32_t nbytes = 1 + input.u8() % 128;  // in this order, whatever the compiler's is
+  const uint64_t remote = number(input) % 4096;
+  const auto request = host.next(op, (how & 0x80) != 0, kCounts[how >> 3 & 7], nbytes, remote);
   if (!request) return;
   request->has_notify = (how & 0x40) != 0;
   if (request->has_notify) request->notify.resize(64);
