@@ -46,7 +46,7 @@ def deaths(world: World, rounds: int) -> list[Row]:
         rows.append(row)
         print(
             f"death       {pair:16} p50 {row['p50_us']:8.0f} us  worst {row['max_us']:8.0f} us  "
-            f"after the end of the peer's teardown; asked: {ASKED_US:.0f} us",
+            f"after the end of the peer's teardown (negative: before it); asked: {ASKED_US:.0f} us",
             flush=True,
         )
     return rows

@@ -155,7 +155,7 @@ def round_trips(world: World, rounds: int, per_batch: int, deadline: float) -> l
             row["bound"] = bound
             row["times_bound"] = 1 / speed_ratio(taken, samples[bound])["ratio"]
             row["us_over_bound"] = (medians[name] - medians[bound]) * 1e6
-            text += f"  {row['times_bound']:.2f} x {bound} (+{row['us_over_bound']:.2f} us)"
+            text += f"  {row['times_bound']:.2f} x {bound} ({row['us_over_bound']:+.2f} us)"
         print(text + ("  NOISY" if row["noisy"] else ""), flush=True)
         rows.append(row)
     return rows

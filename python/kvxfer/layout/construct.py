@@ -154,7 +154,9 @@ class _Shape:
     ) -> None:
         if num_layers is None:
             raise LayoutError(
-                "num_layers", "how many layers the model has (in this group) must be told"
+                "num_layers",
+                "how many layers the model has (in this group) must be told: a rank's tensors may hold "
+                "some of them only; give num_layers=",
             )
         num_layers = as_int("num_layers", num_layers, minimum=1, maximum=MAX_LAYERS)
         self.layers = tuple(

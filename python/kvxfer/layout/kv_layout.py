@@ -134,6 +134,8 @@ class KVLayout:
                 token in one dimension. Without K and with ``kind="fused"`` the C axis holds K then V.
             dtype: told, because fp8 and bf16 caches are often plain integers to their tensor library. Tensors of
                 another float dtype are refused, unless rows are opaque (``uint8``).
+            num_layers: of the model, of which a rank may hold some: always to be told.
+            layers: which of them the tensors hold; None for all.
             region: where offsets count from: the NumPy array or tensor that they are views of, or a list
                 of byte offsets, one for each tensor (``region.piece_offsets``). None for one tensor
                 alone: offsets count from its first byte.
