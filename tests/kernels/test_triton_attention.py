@@ -271,6 +271,30 @@ def test_heads_of_a_group_share_the_tiles_of_short_prefills(group: int) -> None:
     assert_close(*both("paged_prefill", *inputs, window_left=9, sinks=sinks, logits_soft_cap=5.0))
 
 
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_bits_of_a_sequence_are_the_same_in_whatever_batch_where_that_is_asked(
+    batch_invariant: bool,
+) -> None:
+    """Five new tokens alone take a tile of 64 keys, and beside 200 others one of 128, which sums in another order."""
+    together = prefill_inputs(
+        [300, 250], [5, 200], num_q_heads=1, head_dim=64, block_size=16, dtype=torch.float16
+    )
+    q, k, v, _, table, lens = together
+    alone = (q[:5], k, v, torch.tensor([0, 5], dtype=torch.int32), table[:1], lens[:1])
+    same = {}
+    for backend in ("triton", "cpu"):
+        (out, lse), (beside, lse_beside) = (
+            kernels.paged_prefill(
+                *each, return_lse=True, batch_invariant=batch_invariant, backend=backend
+            )
+            for each in (alone, together)
+        )
+        same[backend] = torch.equal(out, beside[:5]) and torch.equal(lse, lse_beside[:5])
+    assert same == {"triton": batch_invariant, "cpu": True}
+    if batch_invariant:
+        assert_close(*both("paged_prefill", *together, batch_invariant=True), tolerance=2e-3)
+
+
 @pytest.mark.parametrize("sm_scale", [-0.2, 0.0])
 def test_scales_that_turn_or_end_the_order_of_logits(sm_scale: float) -> None:
     """A positive scale is multiplied in after the maximum was taken; others must not be."""

@@ -13,6 +13,7 @@ normalised everything before a backend is called:
 - scale caches, ``[block, token, head]`` float32, are passed only to a module that says ``SCALES``, and only
   when there are any;
 - a decode plan is passed only to a module that says ``PLANS``; others get its split_size, as all do;
+- ``batch_invariant`` is passed only to a module that says ``TILES_BY_BATCH``; others are in any case;
 - a module with ``refuses(op, operands)`` has said with None that it takes these shapes and dtypes;
 - outputs are allocated; ``lse`` is a float32 array or None; ``k_scale`` is folded into ``sm_scale``.
 

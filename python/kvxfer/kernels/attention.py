@@ -120,6 +120,7 @@ def paged_prefill(
     kv_dtype: str | None = None,
     out: Array | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Any:
     """Paged attention for a run of new tokens per sequence, whose keys are in the cache already.
@@ -137,6 +138,8 @@ def paged_prefill(
             infinity in V also reaches rows of the same tile: of less than 191 tokens before it, and with a window of
             less than 128 behind the last that sees it. Slots past ``seq_lens`` reach no one.
         out: ``[num_tokens, num_q_heads, head_dim_v]``.
+        batch_invariant: a sequence's result has the same bits in whatever batch. So it always has on the host; the
+            ``triton`` backend then takes one tile for all, where the table's would be faster for few new tokens.
         k_cache, v_cache, block_table, sm_scale, kv_layout, window_left, logits_soft_cap, sinks, k_scale, v_scale,
             k_scale_cache, v_scale_cache, kv_dtype: as in :func:`paged_decode`.
     Returns:
@@ -158,6 +161,7 @@ def paged_prefill(
         _check_rows(call.views["cu_seqlens_q"], call.views["seq_lens"], num_tokens)
     options = _options(call, sm_scale, k_scale, v_scale, window_left, logits_soft_cap, sinks)
     options["causal"] = flag("causal", causal)
+    options["batch_invariant"] = flag("batch_invariant", batch_invariant)
     arrays = ("q", "k_cache", "v_cache", "cu_seqlens_q", "block_table", "seq_lens")
     width = call.views["v_cache"].shape[3]
     return attend("paged_prefill", call, arrays, width, out, return_lse, options, backend)
@@ -364,6 +368,8 @@ def attend(
         options["cache_dtype"] = cache_dtype
     if not getattr(module, "PLANS", False):
         options.pop("plan", None)  # its split_size says all that these want to know
+    if not getattr(module, "TILES_BY_BATCH", False):
+        options.pop("batch_invariant", None)  # these are in any case
     getattr(module, op)(
         *[source[name] for name in arrays],
         source["out"],

@@ -261,7 +261,8 @@ _register(
 )
 _register(
     f"paged_prefill(Tensor q, {_CACHES}, Tensor cu_seqlens_q, Tensor block_table, Tensor seq_lens, "
-    f"{_optional(*_OPTIONAL)}, {_NUMBERS}, bool causal=True) -> (Tensor, Tensor)",
+    f"{_optional(*_OPTIONAL)}, {_NUMBERS}, bool causal=True, "
+    "bool batch_invariant=False) -> (Tensor, Tensor)",
     _paged_prefill,
     _attention_shapes,
     floats=True,

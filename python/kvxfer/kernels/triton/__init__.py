@@ -24,11 +24,13 @@ from kvxfer.kernels.triton.tuning import tune_prefill
 
 TAKES_NUMPY = False
 SCALES = True
+TILES_BY_BATCH = True
 
 __all__ = [
     "CACHE_DTYPES",
     "SCALES",
     "TAKES_NUMPY",
+    "TILES_BY_BATCH",
     "append_kv",
     "checksum_blocks",
     "copy_blocks",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 __all__ = [
     "EDGE_N",
+    "INVARIANT_ROWS",
     "PrefillShape",
     "PrefillTile",
     "prefill_candidates",
@@ -21,6 +22,9 @@ __all__ = [
 
 # Masked tiles have at most this many keys: what a mask needs in registers comes on top of what a tile needs.
 EDGE_N = 64
+
+# What a call that must not depend on its batch takes for its rows: a chunk of a prompt.
+INVARIANT_ROWS = 1024
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,13 @@ from kvxfer.kernels.triton._common import (
 )
 from kvxfer.kernels.triton._numbers import as_operand, narrow, operand_dtype
 from kvxfer.kernels.triton._prefill_loop import attend
-from kvxfer.kernels.triton._tiles import EDGE_N, PrefillShape, PrefillTile, prefill_tile
+from kvxfer.kernels.triton._tiles import (
+    EDGE_N,
+    INVARIANT_ROWS,
+    PrefillShape,
+    PrefillTile,
+    prefill_tile,
+)
 
 __all__ = ["is_plain", "paged_prefill", "prefill_shape", "run_prefill"]
 
@@ -215,6 +221,7 @@ def paged_prefill(
     sinks: torch.Tensor | None,
     k_scale_cache: torch.Tensor | None = None,
     v_scale_cache: torch.Tensor | None = None,
+    batch_invariant: bool,
 ) -> None:
     """See :func:`kvxfer.kernels.paged_prefill`."""
     need_tensors("q", q)
@@ -229,7 +236,8 @@ def paged_prefill(
         lengths = torch.where(rows > 0, seq_lens, 0)
         check_block_table(block_table, first, lengths, num_blocks, block_size)
     plain = is_plain(window_left, logits_soft_cap, k_scale_cache)
-    tile = prefill_tile(prefill_shape(q, k_cache, v_cache, seq_lens.shape[0], plain=plain))
+    batch = None if batch_invariant else seq_lens.shape[0]
+    tile = prefill_tile(prefill_shape(q, k_cache, v_cache, batch, plain=plain))
     run_prefill(
         tile, q, k_cache, v_cache, cu_seqlens_q, block_table, seq_lens, out, lse,
         causal=causal, sm_scale=sm_scale, v_scale=v_scale, window_left=window_left,
@@ -249,15 +257,22 @@ def is_plain(
 
 
 def prefill_shape(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: int, *, plain: bool = True
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: int | None,
+    *,
+    plain: bool = True,
 ) -> PrefillShape:
-    """What the choice of a tile looks at. Lengths are on the device, so rows count by their mean."""
+    """What the choice of a tile looks at. Lengths are on the device, so rows count by their mean; ``batch``
+    None: by the same number in whatever batch.
+    """
     return PrefillShape(
         head_dim=max(
             padded_width("q", q.shape[2]),
             padded_width("v_cache", v_cache.shape[3]),
         ),
-        rows=q.shape[0] // batch,
+        rows=INVARIANT_ROWS if batch is None else q.shape[0] // batch,
         group=q.shape[1] // k_cache.shape[2],
         block_size=k_cache.shape[1],
         cache_bits=8 * k_cache.element_size(),

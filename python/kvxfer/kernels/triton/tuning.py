@@ -58,7 +58,8 @@ def tune_prefill(
     caches = (k_cache, v_cache)
     if kv_layout == "HND":
         caches = (k_cache.transpose(1, 2), v_cache.transpose(1, 2))
-    shape = prefill_shape(q, *caches, seq_lens.shape[0], plain=is_plain(**options))
+    batch = None if options.get("batch_invariant") else seq_lens.shape[0]
+    shape = prefill_shape(q, *caches, batch, plain=is_plain(**options))
     times: dict[PrefillTile, list[float]] = {tile: [] for tile in prefill_candidates(shape)}
     remember(shape, None)
 
