@@ -229,12 +229,22 @@ class Checks:
         sinks = self.randn(heads * group) if with_sinks else None
         starts = torch.tensor([0, *itertools.accumulate(new)], dtype=torch.int32)
         k, v = cache.to(self.device)
-        result, lse = kernels.paged_prefill(
-            q.to(self.device), k, v, starts.to(self.device), table.to(self.device),
-            torch.tensor(lengths, dtype=torch.int32, device=self.device), causal=causal,
-            window_left=window, logits_soft_cap=cap, v_scale=0.5, return_lse=True,
-            sinks=None if sinks is None else sinks.to(self.device), backend=self.backend,
-        )  # fmt: skip
+
+        def prefill(batch: int, **how: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            """Of the first so many sequences."""
+            return kernels.paged_prefill(
+                q[: starts[batch]].to(self.device), k, v, starts[: batch + 1].to(self.device),
+                table[:batch].to(self.device),
+                torch.tensor(lengths[:batch], dtype=torch.int32, device=self.device), causal=causal,
+                window_left=window, logits_soft_cap=cap, v_scale=0.5, return_lse=True,
+                sinks=None if sinks is None else sinks.to(self.device), backend=self.backend, **how,
+            )  # fmt: skip
+
+        result, lse = prefill(len(lengths))
+        if causal and window < 0 and not self.quick:  # compiles one more tile
+            one, all_ = prefill(1, batch_invariant=True), prefill(len(new), batch_invariant=True)
+            for alone, beside in zip(one, all_, strict=True):
+                assert torch.equal(alone, beside[: new[0]]), "other bits in another batch"
         for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
             keys = torch.arange(length)
             ks, vs = cache[:, table[row, keys // size].long(), keys % size].double()
