@@ -284,13 +284,26 @@ def test_idle_engine_uses_no_cpu(engine: TransferEngine, shared_peer: PeerProces
     peer = engine.connect(shared_peer.address)
     engine.notify(peer, b"warm").wait(TIMEOUT_S)
     shared_peer.call("notifications", 1)
-    idle = threading.Event()
-    wakeups = engine.stats()["wakeups"], shared_peer.call("stats")["wakeups"]
-    began = time.process_time()
-    idle.wait(1.0)
-    assert time.process_time() - began < 0.05
-    assert engine.stats()["wakeups"] - wakeups[0] <= 2
-    assert shared_peer.call("stats")["wakeups"] - wakeups[1] <= 2
+
+    def a_second() -> tuple[float, int, int]:
+        """CPU seconds, and wake-ups here and over there."""
+        ours, theirs = engine.stats()["wakeups"], shared_peer.call("stats")["wakeups"]
+        began = time.process_time()
+        threading.Event().wait(1.0)
+        spent = time.process_time() - began
+        return (
+            spent,
+            engine.stats()["wakeups"] - ours,
+            shared_peer.call("stats")["wakeups"] - theirs,
+        )
+
+    # On a busy machine what came before may end in the first of them: what is not idle never is.
+    seconds = []
+    for _ in range(4):
+        seconds.append(a_second())
+        if all(found <= most for found, most in zip(seconds[-1], (0.05, 2, 2), strict=True)):
+            return
+    raise AssertionError(f"CPU seconds and wake-ups here and there, each second: {seconds}")
 
 
 def test_an_engine_that_was_polled_is_idle_when_nobody_polls_any_more(
