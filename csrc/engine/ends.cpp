@@ -204,9 +204,7 @@ void Engine::end(const TransferPtr& t, State state, Failure failure, bool agreed
   if (state != State::kDone && agreed && return_credit(*t->peer, *t)) kick(t->peer);
   if (!t->parent) ends_[static_cast<size_t>(state) - static_cast<size_t>(State::kDone)]++;
   if (quiesced) {
-    release(*t);
-    if (t->local) t->local->uses.fetch_sub(1);
-    t->quiesced.store(true, std::memory_order_release);
+    come_to_rest(*t);
   } else {
     enter_quarantine(*t);
   }
@@ -229,11 +227,15 @@ void Engine::end(const TransferPtr& t, State state, Failure failure, bool agreed
   signal();
 }
 
-void Engine::quiesced(Request& request) noexcept {
-  auto& t = static_cast<Transfer&>(request);
-  release(t);
+void Engine::come_to_rest(Transfer& t) noexcept {
+  return_room(t);
   if (t.local) t.local->uses.fetch_sub(1);
   t.quiesced.store(true, std::memory_order_release);
+}
+
+void Engine::quiesced(Request& request) noexcept {
+  auto& t = static_cast<Transfer&>(request);
+  come_to_rest(t);
   leave_quarantine(&t);  // after the store: who enters looks at it under the same lock
   t.changed.notify_all();
   signal();

@@ -207,8 +207,9 @@ class Engine final : public tcp::SessionHost, public std::enable_shared_from_thi
 
   class Use;
   TransferPtr make_transfer(Op op, const PeerPtr& peer, SubmitOptions& options);
-  void admit(Transfer& transfer);  // counts it into its peer, or throws kBackPressure
-  void release(Transfer& transfer) noexcept;
+  void take_room(Transfer& transfer);  // counts it into its peer, or throws kBackPressure
+  void return_room(Transfer& transfer) noexcept;
+  void come_to_rest(Transfer& transfer) noexcept;  // nothing touches its local memory any more
   void launch(const TransferPtr& transfer);
   void kick(const PeerPtr& peer) noexcept;
   enum class Posted : uint8_t { kGone, kBusy };

@@ -87,19 +87,17 @@ std::optional<Session> Engine::session(const Key& id) noexcept {
 }
 
 void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
-  std::shared_ptr<Connection> orphan;
-  const char* why = "its session has ended";
+  const char* refusal = nullptr;
   {
     std::lock_guard lock(mutex_);
     auto it = pending_.find(session);
     if (it == pending_.end() || closed()) {
-      orphan = connection;
+      refusal = "its session has ended";
     } else if (std::ranges::any_of(it->second.second->data, [&](auto& other) {
                  return other->transport() == connection->transport();
                })) {
       // A peer that joins again and again would have our descriptors and memory.
-      orphan = connection;
-      why = "its session has joined by this transport before";
+      refusal = "its session has joined by this transport before";
     } else {
       auto& [peer, link] = it->second;
       connection->peer = peer;
@@ -112,7 +110,7 @@ void Engine::adopt(const Key& session, std::shared_ptr<Connection> connection) {
                         connection);
     }
   }
-  if (orphan) orphan->close({.code = Code::kTransport, .text = why});
+  if (refusal != nullptr) connection->close({.code = Code::kTransport, .text = refusal});
 }
 
 bool Engine::control(tcp::TcpConnection& from, ByteView payload) noexcept {

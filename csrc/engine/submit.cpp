@@ -57,7 +57,7 @@ TransferPtr Engine::make_transfer(Op op, const PeerPtr& peer, SubmitOptions& opt
 }
 
 // Both counts first, the look second, so that no two threads together pass a limit.
-void Engine::admit(Transfer& t) {
+void Engine::take_room(Transfer& t) {
   Peer& peer = *t.peer;
   t.num_spans_counted = t.spans.size();
   t.is_counted = true;
@@ -68,7 +68,7 @@ void Engine::admit(Transfer& t) {
   const uint64_t most_spans = options_.transport.max_pending_spans;
   if (others == 0) return;  // alone, it may be as large as it likes
   if (others < most && spans + t.num_spans_counted <= most_spans) return;
-  release(t);
+  return_room(t);
   throw Error(
       Code::kBackPressure,
       cat("peer '", peer.identity.name, "' has ", others, " transfers of ours, with ", spans,
@@ -80,7 +80,7 @@ void Engine::admit(Transfer& t) {
       0, {}, peer.identity.name);
 }
 
-void Engine::release(Transfer& t) noexcept {
+void Engine::return_room(Transfer& t) noexcept {
   if (!std::exchange(t.is_counted, false)) return;
   t.peer->num_pending.fetch_sub(1, std::memory_order_relaxed);
   t.peer->num_pending_spans.fetch_sub(t.num_spans_counted, std::memory_order_relaxed);
@@ -154,7 +154,7 @@ TransferPtr Engine::submit(Op op, const RegionPtr& local, const RemoteRegionPtr&
     after->arrival = t->arrival;
     t->follow_up = std::move(after);
   }
-  admit(*t);
+  take_room(*t);
   use.keep();
   launch(t);
   return t;
@@ -165,7 +165,7 @@ TransferPtr Engine::notify(const PeerPtr& peer, SubmitOptions options) {
   if (peer->owner != this)
     fail(Code::kInvalidArgument, "peer '", peer->identity.name, "' is not a peer of this engine");
   TransferPtr t = make_transfer(Op::kNotify, peer, options);
-  admit(*t);
+  take_room(*t);
   launch(t);
   return t;
 }

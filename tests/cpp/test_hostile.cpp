@@ -173,7 +173,7 @@ TEST_CASE("whatever a peer scribbles while we read and copy, it harms its own co
         peer.bulk(Type::kStaged, {view_of(StageHead{head.ticket, i % kNumStageSlots, 64})});
         if (i % 16 == 0)
           if (const auto request = host.next(i % 32 == 0 ? Op::kRead : Op::kWrite, false, 3, 64, 0))
-            if (peer.connection().post(request).ok()) host.was_posted();
+            host.post(peer.connection(), request);
         peer.connection().poll();
         peer.hear();
       }

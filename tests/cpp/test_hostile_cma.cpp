@@ -98,9 +98,7 @@ struct World {
   // A read of ours of 3 spans of 32 bytes, which the peer has been asked for.
   bool read() {
     const RequestPtr request = host.next(Op::kRead, false, 3, 32, 0);
-    const bool posted = request && peer.connection().post(request).ok();
-    if (posted) host.was_posted();
-    return posted;
+    return request && host.post(peer.connection(), request);
   }
   void grant(uint64_t num_spans, Ticket of = {0, 1}, WordRef region = {}, WordRef lease = {}) {
     const GrantHead head{of, kTheirRegion, num_spans, region, lease};

@@ -191,7 +191,17 @@ class PeerHost : public tcp::SessionHost {
     ours_[num_ours_].request = request;
     return request;
   }
-  void was_posted() noexcept { ++num_ours_; }
+  // The one that next() gave.
+  bool post(Connection& connection, const RequestPtr& request) {
+    if (!connection.post(request).ok()) return false;
+    ++num_ours_;
+    return true;
+  }
+  bool post(Connection& connection, const RequestPtr& request, bool with_notification) {
+    request->has_notify = with_notification;
+    if (with_notification) request->notify.resize(64);
+    return post(connection, request);
+  }
   void cancel(Connection& connection, uint64_t id) {
     if (id >= num_ours_ || ours_[id].ended) return;
     Ours& mine = ours_[id];

@@ -232,9 +232,7 @@ void engine(Input& input, ShmHost& host, ShmPeer& peer) {
   const uint64_t remote = number(input) % 4096;
   const auto request = host.next(op, (how & 0x80) != 0, kCounts[how >> 3 & 7], nbytes, remote);
   if (!request) return;
-  request->has_notify = (how & 0x40) != 0;
-  if (request->has_notify) request->notify.resize(64);
-  if (peer.connection().post(request).ok()) host.was_posted();
+  host.post(peer.connection(), request, (how & 0x40) != 0);
 }
 
 void step(Input& input, ShmHost& host, ShmPeer& peer) {

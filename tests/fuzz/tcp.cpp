@@ -229,10 +229,7 @@ void engine(Input& input, TcpHost& host, TcpPeer& peer) {
   const uint64_t remote = number(input) % 4096;
   const auto request = host.next(op, (how & 0x80) != 0, count, nbytes, remote, 1);
   if (!request) return;
-  request->has_notify = op != Op::kRead && (how & 0x40) != 0;
-  if (request->has_notify) request->notify.resize(64);
-  const Status status = peer.connection().post(request);
-  if (status.ok()) host.was_posted();
+  host.post(peer.connection(), request, op != Op::kRead && (how & 0x40) != 0);
 }
 
 void step(Input& input, TcpHost& host, TcpPeer& peer) {

@@ -354,9 +354,7 @@ void engine(Input& input, VerbsHost& host, VerbsPeer& peer) {
   if (!request) return;
   // Under a lease of the peer's, for which there may be a window.
   if ((more & 0x80) != 0) request->lease = {uint64_t{1} + (how >> 6 & 1), kKey};
-  request->has_notify = (how & 0x40) != 0;
-  if (request->has_notify) request->notify.resize(64);
-  if (peer.connection().post(request).ok()) host.was_posted();
+  host.post(peer.connection(), request, (how & 0x40) != 0);
 }
 
 void step(Input& input, VerbsHost& host, VerbsPeer& peer) {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, wait_for
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, until, wait_for
 
 from kvxfer.errors import (
     InvalidArgumentError,
@@ -272,10 +272,10 @@ def test_no_descriptor_thread_or_mapping_leaks(shared_peer: PeerProcess, way: Wa
     for _ in range(10):
         round_trip()
     # No more, and soon: a software NIC hangs up on others a moment after its last engine has closed.
-    deadline = time.monotonic() + TIMEOUT_S
-    while any(now > then for now, then in zip(_resources(), before, strict=True)):
-        assert time.monotonic() < deadline, (_resources(), before)
-        time.sleep(0.01)
+    until(
+        lambda: all(now <= then for now, then in zip(_resources(), before, strict=True)),
+        lambda: (_resources(), before),
+    )
     assert _mappings() == mappings
     shared_peer.call("drop_region", "leaks")
 

@@ -7,44 +7,33 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from system_calls import NEEDS_CMA, number_of
 from transfer_peers import SECRET, TIMEOUT_S, Agent, PeerProcess
 
 from kvxfer.errors import KvxferError, TransportError, UnavailableError
 from kvxfer.testing.faults import Way
 from kvxfer.transfer import TransferEngine, probe_transports
 
-_NUMBERS = {"x86_64": (317, 310), "aarch64": (277, 270)}  # of seccomp, of process_vm_readv
-
-pytestmark = [
-    pytest.mark.skipif(
-        dict(probe_transports()).get("cma", "not there") is not None,
-        reason="process_vm_readv does not work here to begin with",
-    ),
-    pytest.mark.skipif(
-        platform.machine() not in _NUMBERS, reason="numbers of system calls are not known here"
-    ),
-]
+pytestmark = NEEDS_CMA
 
 NBYTES = 4096
 
 
 def forbid_process_vm_readv() -> int:
     """Installs the filter on all threads of this process; an errno where that is forbidden itself."""
-    number_of_seccomp, forbidden = _NUMBERS[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
     set_no_new_privs, set_mode_filter, tsync = 38, 1, 1
     load_number, jump_if_equal, give_back = 0x20, 0x15, 0x06
     allow, fail_with = 0x7FFF0000, 0x00050000
     steps = [
         (load_number, 0, 0, 0),
-        (jump_if_equal, 0, 1, forbidden),
+        (jump_if_equal, 0, 1, number_of("process_vm_readv")),
         (give_back, 0, 0, fail_with | errno.EPERM),
         (give_back, 0, 0, allow),
     ]
@@ -54,7 +43,7 @@ def forbid_process_vm_readv() -> int:
     )
     if libc.prctl(set_no_new_privs, 1, 0, 0, 0) != 0:
         return ctypes.get_errno()
-    if libc.syscall(number_of_seccomp, set_mode_filter, tsync, program) != 0:
+    if libc.syscall(number_of("seccomp"), set_mode_filter, tsync, program) != 0:
         return ctypes.get_errno() or errno.EPERM
     return 0
 

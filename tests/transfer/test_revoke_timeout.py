@@ -8,7 +8,6 @@ import ctypes
 import fcntl
 import mmap
 import os
-import platform
 import select
 import struct
 from collections.abc import Iterator
@@ -16,22 +15,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from system_calls import NEEDS_CMA, number_of
 from transfer_peers import SECRET, TIMEOUT_S, Agent, PeerProcess, wait_for
 
 from kvxfer.errors import InvalidArgumentError, TransferTimeoutError
-from kvxfer.transfer import EngineConfig, TransferEngine, probe_transports
+from kvxfer.transfer import EngineConfig, TransferEngine
 
-_NUMBERS = {"x86_64": 323, "aarch64": 282}  # of userfaultfd
-
-pytestmark = [
-    pytest.mark.skipif(
-        dict(probe_transports()).get("cma", "not there") is not None,
-        reason="process_vm_readv does not work here",
-    ),
-    pytest.mark.skipif(
-        platform.machine() not in _NUMBERS, reason="numbers of system calls are not known here"
-    ),
-]
+pytestmark = NEEDS_CMA
 
 PAGE = mmap.PAGESIZE
 NBYTES = 2 * PAGE
@@ -45,7 +35,7 @@ class Withholding(Agent):
     def withhold(self) -> str:
         """The reason why a call of another process cannot be made to wait here; or empty."""
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = libc.syscall(_NUMBERS[platform.machine()], os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = libc.syscall(number_of("userfaultfd"), os.O_CLOEXEC | os.O_NONBLOCK)
         if fd < 0:
             return os.strerror(ctypes.get_errno())
         self.faults = fd

@@ -7,13 +7,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from transfer_peers import SECRET, TIMEOUT_S, PeerProcess
+from transfer_peers import SECRET, TIMEOUT_S, PeerProcess, until
 
 from kvxfer.errors import KvxferError
 from kvxfer.testing import fake_verbs
@@ -56,14 +55,6 @@ def two_rails() -> Iterator[tuple[TransferEngine, PeerProcess]]:
 def forget_plan() -> None:
     if not fake_verbs.real_devices():
         fake_verbs.set_plan("")
-
-
-def until(true: Callable[[], bool], what: Callable[[], object]) -> None:
-    """Polls, since neither a rail's state nor a count wakes anybody; ``what`` is shown if it never comes true."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.01)
 
 
 def until_both_serve(engine: TransferEngine, peer: Peer) -> None:

@@ -42,6 +42,14 @@ def wait_for(engine: TransferEngine, look: Callable[[], Any], timeout_s: float =
         select.select([engine.fileno()], [], [], left)
 
 
+def until(true: Callable[[], bool], what: Callable[[], object]) -> None:
+    """Polls, for what wakes nobody; ``what`` is shown if it never comes true."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
 def run_with_fake_verbs(code: str, **environment: str) -> str:
     """The output of a process of its own, which sees other devices."""
     path, _ = fake_verbs.library()

@@ -20,8 +20,12 @@
 namespace kvxfer::tcp {
 namespace {
 
-constexpr char kBroke[] = "the connection broke during the handshake: ";
-constexpr char kTryAgain[] = "; if the peer's process has just ended, connect() to its successor";
+[[noreturn]] void fail_broken(Stream& stream, int err) {
+  throw Error(Code::kPeerDisconnected,
+              cat("the connection broke during the handshake: ", stream.explain(err),
+                  "; if the peer's process has just ended, connect() to its successor"),
+              err);
+}
 
 using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
 
@@ -188,8 +192,7 @@ void read_exact(Stream& stream, std::span<std::byte> out, const Patience& patien
       if (!patience.wait(stream.fd(), POLLIN))
         fail(Code::kTimeout, "the other side did not answer in the handshake in time");
     } else if (errno != EINTR) {
-      const int err = errno;
-      throw Error(Code::kPeerDisconnected, cat(kBroke, stream.explain(err), kTryAgain), err);
+      fail_broken(stream, errno);
     }
   }
 }
@@ -206,8 +209,7 @@ void write_all(Stream& stream, ByteView data, const Patience& patience) {
       if (!patience.wait(stream.fd(), POLLOUT))
         fail(Code::kTimeout, "the other side did not read the handshake in time");
     } else if (errno != EINTR) {
-      const int err = errno;
-      throw Error(Code::kPeerDisconnected, cat(kBroke, stream.explain(err), kTryAgain), err);
+      fail_broken(stream, errno);
     }
   }
 }

@@ -60,7 +60,8 @@ def describe(plan: TransferPlan) -> str:
         )
     if plan.kind == "direct" and len(plan.cost_s) == 1:
         lines.append(
-            "other kinds were not worked out: little data, or spans that no copy could beat"
+            "other kinds were not worked out: direct was asked for, or there is little data, or no copy "
+            "could beat these spans"
         )
     costs = ", ".join(f"{kind} {seconds * 1e3:.3g} ms" for kind, seconds in plan.cost_s.items())
     lines.append(f"estimated on {plan.cost_path}: {costs}")
