@@ -6,11 +6,15 @@
 
 Kernel, bounds and peers take turns round by round, and ratios are medians of per-round ratios, since
 neighbours on a shared machine disturb all of them alike. With one thread the thread's own CPU time is
-taken, so that a neighbour's turn on the core does not count. Copies are measured on one thread. Rows are
+taken, so that a neighbour's turn on the core does not count. torch's idle threads sleep (OMP_WAIT_POLICY=PASSIVE,
+unless the environment says otherwise): by default they spin for milliseconds after each call of torch's, on the core
+that the next case needs. Copies are measured on one thread. Rows are
 printed, and written with --json, as they come; what the budget leaves no time for is named.
 
 Bounds: decode, the fastest of three reads of contiguous memory of the same size (torch's sum and dot, and ours, which
-asks for lines ahead), and beside it that read of the same blocks in the block table's order, which every kernel has
+asks for lines ahead), once from memory, the caches full of something else before each call, as in a server, where the
+other layers' caches and the weights are read between two calls (`of_memory_read`), and once with what calls that
+follow each other leave in the last cache (`of_read`: of a large one that is not the memory's rate); beside it that read of the same blocks in the block table's order, which every kernel has
 to follow, and the same call with a table that names two blocks again and again (`of_in_cache`: what arithmetic alone
 takes here); `mm_of_read` is the share of the read's rate that the arithmetic would leave at the rate of torch.mm, of
 float32: below 1 it and not the memory is what bounds; prefill, a matrix product (torch.mm); copies, the
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 import torch
@@ -73,6 +78,9 @@ def main() -> int:
         if given < 1 or (most is not None and given > most):
             expected = ">= 1" if most is None else f"1 to {most}"
             parser.error(f"--{name}: expected {expected}, given {given}")
+    if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads it once, when torch loads it
+        passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], passive)
     torch.set_num_threads(args.threads)
     kernels.set_num_threads(args.threads)
     run = Run(
@@ -80,7 +88,12 @@ def main() -> int:
         rounds=MIN_ROUNDS if args.quick else args.rounds,
         deadline=time.monotonic() + args.budget_s,
         json=args.json,
-        facts=machine_facts("torch") | {"threads": args.threads, "build": kernels.build_info()},
+        facts=machine_facts("torch")
+        | {
+            "threads": args.threads,
+            "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+            "build": kernels.build_info(),
+        },
         flex=flex_attention(args.flex),
     )
     for name in args.only.split(","):

@@ -100,11 +100,20 @@ def decode_case(
         run.skipped["FlexAttention"] = why
     seconds = measure(timed, run)
     reads = ("sum", "dot", "read")
+    one_block, one_len = torch.zeros(batch, 1, dtype=torch.int32), torch.ones_like(lens)
+    small: Timed = {
+        "ours": lambda: kernels.paged_decode(q, k, v, one_block, one_len, kv_layout=order),
+        "sum": flat[:16].sum,
+        "dot": lambda: torch.dot(flat[:16], flat[:16]),
+        "read": lambda: _kernels_cpu.read_blocks(memory, listed[:1], nbytes),
+    }
+    cold = measure({name: timed[name] for name in small}, run, small=small)
     # A product and a sum for each number read and each query row that shares it, in float32.
     products = (k.numel() + v.numel()) * (q_heads // kv_heads) / MM**3
     row = {
         "us": statistics.median(seconds["ours"]) * 1e6,
         "gb_per_s": (k.nbytes + v.nbytes) / statistics.median(seconds["ours"]) / 1e9,
+        "of_memory_read": of_best(cold, "ours", *reads),
         "of_read": of_best(seconds, "ours", *reads),
         "mm_of_read": of_best(seconds, "mm", *reads) / products,
         "of_read_of_blocks": ratio(seconds, "ours", "read of blocks"),

@@ -29,7 +29,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 BESIDE = {
-    "paged_decode": {"of_read", "of_read_of_blocks", "times_gather_and_sdpa"},
+    "paged_decode": {"of_memory_read", "of_read", "of_read_of_blocks", "times_gather_and_sdpa"},
     "paged_prefill": {"of_mm_float32", "times_torch_gathered_mask"},
     "copy_blocks": {"copy_of_memcpy", "times_index_select"},
     "append_kv": {"times_torch_indexing"},

@@ -106,6 +106,10 @@ def test_decode_at_the_edges_of_blocks(
         (128, 128, 1, 7),
         (256, 64, 1, 4),
         (12, 20, 3, 1),
+        # Row groups of 8, 4, 2 and 1, and channels that fill no pair of vectors.
+        (128, 128, 2, 8),
+        (72, 104, 2, 15),
+        (48, 80, 1, 16),
     ],
 )
 def test_decode_head_sizes_groups_and_dtypes(

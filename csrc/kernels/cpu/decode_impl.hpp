@@ -30,9 +30,9 @@ KVXFER_INLINE Vf dot_rows(const float* q, int64_t q_stride, const T* const* k, i
   for (; d + kLine<T> <= n; d += kLine<T>) {
     for (int t = 0; t < kKeys; ++t) ahead.ask(stride);
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < kLine<T>; i += kLanes) {
-      multiply_rows<R>(acc, q + d + i, q_stride,
-                       [&](int t) KVXFER_LAMBDA { return load(k[t] + shift + d + i); });
+    for (int64_t i = 0; i < kLine<T> / kLanes; ++i) {
+      multiply_rows<R>(acc, q + d + i * kLanes, q_stride,
+                       [&](int t) KVXFER_LAMBDA { return load_some(k[t] + shift + d, i); });
     }
   }
   for (; d + kLanes <= n; d += kLanes) {
@@ -47,7 +47,8 @@ KVXFER_INLINE Vf dot_rows(const float* q, int64_t q_stride, const T* const* k, i
   return sum_lanes_of_each<kLanes>(acc);
 }
 
-// values[r][d..] += sum over keys of p[t][r] * v[t][d..], N vectors of channels at a time.
+// values[r][d..] += sum over keys of p[t][r] * v[t][d..], N vectors of channels at a time: by twos
+// in the order of load_some, a last one as it lies.
 template <int R, int N, class T>
 KVXFER_INLINE void add_values(const float* p, const T* const* v, int64_t shift, Ahead<T>& ahead,
                               int64_t ahead_stride, int64_t count, float* values, int64_t stride) {
@@ -57,7 +58,9 @@ KVXFER_INLINE void add_values(const float* p, const T* const* v, int64_t shift, 
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t at = 0; at < N * kLanes; at += kLine<T>) ahead.ask(ahead_stride);
     Vf x[N];
-    for (int j = 0; j < N; ++j) x[j] = load(v[t] + shift + j * kLanes);
+    for (int j = 0; j < N; ++j) {
+      x[j] = N % 2 == 0 ? load_some(v[t] + shift, j) : load(v[t] + shift + j * kLanes);
+    }
     for (int r = 0; r < R; ++r) {
       const Vf w = splat(p[t * R + r]);
       for (int j = 0; j < N; ++j) acc[r][j] += w * x[j];
@@ -145,7 +148,7 @@ void decode_tile(const Attention& a, const T* const* k_rows, const T* const* v_r
   scale_keys<R>(scores, k_scales, count);
   soften<R>(a, scores, count, padded, state, values, stride);
   scale_keys<R>(scores, v_scales, count);
-  constexpr int kWide = R >= 4 ? kLanes / 4 : kLanes / R < 8 ? kLanes / R : 8;
+  constexpr int kWide = R > 4 ? 2 : R == 4 ? kLanes / 4 : kLanes / R < 8 ? kLanes / R : 8;
   const int64_t n = a.head_dim_v;
   int64_t d = 0;
   const auto add = [&](auto vectors) KVXFER_LAMBDA {
@@ -156,6 +159,9 @@ void decode_tile(const Attention& a, const T* const* k_rows, const T* const* v_r
     d += kVectors * kLanes;
   };
   while (d + kWide * kLanes <= n) add(std::integral_constant<int, kWide>{});
+  if constexpr (kEvenOdd<T> && kWide > 2) {
+    while (d + 2 * kLanes <= n) add(std::integral_constant<int, 2>{});
+  }
   while (d + kLanes <= n) add(std::integral_constant<int, 1>{});
   if (d < n) {
     add_values_tail<R>(scores, v_rows, v_shift + d, count, n - d, values + d, stride);
@@ -186,16 +192,21 @@ KVXFER_INLINE float query_scale(const Attention& a) {
   return a.logits_soft_cap > 0 ? a.sm_scale * 2 * kLog2E / a.logits_soft_cap : a.sm_scale * kLog2E;
 }
 
-// A head's query rows in groups of 4, then 2, then 1: body(std::integral_constant, first row).
-template <class Body>
-KVXFER_INLINE void for_row_groups(int64_t group, const Body& body) {
-  int64_t g = 0;
-  for (; g + 4 <= group; g += 4) body(std::integral_constant<int, 4>{}, g);
-  if (g + 2 <= group) body(std::integral_constant<int, 2>{}, g), g += 2;
-  if (g < group) body(std::integral_constant<int, 1>{}, g);
+// Query rows that go over a tile together: what is loaded and widened once serves them all, and 32
+// registers hold the sums of 8.
+constexpr int kMostRows = kLanes == 16 ? 8 : 4;
+
+// A head's query rows in groups of kMostRows, then of half as many, down to 1:
+// body(std::integral_constant, first row).
+template <int R = kMostRows, class Body>
+KVXFER_INLINE void for_row_groups(int64_t group, const Body& body, int64_t g = 0) {
+  for (; g + R <= group; g += R) body(std::integral_constant<int, R>{}, g);
+  if constexpr (R > 1) for_row_groups<R / 2>(group, body, g);
 }
 
-KVXFER_INLINE int64_t num_passes(int64_t group) { return group / 4 + (group % 4 >= 2) + group % 2; }
+KVXFER_INLINE int64_t num_passes(int64_t group) {
+  return group / kMostRows + __builtin_popcountll(static_cast<uint64_t>(group % kMostRows));
+}
 
 // A tile of one head.
 struct Unit {
@@ -247,6 +258,7 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
     for (int64_t d = a.head_dim; d < q_stride; ++d) q[d] = 0;
     convert(row_of(a.q, item.row, first + h), a.q.dtype, q, DType::kFloat32, a.head_dim, scale,
             1.0f);
+    if constexpr (kEvenOdd<T>) order_even_odd<false>(q, a.head_dim);
     for (int64_t d = 0; d < v_stride; ++d) s.values[h * v_stride + d] = 0;
     s.state[h] = {splat(kLowest), Vf{}};
   }
@@ -297,7 +309,8 @@ void decode_typed(const Attention& a, const DecodeItem& item, void* scratch) {
         partial[0] = s.state[h].highest[r];
         partial[1] = 0;
         for (int i = r; i < kLanes; i += kRows) partial[1] += s.state[h].sums[i];
-        const float* values = s.values + (h + r) * v_stride;
+        float* values = s.values + (h + r) * v_stride;
+        if constexpr (kEvenOdd<T>) order_even_odd<true>(values, a.head_dim_v);
         for (int64_t d = 0; d < a.head_dim_v; ++d) partial[2 + d] = values[d];
       }
     });

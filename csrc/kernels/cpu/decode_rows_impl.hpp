@@ -7,8 +7,11 @@
 // Keys whose scores become weights together, a tile: some 4 KiB of keys, since what is done once
 // per tile counts, and two tiles of keys and values of a head, this one and the next, must fit into
 // the core's nearest cache, whose sets a token-major cache uses unevenly: with 16 KiB the lines
-// asked for were gone before their turn. A step takes one query row and as many keys as lanes.
-constexpr int64_t kMostTile = 32, kLeastTile = kLanes > 8 ? kLanes : 8, kTileBytes = 4096;
+// asked for were gone before their turn. Where 16 lanes make short work of the products, 8 KiB: the
+// sums and weights of a tile wait for each other. A step takes one query row and as many keys as
+// lanes.
+constexpr int64_t kMostTile = 32, kLeastTile = kLanes > 8 ? kLanes : 8;
+constexpr int64_t kTileBytes = kLanes == 16 ? 8192 : 4096;
 
 template <class T>
 KVXFER_INLINE int64_t tile_of(const Attention& a) {
