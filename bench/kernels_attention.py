@@ -92,6 +92,7 @@ def decode_case(
     }
     why = run.flex if isinstance(run.flex, str) else None
     if why is None:
+        torch.compiler.reset()  # beyond some shapes in one cache it silently stops compiling
         flex = run.flex
         timed["flex"] = lambda: flex(q[:, :, None], *gather(), enable_gqa=True)
         why = works(timed["flex"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,42 @@ from kvxfer.layout import KVLayout
 
 def bench_pack(run: Run, quick: bool) -> None:
     whole = ["LKBHNC", "BLKHNC", "LKBNHC"]
-    for mib in (1,) if quick else (1, 16, 64):
-        for order in whole[:2] if quick else whole:
-            name = f"{order}, bfloat16, {mib} MiB in whole blocks"
-            run.add("copy_blocks", name, lambda order=order, mib=mib: pack_case(run, order, order, mib))  # fmt: skip
-    for mib in (1,) if quick else (1, 64):
-        name = f"LKBNHC to LKBHNC, bfloat16, {mib} MiB in rows of 256 bytes"
-        run.add("copy_blocks", name, lambda mib=mib: pack_case(run, "LKBNHC", "LKBHNC", mib))
+    ways = [(order, order) for order in (whole[:2] if quick else whole)] + [("LKBNHC", "LKBHNC")]
+    # As much as the core's own cache holds, again and again; and from memory.
+    for mib, cold in [(1, False)] if quick else [(1, False), (1, True), (16, True), (64, True)]:
+        for src, dst in ways:
+            what = f"{src}, bfloat16, {mib} MiB in whole blocks"
+            if src != dst:
+                what = f"{src} to {dst}, bfloat16, {mib} MiB in rows of 256 bytes"
+            run.add(
+                "copy_blocks",
+                what + ("" if cold else ", again"),
+                lambda src=src, dst=dst, mib=mib, cold=cold: pack_case(run, src, dst, mib, cold),
+            )
 
 
-def pack_case(run: Run, src_order: str, dst_order: str, mib: int) -> Row:
-    """Half of a cache's blocks, in no order, to other blocks, into a packed buffer and back."""
+HEADS, LAYERS_AND_PARTS = 4, 4  # two layers of keys and values
+SLAB = 16 * 256  # bytes of one head's tokens in a block
+BLOCK = SLAB * HEADS * LAYERS_AND_PARTS
+BOUNDS = {"memcpy of": False, "around the caches": True}  # non-temporal?
+
+
+def offsets_of(order: str, ids: np.ndarray, num_blocks: int) -> np.ndarray:
+    """[blocks, layers and parts]: where a block's keys or values of a layer begin, in bytes."""
+    part = SLAB * HEADS if "BLK" in order else num_blocks * SLAB * HEADS
+    block = BLOCK if "BLK" in order else SLAB * HEADS
+    return ids[:, None] * block + np.arange(LAYERS_AND_PARTS) * part
+
+
+def pack_case(run: Run, src_order: str, dst_order: str, mib: int, cold: bool) -> Row:
+    """Half of a cache's blocks, in no order, to other blocks, into a packed buffer and back.
+
+    Each kernel beside its own bounds: the same bytes between the same memory, in runs of what lies together on both
+    sides; heads that are not apart in the cache are copied together in the bound of a transpose.
+    """
     rng = np.random.default_rng(0)
-    blocks = mib * 16  # of 64 KiB, keys and values, all layers: half of them hold so many MiB
-    shape: dict[str, Any] = {"block_size": 16, "num_kv_heads": 4, "head_dim": 128}
+    blocks = mib * (1 << 20) // BLOCK  # half of them hold so many MiB
+    shape: dict[str, Any] = {"block_size": 16, "num_kv_heads": HEADS, "head_dim": 128}
     src, dst = (
         KVLayout.from_order(order, num_layers=2, num_blocks=2 * blocks, dtype="bfloat16", **shape)
         for order in (src_order, dst_order)
@@ -39,43 +62,59 @@ def pack_case(run: Run, src_order: str, dst_order: str, mib: int) -> Row:
     a, b = (torch.randint(0, 255, (layout.nbytes,), dtype=torch.uint8) for layout in (src, dst))
     chosen = rng.permutation(2 * blocks)[:blocks]
     other = chosen[::-1].copy()
-    half = src.nbytes // 2
-    packed = torch.zeros(half, dtype=torch.uint8)
-    runs = 65536 if "BLK" in src_order else 16384  # bytes that lie together
-    scale = np.arange(65536 // runs) * (runs if runs == 65536 else 2 * blocks * runs)
-    offsets = [(ids[:, None] * runs + scale[None]).reshape(-1) for ids in (chosen, other)]
-    pages = a[:half].view(torch.int64).reshape(-1, runs // 8)
+    packed = torch.zeros(src.nbytes // 2, dtype=torch.uint8)
+    runs = BLOCK if "BLK" in src_order else SLAB * HEADS  # whole blocks
+    pages = a[: len(packed)].view(torch.int64).reshape(-1, runs // 8)
     picked = torch.from_numpy(rng.permutation(len(pages)))
     into = packed.view(torch.int64).reshape(-1, runs // 8)
-    timed: Timed = {
-        "copy": lambda: kernels.copy_blocks(src, a, dst, b, chosen, other),
-        "memcpy of blocks": lambda: _transfer.scattered_copy(
-            b.numpy(), a.numpy(), offsets[1], offsets[0], runs
-        ),
-        "around the caches": lambda: _transfer.scattered_copy(
-            b.numpy(), a.numpy(), offsets[1], offsets[0], runs, non_temporal=True
-        ),
-        "memcpy of all": lambda: ctypes.memmove(packed.data_ptr(), a.data_ptr(), half),
-        "index_select": lambda: torch.index_select(pages, 0, picked, out=into),
-    }
+
+    out, to = (
+        offsets_of(src_order, ids, 2 * blocks)[:, :: runs // (SLAB * HEADS)]
+        for ids in (chosen, other)
+    )
+    ways = {"copy": (b, to, a, out, runs)}
     if src_order == dst_order:
-        timed["pack"] = lambda: kernels.pack_blocks(src, a, chosen, out=packed)
-        timed["unpack"] = lambda: kernels.unpack_blocks(packed, src, a, chosen)
+        # A packed buffer has the tokens of a head together: layer, part, head, token.
+        heads = HEADS if "HN" in src_order else 1
+        piece = SLAB * HEADS // heads
+        out = offsets_of(src_order, chosen, 2 * blocks)[:, :, None] + np.arange(heads) * piece
+        to = np.arange(LAYERS_AND_PARTS)[:, None] * heads + np.arange(heads)
+        to = (to * blocks + np.arange(blocks)[:, None, None]) * piece
+        ways |= {"pack": (packed, to, a, out, piece), "unpack": (a, out, packed, to, piece)}
+
+    def of_first(n: int) -> Timed:
+        """The calls for the first n blocks."""
+        end = n * BLOCK
+        ids, others, buffer = chosen[:n], other[:n], packed[:end]
+        timed: Timed = {
+            "copy": lambda: kernels.copy_blocks(src, a, dst, b, ids, others),
+            "pack": lambda: kernels.pack_blocks(src, a, ids, out=buffer),
+            "unpack": lambda: kernels.unpack_blocks(buffer, src, a, ids),
+        }
+        timed = {name: timed[name] for name in ways}
+        for name, (dst_memory, at, src_memory, of, nbytes) in ways.items():
+            memory = dst_memory.numpy(), src_memory.numpy()
+            offsets = at[:n].flatten(), of[:n].flatten()
+            for bound, around in BOUNDS.items():
+                copy = partial(_transfer.scattered_copy, *memory, *offsets, nbytes)
+                timed[f"{bound} {name}"] = partial(copy, non_temporal=around)
+        part = slice(end // runs)
+        timed["memcpy of all"] = partial(ctypes.memmove, packed.data_ptr(), a.data_ptr(), end)
+        timed["index_select"] = partial(torch.index_select, pages, 0, picked[part], out=into[part])
+        return timed
+
     held = kernels.get_num_threads(), torch.get_num_threads()
     kernels.set_num_threads(1)
     torch.set_num_threads(1)
     try:
-        seconds = measure(timed, run, threads=1)
+        seconds = measure(of_first(blocks), run, threads=1, small=of_first(1) if cold else None)
     finally:
         kernels.set_num_threads(held[0])
         torch.set_num_threads(held[1])
-    row = {"us": statistics.median(seconds["copy"]) * 1e6}
-    for ours in ("copy", "pack", "unpack"):
-        if ours in timed:
-            row[f"{ours}_of_memcpy"] = of_best(
-                seconds, ours, "memcpy of blocks", "around the caches"
-            )
-            row[f"{ours}_of_memcpy_of_all"] = ratio(seconds, ours, "memcpy of all")
+    row: Row = {"us": statistics.median(seconds["copy"]) * 1e6}
+    for ours in ways:
+        row[f"{ours}_of_memcpy"] = of_best(seconds, ours, *(f"{bound} {ours}" for bound in BOUNDS))
+        row[f"{ours}_of_memcpy_of_all"] = ratio(seconds, ours, "memcpy of all")
     return row | {"times_index_select": ratio(seconds, "copy", "index_select")}
 
 

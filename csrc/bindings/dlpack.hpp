@@ -39,4 +39,14 @@ struct DlManagedTensorVersioned {
 };
 inline constexpr uint64_t kDlReadOnly = 1;
 
+// DLPack 1.3's table of C functions, as far as it is used. Fills in a view that lives as long as
+// the object is held; -1: a Python exception is set.
+using DlTensorFromObject = int (*)(void* object, DlTensor* out);
+struct DlExchangeApi {
+  uint32_t major, minor;
+  DlExchangeApi* previous;
+  void *allocate, *managed_from_object, *managed_to_object;
+  DlTensorFromObject dltensor_from_object;
+};
+
 }  // namespace kvxfer::bindings

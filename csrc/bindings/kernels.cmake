@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The kvxfer authors
 # SPDX-License-Identifier: Apache-2.0
-pybind11_add_module(_kernels_cpu MODULE kernels_cpu.cpp kernels_cpu_copy.cpp errors.cpp)
+pybind11_add_module(_kernels_cpu MODULE kernels_cpu.cpp kernels_cpu_copy.cpp host_array.cpp errors.cpp)
 target_link_libraries(_kernels_cpu PRIVATE kvxfer_kernels_cpu)
 target_compile_definitions(_kernels_cpu PRIVATE
   KVXFER_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"

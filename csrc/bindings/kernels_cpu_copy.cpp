@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "bindings/gil.hpp"
+#include "bindings/host_array.hpp"
 #include "bindings/kernels_cpu.hpp"
 #include "common/error.hpp"
 #include "kernels/cpu/kernels.hpp"
@@ -169,6 +170,15 @@ void register_copies(py::module_& m) {
       "address_of",
       [](const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); },
       py::arg("array"));
+  m.def(
+      "host_arrays",
+      [](const py::object& src, const py::object& dst) -> py::object {
+        const auto from = host_array(src, false), to = host_array(dst, true);
+        if (!from || !to) return py::none();
+        return py::make_tuple(from->address, from->nbytes, to->address, to->nbytes,
+                              uint64_t{from->dtype} << 32 | to->dtype);
+      },
+      py::arg("src"), py::arg("dst"));
   m.def("cut_segments", &cut_segments, py::arg("src_blocks"), py::arg("dst_blocks"),
         py::arg("src_extent"), py::arg("dst_extent"), py::arg("tokens"), py::arg("apart"));
   py::class_<PartArguments>(m, "CopyPart")

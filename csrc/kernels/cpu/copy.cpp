@@ -44,6 +44,15 @@ void stream_copy(char* dst, const char* src, int64_t n) {
   std::memcpy(dst, src, static_cast<size_t>(n));
 }
 
+void stream_runs(char* dst, const char* src, const RunShape& shape) {
+  for (int64_t i = 0; i < shape.outer; ++i) {
+    for (int64_t j = 0; j < shape.inner; ++j) {
+      stream_copy(dst + i * shape.dst_outer + j * shape.dst_inner,
+                  src + i * shape.src_outer + j * shape.src_inner, shape.run);
+    }
+  }
+}
+
 // Stores that went around the caches are visible to others only after this; the pool's lock alone
 // does not order them.
 void finish_streams() {
@@ -56,28 +65,29 @@ struct CopyContext {
   const Copy& p;
   bool stream;
 
-  // The rows of one (part, layer, segment), numbered in this order.
-  void run(int64_t index) const {
-    const int64_t entry = index / p.num_segments, layer = entry % p.num_layers;
+  // The rows of segments [first, end) in one part of one layer.
+  void run(int64_t entry, int64_t first, int64_t end) const {
+    const int64_t layer = entry % p.num_layers;
     const CopyPart& part = p.parts[entry / p.num_layers];
-    const Segment& s = p.segments[index % p.num_segments];
     const CopyBase& base = part.bases[layer];
-    const char* src = reinterpret_cast<const char*>(p.src_pieces[base.src_piece]) +
-                      base.src_offset + row_offset(part.src, s.src_block, s.src_slot, 0);
-    char* dst = reinterpret_cast<char*>(p.dst_pieces[base.dst_piece]) + base.dst_offset +
-                row_offset(part.dst, s.dst_block, s.dst_slot, 0);
-    if (part.convert) return convert_rows(part, layer, src, dst, s.tokens);
-    const RunShape shape = collapse_rows(part.row_bytes, s.tokens, p.num_heads, part.src, part.dst);
-    for (int64_t i = 0; i < shape.outer; ++i) {
-      for (int64_t j = 0; j < shape.inner; ++j) {
-        char* to = dst + i * shape.dst_outer + j * shape.dst_inner;
-        const char* from = src + i * shape.src_outer + j * shape.src_inner;
-        if (stream) {
-          stream_copy(to, from, shape.run);
-        } else {
-          std::memcpy(to, from, static_cast<size_t>(shape.run));
-        }
+    const char* from =
+        reinterpret_cast<const char*>(p.src_pieces[base.src_piece]) + base.src_offset;
+    char* to = reinterpret_cast<char*>(p.dst_pieces[base.dst_piece]) + base.dst_offset;
+    RunShape shape{};
+    int64_t tokens = 0;  // that the shape is for
+    for (int64_t i = first; i < end; ++i) {
+      const Segment& s = p.segments[i];
+      const char* src = from + row_offset(part.src, s.src_block, s.src_slot, 0);
+      char* dst = to + row_offset(part.dst, s.dst_block, s.dst_slot, 0);
+      if (part.convert) {
+        convert_rows(part, layer, src, dst, s.tokens);
+        continue;
       }
+      if (s.tokens != tokens) {
+        tokens = s.tokens;
+        shape = collapse_rows(part.row_bytes, tokens, p.num_heads, part.src, part.dst);
+      }
+      stream ? stream_runs(dst, src, shape) : isa().copy_runs(dst, src, shape);
     }
   }
 
@@ -109,7 +119,12 @@ void copy_rows(const Copy& p) {
       std::max<int64_t>(1, kBytesPerItem / std::max<int64_t>(1, total / count));
   parallel_for(ceil_div(count, per_item), 0, total > kWorthWaking, [&](int64_t i, void*) {
     const int64_t end = std::min(count, (i + 1) * per_item);
-    for (int64_t index = i * per_item; index < end; ++index) context.run(index);
+    for (int64_t index = i * per_item; index < end;) {
+      const int64_t entry = index / p.num_segments, first = index % p.num_segments;
+      const int64_t last = std::min(p.num_segments, first + end - index);
+      context.run(entry, first, last);
+      index += last - first;
+    }
     if (context.stream) finish_streams();
   });
 }

@@ -25,6 +25,7 @@ constexpr int kBroadcast = KVXFER_SIMD_BYTES == 64 ? 8 : 4;
 
 extern const IsaTable kTable;
 const IsaTable kTable = {KVXFER_SIMD_NAME, decode_scratch, decode,  finish, prefill_scratch,
-                         prefill,          convert,        largest, merge,  sum_pairs};
+                         prefill,          convert,        largest, merge,  copy_runs,
+                         sum_pairs};
 
 }  // namespace kvxfer::kernels::cpu::KVXFER_SIMD_NAMESPACE

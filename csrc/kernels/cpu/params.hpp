@@ -144,6 +144,7 @@ struct IsaTable {
                   float multiplier, float divisor);
   float (*largest)(const void* src, DType dtype, int64_t n);  // magnitude; a NaN counts as 0
   void (*merge)(const Merge&, int64_t row);
+  void (*copy_runs)(char* dst, const char* src, const RunShape& shape);
   // Of hash_pair (kernels/checksum.hpp) over the row, filled up with zeros to whole pairs.
   uint64_t (*sum_pairs)(const void* row, int64_t nbytes, const uint32_t* keys);
 };

@@ -19,6 +19,7 @@ typedef int8_t Vs __attribute__((vector_size(KVXFER_SIMD_BYTES / 4)));
 typedef uint8_t VbLoose __attribute__((vector_size(KVXFER_SIMD_BYTES / 4), aligned(1), may_alias));
 typedef int8_t VsLoose __attribute__((vector_size(KVXFER_SIMD_BYTES / 4), aligned(1), may_alias));
 typedef int32_t ViLoose __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(4), may_alias));
+typedef int32_t ViBytes __attribute__((vector_size(KVXFER_SIMD_BYTES), aligned(1), may_alias));
 
 // Element types of a cache; all but float are bare bits here.
 struct Half {
@@ -45,6 +46,9 @@ struct Int8 {
 KVXFER_INLINE Vf splat(float x) { return x - Vf{}; }
 KVXFER_INLINE Vf load(const float* p) { return *reinterpret_cast<const VfLoose*>(p); }
 KVXFER_INLINE void store(float* p, Vf v) { *reinterpret_cast<VfLoose*>(p) = v; }
+
+KVXFER_INLINE Vi load_bytes(const char* p) { return *reinterpret_cast<const ViBytes*>(p); }
+KVXFER_INLINE void store_bytes(char* p, Vi v) { *reinterpret_cast<ViBytes*>(p) = v; }
 
 // Unsigned and signed integers, each in a wider lane. GCC makes five instructions of
 // __builtin_convertvector where the CPU has one, and a cache of 16 bits is all conversion then.

@@ -12,12 +12,16 @@ import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["address_of", "cut_segments"]
+__all__ = ["address_of", "cut_segments", "host_arrays"]
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
     """Where the array's first element lies."""
     return int(array.ctypes.data)
+
+
+def host_arrays(src: object, dst: object) -> None:
+    """Nothing: what is done by one native call is known to the extension module alone."""
 
 
 def cut_segments(
