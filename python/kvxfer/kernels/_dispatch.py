@@ -227,7 +227,11 @@ def explain(op: str, *arrays: Array) -> str:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of the C++ backend, the caller's own included, 1 to 1024; results do not depend on it."""
+    """Threads of the C++ backend, the caller's own included, 1 to 1024; results do not depend on it.
+
+    torch's idle threads spin for milliseconds after a call of theirs. Where both share cores, ``OMP_WAIT_POLICY=PASSIVE``
+    in the environment, before torch is imported, lets them sleep instead.
+    """
     num_threads = whole("num_threads", num_threads, 1, 1024)
     module = _load("cpu")
     if isinstance(module, str):
