@@ -30,11 +30,10 @@ std::optional<HostArray> of_numpy(py::handle array, bool written) {
                    kNumPy | static_cast<uint32_t>(dtype.num())};
 }
 
-// The class's way to look at its objects, or null. Asked for once per class: a server's arrays are
-// of one.
+// The class's way to look at its objects, or null. The last one is remembered, under the GIL: a
+// server's arrays are of one class. It is held, so that no other class ever has its address.
 DlTensorFromObject exchange_of(PyTypeObject* type) {
-  static PyTypeObject* known =
-      nullptr;  // under the GIL; held, so that no other class has its address
+  static PyTypeObject* known = nullptr;
   static DlTensorFromObject answer = nullptr;
   if (type == known) return answer;
   const auto own = py::reinterpret_borrow<py::dict>(type->tp_dict);

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -143,8 +144,20 @@ TEST_CASE("blocks beyond 2^33 elements are written and read where they are") {
 TEST_CASE("sixteen lanes give what eight or four give") {
   std::mt19937 random(11);
   std::normal_distribution<float> normal;
+  const auto sixteen = [](const std::vector<float>& values) {
+    std::vector<uint16_t> bits(1);  // so that rows are not even on 4 bytes
+    for (const float value : values)
+      bits.push_back(static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16));
+    return bits;
+  };
   for (const int64_t dim : {8, 24, 64, 100}) {
-    for (const int64_t group : {1, 2, 5, 9}) {
+    for (const auto& [group, dtype] : {std::pair<int64_t, DType>{1, DType::kFloat32},
+                                       {2, DType::kFloat32},
+                                       {5, DType::kFloat32},
+                                       {9, DType::kFloat32},
+                                       {1, DType::kBFloat16},
+                                       {4, DType::kBFloat16},
+                                       {11, DType::kBFloat16}}) {
       const int64_t heads = 2, block_size = 7, length = 150, num_new = 61,
                     blocks = (length + 6) / 7;
       std::vector<float> k(blocks * block_size * heads * dim), v(k.size());
@@ -152,6 +165,8 @@ TEST_CASE("sixteen lanes give what eight or four give") {
       for (auto* values : {&k, &v, &q}) {
         for (float& value : *values) value = normal(random);
       }
+      std::vector<uint16_t> k16 = sixteen(k), v16 = sixteen(v);
+      const bool narrow = dtype == DType::kBFloat16;
       std::vector<int32_t> table(blocks);
       for (int64_t i = 0; i < blocks; ++i) table[i] = static_cast<int32_t>(blocks - 1 - i);
       const int32_t cu[] = {0, static_cast<int32_t>(num_new)},
@@ -159,8 +174,10 @@ TEST_CASE("sixteen lanes give what eight or four give") {
       std::vector<float> sinks(heads * group, 0.5f);
       cpu::Attention a;
       a.q = {q.data(), DType::kFloat32, heads * group * dim, dim};
-      a.k = {k.data(), DType::kFloat32, {block_size * heads * dim, dim, block_size * dim}};
-      a.v = {v.data(), DType::kFloat32, a.k.strides};
+      a.k = {narrow ? static_cast<void*>(k16.data() + 1) : k.data(),
+             dtype,
+             {block_size * heads * dim, dim, block_size * dim}};
+      a.v = {narrow ? static_cast<void*>(v16.data() + 1) : v.data(), dtype, a.k.strides};
       a.block_table = table.data();
       a.table_stride = a.max_blocks = blocks;
       a.seq_lens = &seq_len;
@@ -176,7 +193,9 @@ TEST_CASE("sixteen lanes give what eight or four give") {
       a.logits_soft_cap = 8;
       a.window_left = 90;
       a.out = {want.data(), DType::kFloat32, heads * group * dim, dim};
+      cpu::set_isa("baseline");
       cpu::paged_prefill(a);
+      cpu::set_isa(cpu::available_isas().front());
 
       const cpu::IsaTable& wide = cpu::wide::kTable;
       a.out.data = got.data();
@@ -263,13 +282,14 @@ TEST_CASE("an access is as wide as every address allows") {
 }
 
 TEST_CASE("segments cover the tokens once, and a copy moves their rows and no other byte") {
+  constexpr int64_t kOff = 1;  // no row begins on a word
   std::mt19937 random(7);
   const auto below = [&](int64_t n) {
     return static_cast<int64_t>(random() % static_cast<uint64_t>(n));
   };
   for (int round = 0; round < 200; ++round) {
     const int64_t first = below(30), end = first + below(60), heads = 1 + below(3),
-                  row = 1 + below(300);
+                  row = below(3) == 0 ? 64 * (1 + below(20)) : 1 + below(300);
     struct Side {
       std::vector<int64_t> ids;
       cpu::BlockList list{};
@@ -286,7 +306,7 @@ TEST_CASE("segments cover the tokens once, and a copy moves their rows and no ot
       const bool head_major = below(2) == 0;
       side.strides = {size * heads * row, head_major ? row : heads * row,
                       head_major ? size * row : row};
-      side.memory.resize(static_cast<size_t>(blocks * size * heads * row));
+      side.memory.resize(static_cast<size_t>(kOff + blocks * size * heads * row));
       for (char& byte : side.memory) byte = static_cast<char>(random());
     }
     Side &src = sides[0], &dst = sides[1];
@@ -298,7 +318,7 @@ TEST_CASE("segments cover the tokens once, and a copy moves their rows and no ot
         const int64_t index = (token - side.list.origin) / side.list.block_size;
         const int64_t slot = (token - side.list.origin) % side.list.block_size;
         const int64_t id = side.ids[static_cast<size_t>(index)];
-        return id < 0 ? -1 : row_offset(side.strides, id, slot, head);
+        return id < 0 ? -1 : kOff + row_offset(side.strides, id, slot, head);
       };
       for (int64_t head = 0; head < heads; ++head) {
         if (at(dst, head) < 0) continue;
@@ -306,7 +326,7 @@ TEST_CASE("segments cover the tokens once, and a copy moves their rows and no ot
       }
     }
     const auto segments = cpu::cut_segments(src.list, dst.list, first, end, false);
-    const cpu::CopyBase base{0, 0, 0, 0};
+    const cpu::CopyBase base{0, kOff, 0, kOff};
     cpu::CopyPart part;
     part.bases = &base;
     part.row_bytes = row;

@@ -87,7 +87,11 @@ struct CopyContext {
         tokens = s.tokens;
         shape = collapse_rows(part.row_bytes, tokens, p.num_heads, part.src, part.dst);
       }
-      stream ? stream_runs(dst, src, shape) : isa().copy_runs(dst, src, shape);
+      if (stream) {
+        stream_runs(dst, src, shape);
+      } else {
+        isa().copy_runs(dst, src, shape);
+      }
     }
   }
 

@@ -97,7 +97,8 @@ constexpr bool kEvenOdd = kLanes == 16 && std::is_same_v<T, BFloat>;
 template <class T>
 KVXFER_INLINE Vf load_some(const T* p, int64_t i) {
   if constexpr (kEvenOdd<T>) {
-    const Vu both = reinterpret_cast<Vu>(*reinterpret_cast<const ViLoose*>(p + i / 2 * 2 * kLanes));
+    const Vu both =
+        reinterpret_cast<Vu>(load_bytes(reinterpret_cast<const char*>(p + i / 2 * 2 * kLanes)));
     return reinterpret_cast<Vf>(i % 2 == 0 ? both << 16 : both & 0xffff0000u);
   } else {
     return load(p + i * kLanes);
