@@ -24,14 +24,18 @@ def bench_decode(run: Run, quick: bool) -> None:
         (8, 2048, 32, 8, 128),
         (1, 16384, 64, 8, 128),
         (4, 4096, 4, 2, 64),
+        (1, 16384, 8, 8, 128),
+        (1, 65536, 32, 8, 128),
     ]
     kinds = [("NHD", torch.float32), ("HND", torch.bfloat16), ("HND", torch.float32)]
     kinds += [("NHD", torch.bfloat16), ("NHD", torch.float16)]
+    eight_bits = [("HND", kind) for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)]
     for shape in cases[:1] if quick else cases:
-        for order, dtype in kinds[:2] if quick else kinds:
+        some = kinds[:2] if quick else kinds + (eight_bits if shape == cases[1] else [])
+        for order, dtype in some:
             batch, context, q_heads, kv_heads, dim = shape
             # As much KV for each dtype: from 64 MiB up is what is asked for.
-            context = context // 2 if dtype == torch.float32 and dim == 128 else context
+            context = context * 2 // dtype.itemsize if dim == 128 else context
             nbytes = 2 * batch * context * kv_heads * dim * dtype.itemsize
             name = f"{order} {str(dtype)[6:]} b{batch} ctx{context} {q_heads}q/{kv_heads}kv d{dim}"
             sized = (batch, context, *shape[2:])
@@ -58,14 +62,17 @@ def decode_case(
     k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     table = table_of(blocks, batch, generator)
     lens = torch.full((batch,), context, dtype=torch.int32)
-    q = torch.randn(batch, q_heads, dim, generator=generator).to(dtype)
+    q = torch.randn(batch, q_heads, dim, generator=generator)
+    q = q.to(torch.bfloat16 if dtype.itemsize == 1 else dtype)
     flat = torch.ones((k.nbytes + v.nbytes) // 4)
     memory = [x.view(torch.uint8).numpy() for x in (k, v)]
     nbytes = k.nbytes // blocks
     listed = table.numpy().reshape(-1).astype(np.int64) * nbytes
 
+    held = [x.view(torch.int8) if dtype.itemsize == 1 else x for x in (k, v)]  # torch can index
+
     def gather() -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = k[table.long()], v[table.long()]
+        keys, values = (x[table.long()].view(dtype).to(q.dtype) for x in held)
         if order == "HND":
             keys, values = (x.transpose(1, 2) for x in (keys, values))
             return tuple(x.reshape(batch, kv_heads, context, dim) for x in (keys, values))

@@ -16,13 +16,18 @@ from kernels_run import Row, Run, Timed, measure, of_best, ratio
 from kvxfer import _transfer, kernels
 from kvxfer.layout import KVLayout
 
+HEADS, LAYERS_AND_PARTS = 4, 4  # two layers of keys and values
+SLAB = 16 * 256  # bytes of one head's tokens in a block
+BLOCK = SLAB * HEADS * LAYERS_AND_PARTS
+BOUNDS = {"memcpy of": False, "around the caches": True}  # non-temporal?
+
 
 def bench_pack(run: Run, quick: bool) -> None:
     whole = ["LKBHNC", "BLKHNC", "LKBNHC"]
-    ways = [(order, order) for order in (whole[:2] if quick else whole)] + [("LKBNHC", "LKBHNC")]
+    orders = [(order, order) for order in whole[: 2 if quick else 3]] + [("LKBNHC", "LKBHNC")]
     # As much as the core's own cache holds, again and again; and from memory.
     for mib, cold in [(1, False)] if quick else [(1, False), (1, True), (16, True), (64, True)]:
-        for src, dst in ways:
+        for src, dst in orders:
             what = f"{src}, bfloat16, {mib} MiB in whole blocks"
             if src != dst:
                 what = f"{src} to {dst}, bfloat16, {mib} MiB in rows of 256 bytes"
@@ -31,12 +36,6 @@ def bench_pack(run: Run, quick: bool) -> None:
                 what + ("" if cold else ", again"),
                 lambda src=src, dst=dst, mib=mib, cold=cold: pack_case(run, src, dst, mib, cold),
             )
-
-
-HEADS, LAYERS_AND_PARTS = 4, 4  # two layers of keys and values
-SLAB = 16 * 256  # bytes of one head's tokens in a block
-BLOCK = SLAB * HEADS * LAYERS_AND_PARTS
-BOUNDS = {"memcpy of": False, "around the caches": True}  # non-temporal?
 
 
 def offsets_of(order: str, ids: np.ndarray, num_blocks: int) -> np.ndarray:
@@ -144,6 +143,14 @@ def append_case(run: Run, order: str, tokens: int, heads: int, dim: int, dtype: 
             k[block, offset] = key
             v[block, offset] = value
 
+    known = slots // 16, slots % 16
+
+    def by_torch_where_known() -> None:  # as of a second layer, for whoever keeps them
+        block, offset = known
+        at = (block, slice(None), offset) if order == "HND" else (block, offset)
+        k[at] = key
+        v[at] = value
+
     # The bound: the same rows copied one after the other, their addresses known.
     row = dim * dtype.itemsize * (heads if order == "NHD" else 1)
     at = slots.numpy()[:, None]
@@ -162,6 +169,7 @@ def append_case(run: Run, order: str, tokens: int, heads: int, dim: int, dtype: 
     timed: Timed = {
         "ours": lambda: kernels.append_kv(key, value, k, v, slots, kv_layout=order),
         "torch": by_torch,
+        "torch where known": by_torch_where_known,
         "memcpy of rows": by_memcpy,
     }
     if order == "NHD":  # indexing at its best: one axis of slots
@@ -174,6 +182,7 @@ def append_case(run: Run, order: str, tokens: int, heads: int, dim: int, dtype: 
     found = {
         "us": statistics.median(seconds["ours"]) * 1e6,
         "times_torch_indexing": ratio(seconds, "ours", "torch"),
+        "times_torch_where_known": ratio(seconds, "ours", "torch where known"),
         "of_memcpy_of_rows": ratio(seconds, "ours", "memcpy of rows"),
     }
     if "index_copy" in timed:

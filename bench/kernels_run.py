@@ -78,8 +78,8 @@ def measure(
         call()
         start = time.perf_counter()
         call()
-        repeats = max(1, min(200, int(0.004 / max(1e-7, time.perf_counter() - start))))
-        repeats = 1 if small else repeats
+        some = max(1, min(200, int(0.004 / max(1e-7, time.perf_counter() - start))))
+        repeats = 1 if small else some
 
         def sample() -> float:
             if small:

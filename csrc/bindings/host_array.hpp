@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The kvxfer authors
 // SPDX-License-Identifier: Apache-2.0
-// What one array in host memory is, without a Python attribute: of torch's tensors half a dozen of
-// those cost more than to copy 64 KiB.
+// What one array in host memory is. Of torch's tensors it is asked by DLPack's C functions where
+// they are: half a dozen attributes cost as much as to copy 64 KiB.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,9 +17,12 @@ struct HostArray {
   uint32_t dtype;  // a number for each library's each dtype
 };
 
-// Of a contiguous numpy.ndarray, or of a contiguous object of a class that itself offers DLPack's C
-// exchange (torch.Tensor from torch 2.10 on), not of a subclass, which may mean something else.
-// None: it is another thing, it may not be written, or there is no cheap way to know.
+// Of a contiguous numpy.ndarray or torch.Tensor, not of a subclass, which may mean something else.
+// None: it is another thing, it may not be written, or a gradient is wanted.
 std::optional<HostArray> host_array(pybind11::handle array, bool written);
+
+// (bytes, addresses): all but the addresses that there is to know about host tensors, none of which
+// wants a gradient. None: one is another thing. NotImplemented: this torch must be asked in Python.
+pybind11::object tensor_facts(const pybind11::tuple& tensors);
 
 }  // namespace kvxfer::bindings

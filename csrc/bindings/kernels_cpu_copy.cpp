@@ -179,6 +179,7 @@ void register_copies(py::module_& m) {
                               uint64_t{from->dtype} << 32 | to->dtype);
       },
       py::arg("src"), py::arg("dst"));
+  m.def("tensor_facts", &tensor_facts, py::arg("tensors"));
   m.def("cut_segments", &cut_segments, py::arg("src_blocks"), py::arg("dst_blocks"),
         py::arg("src_extent"), py::arg("dst_extent"), py::arg("tokens"), py::arg("apart"));
   py::class_<PartArguments>(m, "CopyPart")

@@ -89,6 +89,17 @@ KVXFER_HOST_DEVICE inline RunShape collapse_rows(int64_t row, int64_t tokens, in
   return shape;
 }
 
+// body(dst, src) for each run.
+template <class Body>
+void for_runs(const RunShape& shape, char* dst, const char* src, const Body& body) {
+  for (int64_t i = 0; i < shape.outer; ++i) {
+    for (int64_t j = 0; j < shape.inner; ++j) {
+      body(dst + i * shape.dst_outer + j * shape.dst_inner,
+           src + i * shape.src_outer + j * shape.src_inner);
+    }
+  }
+}
+
 // Walks a grid of (token, head, vector) in steps of `stride` flat positions. The divisions are done
 // once, at the start: a chain of them per vector would make a copy loop bound by integer
 // arithmetic.

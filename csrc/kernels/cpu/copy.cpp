@@ -44,15 +44,6 @@ void stream_copy(char* dst, const char* src, int64_t n) {
   std::memcpy(dst, src, static_cast<size_t>(n));
 }
 
-void stream_runs(char* dst, const char* src, const RunShape& shape) {
-  for (int64_t i = 0; i < shape.outer; ++i) {
-    for (int64_t j = 0; j < shape.inner; ++j) {
-      stream_copy(dst + i * shape.dst_outer + j * shape.dst_inner,
-                  src + i * shape.src_outer + j * shape.src_inner, shape.run);
-    }
-  }
-}
-
 // Stores that went around the caches are visible to others only after this; the pool's lock alone
 // does not order them.
 void finish_streams() {
@@ -88,7 +79,8 @@ struct CopyContext {
         shape = collapse_rows(part.row_bytes, tokens, p.num_heads, part.src, part.dst);
       }
       if (stream) {
-        stream_runs(dst, src, shape);
+        for_runs(shape, dst, src,
+                 [&](char* at, const char* out) { stream_copy(at, out, shape.run); });
       } else {
         isa().copy_runs(dst, src, shape);
       }

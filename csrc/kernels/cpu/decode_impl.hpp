@@ -148,7 +148,8 @@ void decode_tile(const Attention& a, const T* const* k_rows, const T* const* v_r
   scale_keys<R>(scores, k_scales, count);
   soften<R>(a, scores, count, padded, state, values, stride);
   scale_keys<R>(scores, v_scales, count);
-  constexpr int kWide = R > 4 ? 2 : R == 4 ? kLanes / 4 : kLanes / R < 8 ? kLanes / R : 8;
+  constexpr int kWide = kLanes / R < 8 ? kLanes / R : 8;
+  static_assert(!kEvenOdd<T> || kWide % 2 == 0);
   const int64_t n = a.head_dim_v;
   int64_t d = 0;
   const auto add = [&](auto vectors) KVXFER_LAMBDA {

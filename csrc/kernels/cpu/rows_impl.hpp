@@ -251,19 +251,15 @@ uint64_t sum_pairs(const void* row, int64_t nbytes, const uint32_t* keys) {
 void copy_runs(char* dst, const char* src, const RunShape& shape) {
   constexpr int64_t kMostShort = 1024;
   constexpr auto kVector = static_cast<int64_t>(sizeof(Vi));
-  const bool is_short = shape.run <= kMostShort && shape.run % kVector == 0;
-  for (int64_t i = 0; i < shape.outer; ++i) {
-    for (int64_t j = 0; j < shape.inner; ++j) {
-      char* to = dst + i * shape.dst_outer + j * shape.dst_inner;
-      const char* from = src + i * shape.src_outer + j * shape.src_inner;
-      if (!is_short) {
-        __builtin_memcpy(to, from, static_cast<uint64_t>(shape.run));
-        continue;
-      }
-#pragma GCC unroll 4
-      for (int64_t at = 0; at < shape.run; at += kVector) {
-        store_bytes(to + at, load_bytes(from + at));
-      }
-    }
+  if (shape.run > kMostShort || shape.run % kVector != 0) {
+    return for_runs(shape, dst, src, [&](char* to, const char* from) {
+      __builtin_memcpy(to, from, static_cast<uint64_t>(shape.run));
+    });
   }
+  for_runs(shape, dst, src, [&](char* to, const char* from) {
+#pragma GCC unroll 4
+    for (int64_t at = 0; at < shape.run; at += kVector) {
+      store_bytes(to + at, load_bytes(from + at));
+    }
+  });
 }

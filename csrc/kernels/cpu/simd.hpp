@@ -140,12 +140,10 @@ KVXFER_INLINE Vf load(const Half* p) { return widen(*reinterpret_cast<const VhLo
 // e4m3 is a half short of 3 mantissa bits and 8 of exponent bias: exact for all codes, subnormals
 // too.
 KVXFER_INLINE Vf load(const E4M3* p) {
-  const Vh code = widen_bytes(p);
-  const Vf value = widen((code & 0x80) << 8 | (code & 0x7f) << 7) * 256.0f;
-  // The one code that is no number, per sign.
-  const Vu nan =
-      reinterpret_cast<Vu>((__builtin_convertvector(code, Vu) & 0x7fu) == 0x7fu) & 0x7fc00000u;
-  return reinterpret_cast<Vf>(reinterpret_cast<Vu>(value) | nan);
+  const Vh code = widen_bytes(p), magnitude = code & 0x7f;
+  // The one code per sign that is no number: there alone one more reaches half's next exponent bit.
+  const Vh nan = (magnitude + 1) & 0x80;
+  return widen((code & 0x80) << 8 | (magnitude | nan) << 7) * 256.0f;
 }
 
 // e5m2 is the upper byte of a half.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvxfer.errors import InvalidArgumentError
+from kvxfer.kernels._host import tensor_facts
 from kvxfer.layout.dtypes import SHORT_NAMES
 
 __all__ = [
@@ -142,8 +143,14 @@ def _device_range(tensor: Array) -> tuple[int, int]:
     return start, start + (int(last) + 1) * int(tensor.element_size())
 
 
-def facts_of(tensors: Sequence[Array]) -> tuple[Any, ...] | None:
-    """All that the checks look at in host tensors, to know a call again that has passed them; None: of another kind."""
+def facts_of(tensors: tuple[Array, ...]) -> tuple[Any, Sequence[int]] | None:
+    """All that the checks look at in host tensors, to know a call again that has passed them, and their addresses.
+
+    None: of another kind.
+    """
+    native = tensor_facts(tensors)
+    if native is not NotImplemented:
+        return native
     torch = sys.modules.get("torch")
     if torch is None:
         return None
@@ -153,7 +160,7 @@ def facts_of(tensors: Sequence[Array]) -> tuple[Any, ...] | None:
         if type(tensor) is not kind or not tensor.is_cpu or tensor.requires_grad:
             return None
         facts += tensor.shape, tensor.stride(), tensor.dtype
-    return tuple(facts)
+    return tuple(facts), [tensor.data_ptr() for tensor in tensors]
 
 
 class Operands:

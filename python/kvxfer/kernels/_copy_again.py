@@ -40,10 +40,9 @@ class WholeCopy:
 
     def done(self, src_blocks: Any, dst_blocks: Any) -> bool:
         """Does it if it is known; False: nothing was done, and whoever resolves it finds out whether it may be."""
-        known = _known.get(self._key) if self._key is not None else None
-        if known is None:
+        if self._arrays is None or self._key not in _known:
             return False
-        return known[0](*self._arrays[:4], src_blocks, dst_blocks)  # type: ignore[index]
+        return _known[self._key][0](*self._arrays[:4], src_blocks, dst_blocks)
 
     def keep(self, module: ModuleType, job: CopyJob) -> None:
         """To know it again: ``module`` has done ``job``."""

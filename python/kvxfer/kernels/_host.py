@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 try:
-    from kvxfer._kernels_cpu import address_of, cut_segments, host_arrays
+    from kvxfer._kernels_cpu import address_of, cut_segments, host_arrays, tensor_facts
 except ImportError:
-    from kvxfer.kernels._host_numpy import address_of, cut_segments, host_arrays
+    from kvxfer.kernels._host_numpy import address_of, cut_segments, host_arrays, tensor_facts
 
-__all__ = ["address_of", "cut_segments", "host_arrays"]
+__all__ = ["address_of", "cut_segments", "host_arrays", "tensor_facts"]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvxfer.errors import InvalidArgumentError
 
-__all__ = ["address_of", "cut_segments", "host_arrays"]
+__all__ = ["address_of", "cut_segments", "host_arrays", "tensor_facts"]
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
@@ -22,6 +22,11 @@ def address_of(array: np.ndarray[Any, Any]) -> int:
 
 def host_arrays(src: object, dst: object) -> None:
     """Nothing: what is done by one native call is known to the extension module alone."""
+
+
+def tensor_facts(tensors: object) -> Any:
+    """Not known here: to be asked in Python."""
+    return NotImplemented
 
 
 def cut_segments(

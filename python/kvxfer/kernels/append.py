@@ -85,13 +85,12 @@ def append_kv(
     numbers_are_floats = type(k_scale) is type(v_scale) is float
     if k_scale_cache is v_scale_cache is None and numbers_are_floats and names_are_text:
         facts = facts_of((key, value, k_cache, v_cache, slot_mapping))
-    known = (facts, kv_layout, k_scale, v_scale, kv_dtype, backend)
-    if facts is not None and (passed := _passed.get(known)) is not None:
-        k_address, v_address = k_cache.data_ptr(), v_cache.data_ptr()
-        if passed.are_apart(k_address, v_address):
-            passed.again(
-                key.data_ptr(), value.data_ptr(), k_address, v_address, slot_mapping.data_ptr()
-            )
+    if facts is not None:
+        alike, addresses = facts
+        known = (alike, kv_layout, k_scale, v_scale, kv_dtype, backend)
+        passed = _passed.get(known)
+        if passed is not None and passed.are_apart(addresses[2], addresses[3]):
+            passed.again(*addresses)
             return
     call = Operands()
     num_tokens, num_kv_heads, head_dim = call.add(
