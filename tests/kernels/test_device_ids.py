@@ -20,7 +20,7 @@ triton_append = pytest.importorskip("kvxfer.kernels.triton.append")
 from kvxfer import kernels  # noqa: E402
 from kvxfer.errors import InvalidArgumentError  # noqa: E402
 from kvxfer.kernels import _cuda, _cuda_base, _cuda_decode  # noqa: E402
-from kvxfer.kernels.triton import attention_decode, attention_prefill  # noqa: E402
+from kvxfer.kernels.triton import attention_decode, attention_prefill, mla  # noqa: E402
 from kvxfer.kernels.triton._common import INTERPRETED  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(
@@ -64,6 +64,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
         (attention_decode, "decode_kernel"),
         (attention_decode, "merge_splits_kernel"),
         (attention_prefill, "prefill_kernel"),
+        (mla, "mla_kernel"),
     ):
         monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -87,6 +88,14 @@ def run(op: str, backend: str, where: str | None = None, at: Any = None, to: int
         }
     if op == "paged_decode":
         call["split_size"] = 64
+    if op == "mla_decode":
+        del call["q"], call["k_cache"], call["v_cache"]
+        call |= {
+            "q_latent": torch.zeros(2, 4, 48).half(),
+            "q_rope": torch.zeros(2, 4, 16).half(),
+            "latent_cache": torch.zeros(5, 16, 64).half(),
+            "sm_scale": 1.0,
+        }
     if op == "paged_prefill":
         call["cu_seqlens_q"] = torch.tensor([0, 1, 2], dtype=torch.int32)
     if where is not None:
@@ -100,6 +109,7 @@ BACKENDS = [
     pytest.param("triton", "append_kv", marks=needs_triton),
     pytest.param("triton", "paged_decode", marks=needs_triton),
     pytest.param("triton", "paged_prefill", marks=needs_triton),
+    pytest.param("triton", "mla_decode", marks=needs_triton),
 ]
 ATTENTION = [
     ("block_table", (0, 1), 5, r"block_table\[0, 1\]: expected a block id from 0 to 4, given 5"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvxfer import kernels
+from kvxfer import KVLayout, kernels
 from kvxfer.errors import InvalidArgumentError, UnavailableError
 
 Change = Callable[[dict[str, Any]], None]
@@ -304,6 +304,68 @@ def test_libraries_may_not_be_mixed() -> None:
         InvalidArgumentError, match="block_table: expected a NumPy array on cpu like q"
     ):
         kernels.paged_decode(**call)
+
+
+def elsewhere(call: dict[str, Any], name: str) -> tuple[dict[str, Any], Any]:
+    """The call with tensors, and one of them on the device that has no memory."""
+    torch = pytest.importorskip("torch")
+    tensors = {key: torch.from_numpy(value) for key, value in call.items()}
+    return tensors, tensors[name].to("meta")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name)
+     for op, call in (("paged_decode", decode_call()), ("append_kv", append_call()))
+     for name in [*call][1:]],
+)  # fmt: skip
+def test_arrays_on_two_devices_are_refused(op: str, name: str, backend: str) -> None:
+    call, tensor = elsewhere(decode_call() if op == "paged_decode" else append_call(), name)
+    match = f"^{name}: expected a torch tensor on cpu like {next(iter(call))}, given a torch tensor on meta"
+    run = getattr(kernels, op)
+    run(**call, backend=backend)  # so that a call like it has been seen
+    before = {key: value.clone() for key, value in call.items()}
+    with pytest.raises(InvalidArgumentError, match=match):
+        run(**call | {name: tensor}, backend=backend)
+    assert all(value.equal(before[key]) for key, value in call.items())
+
+
+@pytest.mark.parametrize("name", ["out", "sinks"])
+def test_what_decode_may_be_given_is_on_the_same_device(name: str, backend: str) -> None:
+    given = {"out": np.zeros((2, 4, 16), np.float32), "sinks": np.zeros(4, np.float32)}
+    call, tensor = elsewhere(decode_call() | given, name)
+    match = f"^{name}: expected a torch tensor on cpu like q, given a torch tensor on meta"
+    with pytest.raises(InvalidArgumentError, match=match):
+        kernels.paged_decode(**call | {name: tensor}, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("src", "^dst: expected memory on meta like src, of another GPU.*, given cpu"),
+        ("dst", "^dst: expected memory on cpu like src, of another GPU.*, given meta"),
+    ],
+)
+def test_a_copy_between_devices_that_no_kernel_reaches_is_refused(
+    name: str, match: str, backend: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    layout = KVLayout.from_order("LKBNHC", num_layers=1, num_blocks=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")  # fmt: skip
+    sides = {"src": torch.ones(layout.nbytes, dtype=torch.uint8), "dst": torch.zeros(layout.nbytes, dtype=torch.uint8)}  # fmt: skip
+
+    def copy(src: Any, dst: Any) -> None:
+        kernels.copy_blocks(layout, src, layout, dst, [0, 1], [1, 2], backend=backend)
+
+    copy(**sides)  # so that a copy like it has been made
+    sides["dst"].zero_()
+    with pytest.raises(InvalidArgumentError, match=match):
+        copy(**sides | {name: sides[name].to("meta")})
+    assert not sides["dst"].any()
+    halves = [*sides[name].chunk(2)]
+    halves[1] = halves[1].to("meta")
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected all of its memory on cpu like its first array, given meta"):  # fmt: skip
+        copy(**sides | {name: halves})
+    assert not sides["dst"].any()
 
 
 def test_tensors_in_tensors_out_and_no_copy_of_the_cache() -> None:

@@ -99,6 +99,23 @@ def test_out_is_written_in_place(rng: np.random.Generator, backend: str) -> None
     check((out, lse), q, dense, 16, "float32", sm_scale=1.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_element_of_out_is_written_and_nothing_beside_it(
+    rng: np.random.Generator, backend: str, dtype: str
+) -> None:
+    lengths = [0, 33, 1, 0]
+    cache, table, dense = latents(rng, lengths, 16, 24, dtype)
+    q = encode(rng.standard_normal((4, 3, 24)), dtype)
+    wide = encode(np.full((4, 3, 16 + 5), np.nan), dtype)
+    given = kernels.mla_decode(
+        q[..., :16], q[..., 16:], cache, table, np.array(lengths, np.int32),
+        sm_scale=0.2, out=wide[..., 2:-3], return_lse=True, backend=backend,
+    )  # fmt: skip
+    assert np.isfinite(decode(given[0])).all()
+    assert np.isnan(decode(wide)).sum() == 5 * 4 * 3
+    check(given, q, dense, 16, dtype, sm_scale=0.2)
+
+
 @pytest.mark.parametrize(
     ("match", "change"),
     [
