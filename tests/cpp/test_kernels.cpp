@@ -157,7 +157,8 @@ TEST_CASE("sixteen lanes give what eight or four give") {
                                        {9, DType::kFloat32},
                                        {1, DType::kBFloat16},
                                        {4, DType::kBFloat16},
-                                       {11, DType::kBFloat16}}) {
+                                       {11, DType::kBFloat16},
+                                       {8, DType::kFloat8E4M3}}) {
       const int64_t heads = 2, block_size = 7, length = 150, num_new = 61,
                     blocks = (length + 6) / 7;
       std::vector<float> k(blocks * block_size * heads * dim), v(k.size());
@@ -166,7 +167,14 @@ TEST_CASE("sixteen lanes give what eight or four give") {
         for (float& value : *values) value = normal(random);
       }
       std::vector<uint16_t> k16 = sixteen(k), v16 = sixteen(v);
-      const bool narrow = dtype == DType::kBFloat16;
+      std::vector<uint8_t> k8(k.size()), v8(k.size());  // e4m3 below 2, subnormals too
+      for (auto* codes : {&k8, &v8}) {
+        for (uint8_t& code : *codes) code = static_cast<uint8_t>(random() & 0xbf);
+      }
+      const auto data = [&, kind = dtype](auto& wide, auto& half, auto& byte) -> void* {
+        if (kind == DType::kFloat32) return wide.data();
+        return kind == DType::kBFloat16 ? static_cast<void*>(half.data() + 1) : byte.data();
+      };
       std::vector<int32_t> table(blocks);
       for (int64_t i = 0; i < blocks; ++i) table[i] = static_cast<int32_t>(blocks - 1 - i);
       const int32_t cu[] = {0, static_cast<int32_t>(num_new)},
@@ -174,10 +182,8 @@ TEST_CASE("sixteen lanes give what eight or four give") {
       std::vector<float> sinks(heads * group, 0.5f);
       cpu::Attention a;
       a.q = {q.data(), DType::kFloat32, heads * group * dim, dim};
-      a.k = {narrow ? static_cast<void*>(k16.data() + 1) : k.data(),
-             dtype,
-             {block_size * heads * dim, dim, block_size * dim}};
-      a.v = {narrow ? static_cast<void*>(v16.data() + 1) : v.data(), dtype, a.k.strides};
+      a.k = {data(k, k16, k8), dtype, {block_size * heads * dim, dim, block_size * dim}};
+      a.v = {data(v, v16, v8), dtype, a.k.strides};
       a.block_table = table.data();
       a.table_stride = a.max_blocks = blocks;
       a.seq_lens = &seq_len;

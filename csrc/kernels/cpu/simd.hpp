@@ -64,14 +64,15 @@ KVXFER_INLINE Vu widen_words(const void* p) {
 #endif
 }
 
-KVXFER_INLINE Vh widen_bytes(const void* p) {
+// Codes of 8 bits in words, the sign in all bits above.
+KVXFER_INLINE Vh widen_codes(const void* p) {
 #if defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 32
-  return reinterpret_cast<Vh>(_mm_cvtepu8_epi16(_mm_loadu_si64(p)));
+  return reinterpret_cast<Vh>(_mm_cvtepi8_epi16(_mm_loadu_si64(p)));
 #elif defined(KVXFER_SIMD_X86) && KVXFER_SIMD_BYTES == 64
   return reinterpret_cast<Vh>(
-      _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+      _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))));
 #else
-  return __builtin_convertvector(*static_cast<const VbLoose*>(p), Vh);
+  return __builtin_convertvector(*static_cast<const VsLoose*>(p), Vh);
 #endif
 }
 
@@ -88,14 +89,76 @@ KVXFER_INLINE Vi widen_signed_bytes(const void* p) {
 
 KVXFER_INLINE Vf load(const BFloat* p) { return reinterpret_cast<Vf>(widen_words(p) << 16); }
 
+// The bits of halves, as floats.
+KVXFER_INLINE Vf widen(Vh bits) {
+#if defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 32
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
+#elif defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 64
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
+#else
+  // Exponent and mantissa move up by 13 bits; times 2^112 sets the bias right, subnormals included.
+  const Vu wide = __builtin_convertvector(bits, Vu);
+  const Vu magnitude = (wide & 0x7fffu) << 13;
+  const Vu value = reinterpret_cast<Vu>(reinterpret_cast<Vf>(magnitude) * 0x1p112f);
+  const Vu special = reinterpret_cast<Vu>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return reinterpret_cast<Vf>(value | special | (wide & 0x8000u) << 16);
+#endif
+}
+
+KVXFER_INLINE Vf load(const Half* p) { return widen(*reinterpret_cast<const VhLoose*>(p)); }
+
+// e4m3 is a half short of 3 mantissa bits and 8 of exponent bias: exactly a 256th of each code's
+// value, subnormals too.
+template <class Words>
+KVXFER_INLINE Words halves_of_e4m3(Words code) {
+  // The highest exponent bit, a copy of the sign here, becomes 0, but 1 for the one code per sign
+  // that is no number: there alone a carry reaches it.
+  const Words shifted = code << 7, carried = shifted + 0x80;
+  return (shifted & 0xbfff) | ((shifted ^ carried) & 0x4000);
+}
+
+KVXFER_INLINE Vf load(const E4M3* p) { return widen(halves_of_e4m3(widen_codes(p))) * 256.0f; }
+
+// e5m2 is the upper byte of a half.
+KVXFER_INLINE Vf load(const E5M2* p) { return widen(widen_codes(p) << 8); }
+
+KVXFER_INLINE Vf load(const Int8* p) { return __builtin_convertvector(widen_signed_bytes(p), Vf); }
+
 // Whether load_some takes even and odd channels apart: of bfloat16 a shift and a mask are half of
 // what widening takes. With 8 lanes that was not faster.
 template <class T>
 constexpr bool kEvenOdd = kLanes == 16 && std::is_same_v<T, BFloat>;
 
+#if KVXFER_SIMD_BYTES == 64
+// A vector of words for two of floats: the work on the codes is done once for both.
+typedef uint16_t Vw __attribute__((vector_size(64)));
+typedef int8_t VwBytes __attribute__((vector_size(32), aligned(1), may_alias));
+
+KVXFER_INLINE Vw widen_code_pairs(const void* p) {
+#if defined(KVXFER_SIMD_X86)
+  return reinterpret_cast<Vw>(
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#else
+  return __builtin_convertvector(*static_cast<const VwBytes*>(p), Vw);
+#endif
+}
+
+template <int... kWord>
+KVXFER_INLINE Vh half_of(Vw words, bool upper, std::integer_sequence<int, kWord...>) {
+  return upper ? __builtin_shufflevector(words, words, (kLanes + kWord)...)
+               : __builtin_shufflevector(words, words, kWord...);
+}
+#endif
+
 // Vector i of the channels from p on, in the order that costs least.
 template <class T>
 KVXFER_INLINE Vf load_some(const T* p, int64_t i) {
+#if KVXFER_SIMD_BYTES == 64
+  if constexpr (std::is_same_v<T, E4M3>) {
+    const Vw both = halves_of_e4m3(widen_code_pairs(p + i / 2 * 2 * kLanes));
+    return widen(half_of(both, i % 2 != 0, std::make_integer_sequence<int, kLanes>{})) * 256.0f;
+  }
+#endif
   if constexpr (kEvenOdd<T>) {
     const Vu both =
         reinterpret_cast<Vu>(load_bytes(reinterpret_cast<const char*>(p + i / 2 * 2 * kLanes)));
@@ -118,38 +181,6 @@ inline void order_even_odd(float* x, int64_t n) {
     }
   }
 }
-
-// The bits of halves, as floats.
-KVXFER_INLINE Vf widen(Vh bits) {
-#if defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 32
-  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
-#elif defined(KVXFER_SIMD_F16C) && KVXFER_SIMD_BYTES == 64
-  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
-#else
-  // Exponent and mantissa move up by 13 bits; times 2^112 sets the bias right, subnormals included.
-  const Vu wide = __builtin_convertvector(bits, Vu);
-  const Vu magnitude = (wide & 0x7fffu) << 13;
-  const Vu value = reinterpret_cast<Vu>(reinterpret_cast<Vf>(magnitude) * 0x1p112f);
-  const Vu special = reinterpret_cast<Vu>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-  return reinterpret_cast<Vf>(value | special | (wide & 0x8000u) << 16);
-#endif
-}
-
-KVXFER_INLINE Vf load(const Half* p) { return widen(*reinterpret_cast<const VhLoose*>(p)); }
-
-// e4m3 is a half short of 3 mantissa bits and 8 of exponent bias: exact for all codes, subnormals
-// too.
-KVXFER_INLINE Vf load(const E4M3* p) {
-  const Vh code = widen_bytes(p), magnitude = code & 0x7f;
-  // The one code per sign that is no number: there alone one more reaches half's next exponent bit.
-  const Vh nan = (magnitude + 1) & 0x80;
-  return widen((code & 0x80) << 8 | (magnitude | nan) << 7) * 256.0f;
-}
-
-// e5m2 is the upper byte of a half.
-KVXFER_INLINE Vf load(const E5M2* p) { return widen(widen_bytes(p) << 8); }
-
-KVXFER_INLINE Vf load(const Int8* p) { return __builtin_convertvector(widen_signed_bytes(p), Vf); }
 
 // Like the instruction: when either is NaN the second operand is the result. Callers put the value
 // whose NaN must go on second, and a value whose NaN is seen elsewhere first.
