@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvxfer.layout import KVLayout, KVScales, TransferPlan, plan_transfer
 from kvxfer.layout.cost import cost_model, spans_cost_s
-from kvxfer.layout.rows import Axis, Spans, UnwrittenSpans, nothing_joins
+from kvxfer.layout.rows import Axis, Spans, UnwrittenSpans, count_joins
 from kvxfer.layout.spans import SpanGroup
 from kvxfer.layout.staging import packed_layout, packed_nbytes
 
@@ -31,8 +31,10 @@ STEPS = st.integers(1, 12)
     st.booleans(),
 )
 @example([(0, 0, 1), (1, 1, 2)], [], [], (RUN, RUN), True)
+@example([(0, 0, 1), (2, 2, 1), (4, 4, 1)], [], [], None, False)
+@example([(0, 0, 1), (8, 8, 1)], [(3, 100, 100)], [(2, 6, 6)], None, False)
 @settings(max_examples=300)
-def test_rows_that_are_said_to_be_apart_are(
+def test_joins_are_counted_as_rows_show_them(
     starts: list[tuple[int, int, int]],
     outer: list[tuple[int, int, int]],
     inner: list[tuple[int, int, int]],
@@ -46,7 +48,7 @@ def test_rows_that_are_said_to_be_apart_are(
     if token:
         nest = outside if token_outside else inside
         nest.append(Axis("token", int(lengths.max()), *token))
-    apart = nothing_joins(src, dst, lengths, RUN, outside, inside)
+    joins = count_joins(src, dst, lengths, RUN, outside, inside)
     rows = []
     levels = outside + inside
     for out in itertools.product(*(range(axis.extent) for axis in outside)):
@@ -57,27 +59,30 @@ def test_rows_that_are_said_to_be_apart_are(
                     step_src = sum(i * axis.src for i, axis in steps)
                     rows.append((a + step_src, b + sum(i * axis.dst for i, axis in steps)))
     written = Spans(*np.array(rows, np.int64).T, np.full(len(rows), RUN, np.int64))
-    if apart:
-        joined = written.coalesced()
-        assert np.array_equal(joined.src, written.src)
-        assert np.array_equal(joined.dst, written.dst)
+    if joins is None:
+        return
+    joined = written.coalesced()
+    assert np.array_equal(np.sort(written.dst), written.dst)
+    assert len(joined) == len(rows) - joins
+    assert sorted(joined.nbytes) == [RUN] * (len(rows) - 2 * joins) + [2 * RUN] * joins
 
 
-def plan_of(**how: Any) -> TransferPlan:
+def plan_of(*, scattered: bool = True, **how: Any) -> TransferPlan:
     src, dst = (
         KVLayout.from_order(
             order, num_layers=2, num_blocks=90, block_size=16, num_kv_heads=8, head_dim=64, dtype="float16"
         )
         for order in ("LKBNHC", "LKBHNC")
     )  # fmt: skip
-    blocks = np.random.default_rng(0).permutation(45)[:40] * 2
-    return plan_transfer(src, dst, blocks, blocks[::-1], 40 * 16 - 5, **how)
+    blocks = np.random.default_rng(0).permutation(45)[:40] * 2 if scattered else np.arange(40)
+    return plan_transfer(src, dst, blocks, blocks, 40 * 16 - 5, **how)
 
 
+@pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("first_token", [0, 3])
-def test_a_plan_is_counted_and_priced_as_its_rows_say(first_token: int) -> None:
+def test_a_plan_is_counted_and_priced_as_its_rows_say(first_token: int, scattered: bool) -> None:
     """Once its 200,000 rows were written and compared only to find that another kind costs less."""
-    plan = plan_of(kind="direct", first_token=first_token)
+    plan = plan_of(kind="direct", first_token=first_token, scattered=scattered)
     (group,) = plan.groups
     assert isinstance(group.template, UnwrittenSpans)
     text, num_spans, nbytes = plan.describe(), plan.num_spans, plan.total_nbytes

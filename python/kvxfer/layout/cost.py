@@ -65,9 +65,9 @@ def spans_cost_s(groups: Sequence[SpanGroup], model: CostModel) -> float:
     """Seconds to move the spans as they are."""
     total = 0.0
     for group in groups:
-        sizes, times = group.template.sizes
-        each = np.maximum(model.span_s, sizes / model.bytes_per_s).sum()
-        total += len(group.bases) * times * float(each)
+        sizes, counts = group.template.sizes
+        each = counts * np.maximum(model.span_s, sizes / model.bytes_per_s)
+        total += len(group.bases) * float(each.sum())
     return total
 
 

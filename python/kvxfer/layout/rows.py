@@ -13,7 +13,7 @@ import numpy as np
 
 from kvxfer.layout.segments import Int64
 
-__all__ = ["Axis", "Spans", "UnwrittenSpans", "nothing_joins"]
+__all__ = ["Axis", "Spans", "UnwrittenSpans", "count_joins"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +28,9 @@ class Spans:
         return len(self.nbytes)
 
     @property
-    def sizes(self) -> tuple[Int64, int]:
-        """Lengths, and how often each of them stands for a span: enough to count bytes and to price."""
-        return self.nbytes, 1
+    def sizes(self) -> tuple[Int64, Int64]:
+        """Lengths, and how many spans each of them stands for: enough to count bytes and to price."""
+        return self.nbytes, np.ones(1, np.int64)
 
     @staticmethod
     def concat(pieces: Sequence[Spans]) -> Spans:
@@ -71,27 +71,30 @@ class Spans:
 
 
 class UnwrittenSpans(Spans):
-    """``num_spans`` of ``run`` bytes each, which is all that a price needs; ``write`` is called when rows are read.
+    """``num_rows`` of ``run`` bytes, of which pairs have become one ``num_joins`` times: all that a price needs.
 
-    The direct way between unlike layouts has most rows of all, and is mostly priced only to be refused.
+    ``write`` is called when rows are read. The direct way between unlike layouts has most rows of all, and is mostly
+    priced only to be refused.
     """
 
-    _num_spans: int
+    _counts: tuple[int, int]  # spans of one run, of two
     _run: int
     _write: Callable[[], Spans]
 
-    def __init__(self, num_spans: int, run: int, write: Callable[[], Spans]) -> None:
-        vars(self).update(_num_spans=num_spans, _run=run, _write=write)
+    def __init__(self, num_rows: int, num_joins: int, run: int, write: Callable[[], Spans]) -> None:
+        vars(self).update(_counts=(num_rows - 2 * num_joins, num_joins), _run=run, _write=write)
 
     def __len__(self) -> int:
-        return self._num_spans
+        return sum(self._counts)
 
     def __reduce__(self) -> tuple[Any, ...]:  # what pickle can take
         return Spans, (self.src, self.dst, self.nbytes)
 
     @property
-    def sizes(self) -> tuple[Int64, int]:
-        return np.array([self._run], np.int64), self._num_spans
+    def sizes(self) -> tuple[Int64, Int64]:
+        sizes = np.array([self._run, 2 * self._run], np.int64)
+        counts = np.array(self._counts, np.int64)
+        return sizes[counts > 0], counts[counts > 0]
 
     @cached_property
     def _written(self) -> Spans:
@@ -120,36 +123,43 @@ class Axis:
     dst: int
 
 
-def nothing_joins(
+def count_joins(
     src: Int64,
     dst: Int64,
     lengths: Int64,
     run: int,
     outer: Sequence[Axis],
     inner: Sequence[Axis],
-) -> bool:
-    """Whether rows of ``run`` bytes, nested as given, are in destination order and no two continue each other.
+) -> int | None:
+    """How many rows of ``run`` bytes, nested as given and in destination order, continue the row before them.
 
     Neighbours differ by a step of one level, from the last row of the levels inside it to their first. So a look
     at each level for each start stands for a look at all rows. ``lengths`` are the extents of the token axis.
+    None where that is not plain: rows out of order, three that join, or others than a start's last and the next's first.
     """
 
-    def meet(steps: Int64) -> bool:
-        return bool(((steps[1] <= 0) | (steps == run).all(axis=0)).any())
+    def apart(steps: Int64) -> bool:
+        return bool(((steps[1] > 0) & (steps != run).any(axis=0)).all())
 
     starts = np.stack((src, dst))
     last = np.zeros_like(starts)  # from each start to the last row of the levels seen so far
+    fewest = 1  # rows of a start
     for axis in reversed(inner):
         step = np.array([[axis.src], [axis.dst]], np.int64)
-        if meet(step - last):
-            return False
-        last += step * ((lengths if axis.name == "token" else axis.extent) - 1)
-    if meet(np.diff(starts) - last[:, :-1]):
-        return False
+        if not apart(step - last):
+            return None
+        extent = lengths if axis.name == "token" else np.array(axis.extent)
+        last += step * (extent - 1)
+        fewest *= int(extent.min())
+    steps = np.diff(starts) - last[:, :-1]
+    joins = int((steps == run).all(axis=0).sum())
+    if (steps[1] <= 0).any() or (joins and fewest < 2):
+        return None
     last = starts[:, -1:] - starts[:, :1] + last[:, -1:]
     for axis in reversed(outer):
         step = np.array([[axis.src], [axis.dst]], np.int64)
-        if meet(step - last) or (axis.name == "token" and (lengths != axis.extent).any()):
-            return False
+        if not apart(step - last) or (axis.name == "token" and (lengths != axis.extent).any()):
+            return None
         last += step * (axis.extent - 1)
-    return True
+        joins *= axis.extent
+    return joins

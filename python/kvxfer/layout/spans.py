@@ -16,7 +16,7 @@ import numpy as np
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.parts import KVPart
-from kvxfer.layout.rows import Axis, Spans, UnwrittenSpans, nothing_joins
+from kvxfer.layout.rows import Axis, Spans, UnwrittenSpans, count_joins
 from kvxfer.layout.segments import Int64, Segments
 
 __all__ = ["NO_LAYER", "Side", "SpanGroup", "build_groups"]
@@ -46,8 +46,8 @@ class SpanGroup:
 
     @property
     def total_nbytes(self) -> int:
-        sizes, times = self.template.sizes
-        return len(self.bases) * times * int(sizes.sum())
+        sizes, counts = self.template.sizes
+        return len(self.bases) * int((sizes * counts).sum())
 
     def for_layer(self, layer: int) -> Int64:
         """The rows of ``bases`` that carry ``layer``."""
@@ -196,27 +196,28 @@ def _template(family: _Family, segments: Segments, axes: list[Axis]) -> tuple[Sp
         for chosen, length, run, whole, left in collapsed
     ]
 
-    num_spans = _count_apart(family, segments, pieces)
-
     def write() -> Spans:
-        spans = Spans.concat([_expand(family, *piece) for piece in pieces])
-        return spans if num_spans and len(pieces) == 1 else spans.coalesced()
+        return Spans.concat([_expand(family, *piece) for piece in pieces]).coalesced()
 
-    spans = UnwrittenSpans(num_spans, pieces[0][2], write) if num_spans else write()
+    counts = _count_rows(family, segments, pieces)
+    spans = UnwrittenSpans(*counts, pieces[0][2], write) if counts else write()
     return spans, absorbed
 
 
-def _count_apart(family: _Family, segments: Segments, pieces: Sequence[_Piece]) -> int:
-    """How many spans these pieces make, if it shows without writing them out that none of them join; else 0."""
+def _count_rows(
+    family: _Family, segments: Segments, pieces: Sequence[_Piece]
+) -> tuple[int, int] | None:
+    """Rows of these pieces, and how many join the one before, where that shows without writing them out."""
     _, length, run, whole, axes = pieces[0]
-    num_spans = math.prod(axis.extent for axis in axes)
-    num_spans *= len(segments) if whole else int(segments.length.sum())
+    num_rows = math.prod(axis.extent for axis in axes)
+    num_rows *= len(segments) if whole else int(segments.length.sum())
     # Tokens that no run contains are the same axis in all pieces; few spans are quickly written out.
-    if num_spans <= _MERGE_LIMIT or (whole and (len(pieces) > 1 or not axes)):
-        return 0
+    if num_rows <= _MERGE_LIMIT or (whole and (len(pieces) > 1 or not axes)):
+        return None
     outer, inner = _nest(family, length, whole, axes)
     src, dst = _starts(family, segments)
-    return num_spans if nothing_joins(src, dst, segments.length, run, outer, inner) else 0
+    joins = count_joins(src, dst, segments.length, run, outer, inner)
+    return None if joins is None else (num_rows, joins)
 
 
 def _names(axes: list[Axis]) -> set[str]:
