@@ -5,15 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvxfer.errors import LayoutError
 
 __all__ = ["Axis", "Extent", "check_disjoint"]
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One moving index: its name for messages, byte stride and extent (above 1)."""
 
     name: str
@@ -21,8 +20,7 @@ class Axis:
     extent: int
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """One (part, layer): every byte at ``base + sum(index*stride) + [0, row)``."""
 
     label: str

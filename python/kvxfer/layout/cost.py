@@ -63,13 +63,12 @@ def cost_model(cost: CostModel | str | None) -> CostModel:
 
 def spans_cost_s(groups: Sequence[SpanGroup], model: CostModel) -> float:
     """Seconds to move the spans as they are."""
-    return float(
-        sum(
-            len(group.bases)
-            * np.maximum(model.span_s, group.template.nbytes / model.bytes_per_s).sum()
-            for group in groups
-        )
-    )
+    total = 0.0
+    for group in groups:
+        sizes, counts = group.template.sizes
+        each = counts * np.maximum(model.span_s, sizes / model.bytes_per_s)
+        total += len(group.bases) * float(each.sum())
+    return total
 
 
 def packed_cost_s(nbytes: int, sides: int, model: CostModel) -> float:

@@ -45,10 +45,11 @@ def describe(plan: TransferPlan) -> str:
         f"tokens {plan.first_token} to {plan.num_tokens - 1}, heads {plan.heads[0]} to {plan.heads[1] - 1}, "
         f"{len(plan.layers)} layers: {_size(plan.total_nbytes)}"
     )
-    sizes = np.concatenate([group.template.nbytes for group in plan.groups])
+    sizes = np.concatenate([group.template.sizes[0] for group in plan.groups])
+    rows = sum(len(group.template) for group in plan.groups)
     bases = sum(len(group.bases) for group in plan.groups)
     lines.append(
-        f"{plan.kind}: {plan.num_spans} spans = {bases} bases x {len(sizes)} template rows, "
+        f"{plan.kind}: {plan.num_spans} spans = {bases} bases x {rows} template rows, "
         f"{_size(float(sizes.min()))} to {_size(float(sizes.max()))} each"
     )
     if plan.wire_layout is not None:

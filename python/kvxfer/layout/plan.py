@@ -17,10 +17,11 @@ from kvxfer.layout.describe import describe
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.pairs import check_compatible, heads_sent, layers_sent
 from kvxfer.layout.parts import as_int
+from kvxfer.layout.rows import Spans
 from kvxfer.layout.rules import check_whole_tokens
 from kvxfer.layout.segments import Int64, Segments, block_ids, make_segments
-from kvxfer.layout.spans import Side, SpanGroup, Spans, build_groups
-from kvxfer.layout.staging import gathered_layout, packed_groups, packed_layout
+from kvxfer.layout.spans import Side, SpanGroup, build_groups
+from kvxfer.layout.staging import gathered_layout, packed_groups, packed_layout, packed_nbytes
 
 __all__ = ["KINDS", "TransferPlan", "plan_transfer"]
 
@@ -250,12 +251,16 @@ def plan_transfer(
         return direct
     if kind == "auto" and not convert and _direct_wins(direct, model):
         return direct
-    wanted = ("gathered", "packed") if kind == "auto" else (kind,)
-    staged = [_staged(name, direct, model) for name in wanted]
-    costs = direct.cost_s | {plan.kind: cost for plan, cost in staged}
+    costs = dict(direct.cost_s)
+    if kind in ("auto", "gathered"):
+        gathered, costs["gathered"] = _gathered(direct, model)
+    if kind in ("auto", "packed"):
+        nbytes = packed_nbytes(dst, sent, heads, num_tokens - first_token)
+        costs["packed"] = packed_cost_s(nbytes, 2, model)
     best = min(costs, key=lambda name: costs[name]) if kind == "auto" else kind
-    chosen = next((plan for plan, _ in staged if plan.kind == best), direct)
-    return replace(chosen, cost_s=costs)
+    if best == "direct":
+        return replace(direct, cost_s=costs)
+    return replace(gathered if best == "gathered" else _packed(direct), cost_s=costs)
 
 
 def _token_range(
@@ -309,22 +314,26 @@ def _direct_wins(direct: TransferPlan, model: CostModel) -> bool:
     )
 
 
-def _staged(kind: str, direct: TransferPlan, model: CostModel) -> tuple[TransferPlan, float]:
-    """The gathered or packed form of ``direct`` and its cost."""
-    first, end, heads = direct.first_token, direct.num_tokens, direct.heads
-    if kind == "packed":
-        wire = packed_layout(direct.dst, direct.layers, heads, end - first)
-        plan = replace(
-            direct, kind=kind, wire_layout=wire, staging_nbytes=(wire.nbytes, wire.nbytes)
-        )
-        groups = packed_groups(wire, heads, by_layer=direct.by_layer)
-        cost = packed_cost_s(wire.nbytes, 2, model)
-    else:
-        size = direct.dst.block_size
-        wire = gathered_layout(direct.dst, direct.layers, heads, -(-end // size) - first // size)
-        plan = replace(direct, kind=kind, wire_layout=wire, staging_nbytes=(wire.nbytes, 0))
-        groups = plan.unpack_groups
-        nbytes = sum(group.total_nbytes for group in groups)
-        spans = spans_cost_s(groups, model)
-        cost = spans + packed_cost_s(nbytes, 1, model) - nbytes / model.bytes_per_s
-    return replace(plan, groups=groups), cost
+def _gathered(direct: TransferPlan, model: CostModel) -> tuple[TransferPlan, float]:
+    """The gathered form of ``direct`` and its cost."""
+    first, end, size = direct.first_token, direct.num_tokens, direct.dst.block_size
+    num_blocks = -(-end // size) - first // size
+    wire = gathered_layout(direct.dst, direct.layers, direct.heads, num_blocks)
+    plan = replace(direct, kind="gathered", wire_layout=wire, staging_nbytes=(wire.nbytes, 0))
+    plan = replace(plan, groups=plan.unpack_groups)
+    nbytes = plan.total_nbytes
+    spans = spans_cost_s(plan.groups, model)
+    return plan, spans + packed_cost_s(nbytes, 1, model) - nbytes / model.bytes_per_s
+
+
+def _packed(direct: TransferPlan) -> TransferPlan:
+    """The packed form of ``direct``."""
+    num_tokens = direct.num_tokens - direct.first_token
+    wire = packed_layout(direct.dst, direct.layers, direct.heads, num_tokens)
+    return replace(
+        direct,
+        kind="packed",
+        groups=packed_groups(wire, direct.heads, by_layer=direct.by_layer),
+        wire_layout=wire,
+        staging_nbytes=(wire.nbytes, wire.nbytes),
+    )

@@ -7,6 +7,7 @@ Loops run over parts and over two classes of segments (full length, the rest); s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ import numpy as np
 from kvxfer.errors import InvalidArgumentError
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.parts import KVPart
+from kvxfer.layout.rows import Axis, Spans, UnwrittenSpans, count_joins
 from kvxfer.layout.segments import Int64, Segments
 
-__all__ = ["NO_LAYER", "Side", "SpanGroup", "Spans", "build_groups"]
+__all__ = ["NO_LAYER", "Side", "SpanGroup", "build_groups"]
 
 NO_LAYER = (
     -1
@@ -28,53 +30,6 @@ _MERGE_LIMIT = 4096
 _MERGE_LIMIT_UNLIKE = (
     1 << 20
 )  # K and V of unequal width: only there is it the sole way to find them
-
-
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """Rows of (source offset, destination offset, length)."""
-
-    src: Int64
-    dst: Int64
-    nbytes: Int64
-
-    def __len__(self) -> int:
-        return len(self.nbytes)
-
-    @staticmethod
-    def concat(pieces: Sequence[Spans]) -> Spans:
-        return Spans(
-            np.concatenate([piece.src for piece in pieces]),
-            np.concatenate([piece.dst for piece in pieces]),
-            np.concatenate([piece.nbytes for piece in pieces]),
-        )
-
-    def shifted(self, src: int, dst: int) -> Spans:
-        return Spans(self.src + src, self.dst + dst, self.nbytes) if src or dst else self
-
-    def repeated(self, bases: Int64) -> Spans:
-        """The template written out at each base."""
-        if len(bases) == 1:
-            return self.shifted(int(bases[0, 0]), int(bases[0, 1]))
-        return Spans(
-            np.add.outer(bases[:, 0], self.src).ravel(),
-            np.add.outer(bases[:, 1], self.dst).ravel(),
-            np.tile(self.nbytes, len(bases)),
-        )
-
-    def coalesced(self) -> Spans:
-        """In destination order, neighbours that continue each other on both sides made one."""
-        src, dst, nbytes = self.src, self.dst, self.nbytes
-        if len(nbytes) < 2:
-            return self
-        if not (dst[1:] > dst[:-1]).all():
-            order = np.argsort(dst, kind="stable")
-            src, dst, nbytes = src[order], dst[order], nbytes[order]
-        breaks = (dst[1:] != dst[:-1] + nbytes[:-1]) | (src[1:] != src[:-1] + nbytes[:-1])
-        starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-        if len(starts) == len(nbytes):
-            return Spans(src, dst, nbytes)
-        return Spans(src[starts], dst[starts], np.add.reduceat(nbytes, starts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +46,8 @@ class SpanGroup:
 
     @property
     def total_nbytes(self) -> int:
-        return len(self.bases) * int(self.template.nbytes.sum())
+        sizes, counts = self.template.sizes
+        return len(self.bases) * int((sizes * counts).sum())
 
     def for_layer(self, layer: int) -> Int64:
         """The rows of ``bases`` that carry ``layer``."""
@@ -125,14 +81,6 @@ class Side:
         )
 
 
-@dataclass(frozen=True)
-class _Axis:
-    name: str  # "token", "head", "part", "layer"
-    extent: int
-    src: int
-    dst: int
-
-
 class _Family:
     """Parts that one template serves: equal rows and equal strides on each side."""
 
@@ -148,6 +96,11 @@ class _Family:
         self.num_heads = num_heads
         self.src_strides, self.dst_strides = strides
         self.bases: list[Int64] = []  # one [layers, 2] for each part
+
+
+# Segments of one class, their length (0: mixed), the run that they move at once, whether it contains all their
+# tokens, and the axes along which it is repeated.
+_Piece = tuple[Segments, int, int, bool, list[Axis]]
 
 
 def build_groups(
@@ -169,7 +122,8 @@ def build_groups(
         return (_merge_across_bases(group, by_layer=by_layer, limit=_MERGE_LIMIT),)
     united = _unite(families, segments, ids)
     if united is not None:
-        limit = _MERGE_LIMIT_UNLIKE if not by_layer and _layers_meet(united) else _MERGE_LIMIT
+        may_merge = not by_layer and united.num_spans <= _MERGE_LIMIT_UNLIKE
+        limit = _MERGE_LIMIT_UNLIKE if may_merge and _layers_meet(united) else _MERGE_LIMIT
         return (_merge_across_bases(united, by_layer=by_layer, limit=limit),)
     groups = tuple(_family_group(family, segments, ids, by_layer=True) for family in families)
     if by_layer:
@@ -203,16 +157,16 @@ def _family_group(
     family: _Family, segments: Segments, layers: Int64, *, by_layer: bool
 ) -> SpanGroup:
     parts = sorted(family.bases, key=lambda bases: int(bases[0, 1]))
-    axes = [_Axis("head", family.num_heads, family.src_strides[2], family.dst_strides[2])]
+    axes = [Axis("head", family.num_heads, family.src_strides[2], family.dst_strides[2])]
     if len(parts) > 1:
         apart = parts[1] - parts[0]
         if len(parts) == 2 and (apart == apart[0]).all():
-            axes.append(_Axis("part", 2, int(apart[0, 0]), int(apart[0, 1])))
+            axes.append(Axis("part", 2, int(apart[0, 0]), int(apart[0, 1])))
     if len(layers) > 1 and not by_layer:
         step = _constant_step(parts[0])
         same = all((np.diff(part, axis=0) == step).all() for part in parts) if step else False
         if step is not None and same:
-            axes.append(_Axis("layer", len(layers), *step))
+            axes.append(Axis("layer", len(layers), *step))
     template, absorbed = _template(family, segments, [axis for axis in axes if axis.extent > 1])
     if "part" in absorbed:
         parts = parts[:1]
@@ -222,7 +176,7 @@ def _family_group(
     return SpanGroup(table.reshape(-1, 2), template, ids.reshape(-1))
 
 
-def _template(family: _Family, segments: Segments, axes: list[_Axis]) -> tuple[Spans, set[str]]:
+def _template(family: _Family, segments: Segments, axes: list[Axis]) -> tuple[Spans, set[str]]:
     """Spans of one base, and which of the part and layer axes they contain."""
     longest = int(segments.length.max())
     is_full = segments.length == longest
@@ -238,19 +192,39 @@ def _template(family: _Family, segments: Segments, axes: list[_Axis]) -> tuple[S
         name for name in outer if any(name not in _names(left) for _, _, _, _, left in collapsed)
     }
     pieces = [
-        _expand(
-            family, chosen, length, run, whole, [a for a in left if a.name not in outer - absorbed]
-        )
+        (chosen, length, run, whole, [a for a in left if a.name not in outer - absorbed])
         for chosen, length, run, whole, left in collapsed
     ]
-    return Spans.concat(pieces).coalesced(), absorbed
+
+    def write() -> Spans:
+        return Spans.concat([_expand(family, *piece) for piece in pieces]).coalesced()
+
+    counts = _count_rows(family, segments, pieces)
+    spans = UnwrittenSpans(*counts, pieces[0][2], write) if counts else write()
+    return spans, absorbed
 
 
-def _names(axes: list[_Axis]) -> set[str]:
+def _count_rows(
+    family: _Family, segments: Segments, pieces: Sequence[_Piece]
+) -> tuple[int, int] | None:
+    """Rows of these pieces, and how many join the one before, where that shows without writing them out."""
+    _, length, run, whole, axes = pieces[0]
+    num_rows = math.prod(axis.extent for axis in axes)
+    num_rows *= len(segments) if whole else int(segments.length.sum())
+    # Tokens that no run contains are the same axis in all pieces; few spans are quickly written out.
+    if num_rows <= _MERGE_LIMIT or (whole and (len(pieces) > 1 or not axes)):
+        return None
+    outer, inner = _nest(family, length, whole, axes)
+    src, dst = _starts(family, segments)
+    joins = count_joins(src, dst, segments.length, run, outer, inner)
+    return None if joins is None else (num_rows, joins)
+
+
+def _names(axes: list[Axis]) -> set[str]:
     return {axis.name for axis in axes}
 
 
-def _collapse(family: _Family, axes: list[_Axis], length: int) -> tuple[int, bool, list[_Axis]]:
+def _collapse(family: _Family, axes: list[Axis], length: int) -> tuple[int, bool, list[Axis]]:
     """Absorb axes that continue the run on both sides: (run, tokens absorbed, axes left).
 
     ``length`` 0 stands for segments of mixed length: once tokens are in the run it has no single size,
@@ -274,18 +248,34 @@ def _collapse(family: _Family, axes: list[_Axis], length: int) -> tuple[int, boo
         left.remove(found)
 
 
+def _starts(family: _Family, segments: Segments) -> tuple[Int64, Int64]:
+    src, dst = family.src_strides, family.dst_strides
+    return (
+        segments.src_block * src[0] + segments.src_slot * src[1],
+        segments.dst_block * dst[0] + segments.dst_slot * dst[1],
+    )
+
+
+def _nest(
+    family: _Family, length: int, whole: bool, axes: Sequence[Axis]
+) -> tuple[list[Axis], list[Axis]]:
+    """The axes outside and inside the segments, nested as the destination is: so the rows come out sorted."""
+    if length and not whole:
+        axes = [*axes, Axis("token", length, family.src_strides[1], family.dst_strides[1])]
+    axes = sorted(axes, key=lambda axis: -axis.dst)
+    place = sum(axis.dst > family.dst_strides[0] for axis in axes)
+    return axes[:place], axes[place:]
+
+
 def _expand(
-    family: _Family, segments: Segments, length: int, run: int, whole: bool, axes: list[_Axis]
+    family: _Family, segments: Segments, length: int, run: int, whole: bool, axes: list[Axis]
 ) -> Spans:
     """One row for each segment and each step of the axes that are left, outermost destination axis first."""
-    src = segments.src_block * family.src_strides[0] + segments.src_slot * family.src_strides[1]
-    dst = segments.dst_block * family.dst_strides[0] + segments.dst_slot * family.dst_strides[1]
+    src, dst = _starts(family, segments)
     nbytes = np.full(len(src), run, dtype=np.int64)
     if whole and not length:
         nbytes = segments.length * run
-    elif not whole and length:
-        axes = [*axes, _Axis("token", length, family.src_strides[1], family.dst_strides[1])]
-    elif not whole:
+    elif not whole and not length:
         row = np.repeat(np.arange(len(src)), segments.length)
         step = np.arange(len(row)) - np.repeat(
             np.cumsum(segments.length) - segments.length, segments.length
@@ -293,13 +283,12 @@ def _expand(
         src = src[row] + step * family.src_strides[1]
         dst = dst[row] + step * family.dst_strides[1]
         nbytes = nbytes[row]
+    outer, inner = _nest(family, length, whole, axes)
+    axes = outer + inner
     if not axes:
         return Spans(src, dst, nbytes)
-    # Nested as the destination is, the rows come out sorted, and neighbours stand beside each other.
-    axes = sorted(axes, key=lambda axis: -axis.dst)
-    place = sum(axis.dst > family.dst_strides[0] for axis in axes)
-    shape = [axis.extent for axis in axes]
-    shape.insert(place, len(src))
+    shape = [*(a.extent for a in outer), len(src), *(a.extent for a in inner)]
+    place = len(outer)
 
     def spread(values: Int64, steps: list[int]) -> Int64:
         total = values.reshape([-1 if i == place else 1 for i in range(len(shape))])
@@ -324,7 +313,7 @@ def _unite(families: list[_Family], segments: Segments, layers: Int64) -> SpanGr
         template, _ = _template(
             family,
             segments,
-            [_Axis("head", family.num_heads, family.src_strides[2], family.dst_strides[2])]
+            [Axis("head", family.num_heads, family.src_strides[2], family.dst_strides[2])]
             if family.num_heads > 1
             else [],
         )

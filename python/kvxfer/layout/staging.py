@@ -11,10 +11,11 @@ import numpy as np
 from kvxfer.layout.kv_layout import KVLayout
 from kvxfer.layout.orders import has_two_parts
 from kvxfer.layout.parts import KVScales
+from kvxfer.layout.rows import Spans
 from kvxfer.layout.segments import Segments
-from kvxfer.layout.spans import Side, SpanGroup, Spans, build_groups
+from kvxfer.layout.spans import Side, SpanGroup, build_groups
 
-__all__ = ["CHUNK_NBYTES", "gathered_layout", "packed_groups", "packed_layout"]
+__all__ = ["CHUNK_NBYTES", "gathered_layout", "packed_groups", "packed_layout", "packed_nbytes"]
 
 # Pieces of a packed buffer: large enough for any link, small enough that unpacking starts early.
 CHUNK_NBYTES = 4 << 20
@@ -26,6 +27,22 @@ def packed_layout(
     """One block of all tokens, order ``LKHNC``, the destination's dtype and the heads that move."""
     order = "LKBHNC" if has_two_parts(dst.kind) else "LBHNC"
     return _wire(dst, order, layers, heads, num_blocks=1, block_size=num_tokens)
+
+
+def packed_nbytes(
+    dst: KVLayout, layers: tuple[int, ...], heads: tuple[int, int], num_tokens: int
+) -> int:
+    """``packed_layout(...).nbytes``, from sizes alone: a layout is not made only to be priced."""
+    rows, num_heads = num_tokens * len(layers), heads[1] - heads[0]
+    values, scales = (
+        sum(
+            part.row_nbytes * rows * (num_heads if part.per_head else 1)
+            for part in dst.parts
+            if part.is_scale == is_scale
+        )
+        for is_scale in (False, True)
+    )
+    return _scales_at(values) + scales if scales else values
 
 
 def gathered_layout(
@@ -72,7 +89,7 @@ def _wire(
     axes = "LKBHN" if has_two_parts(dst.kind) else "LBHN"
     if scales.granularity == "token":
         axes = axes.replace("H", "")
-    at = -(-plain.nbytes // 16) * 16
+    at = _scales_at(plain.nbytes)
     moved = KVScales(scales.granularity, scales.dtype, order=axes, offset=at)
     with_scales = KVLayout.from_order(
         order,
@@ -88,6 +105,11 @@ def _wire(
         kind=None if has_two_parts(dst.kind) else dst.kind,
     )
     return replace(with_scales, format=dst.format, atom=dst.atom, group=dst.group)
+
+
+def _scales_at(values_nbytes: int) -> int:
+    """Where scales begin behind so many bytes of values."""
+    return -(-values_nbytes // 16) * 16
 
 
 def _nearest_order(layout: KVLayout) -> str:

@@ -14,6 +14,7 @@ from kvxfer.layout.parts import MAX_BLOCK_SIZE, MAX_HEADS, MAX_LAYERS, as_int, c
 
 if TYPE_CHECKING:
     from kvxfer.layout.kv_layout import KVLayout
+    from kvxfer.layout.parts import KVPart
 
 __all__ = ["check_heads", "normalize", "part_names", "validate"]
 
@@ -67,18 +68,16 @@ def validate(layout: KVLayout) -> None:
     if layout.nbytes > _MAX_NBYTES:
         raise LayoutError("num_blocks", f"{layout.nbytes} bytes of cache are beyond any memory")
     _check_order_of_parts(layout)
-    check_disjoint(
-        [
-            Extent(
-                f"{part.name}[layer {layer}]",
-                base,
-                part.row_nbytes,
-                tuple(Axis(*axis) for axis in sorted(layout.part_axes(part), key=lambda a: -a[1])),
-            )
-            for part in layout.parts
-            for layer, base in zip(layout.layers, part.bases, strict=True)
-        ]
-    )
+    check_disjoint([extent for part in layout.parts for extent in _extents(layout, part)])
+
+
+def _extents(layout: KVLayout, part: KVPart) -> list[Extent]:
+    moving = sorted(layout.part_axes(part), key=lambda axis: -axis[1])
+    axes, row = tuple(Axis(*axis) for axis in moving), part.row_nbytes
+    return [
+        Extent(f"{part.name}[layer {layer}]", base, row, axes)
+        for layer, base in zip(layout.layers, part.bases, strict=True)
+    ]
 
 
 def _check_fields(layout: KVLayout) -> None:
