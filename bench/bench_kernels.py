@@ -19,7 +19,7 @@ to follow, and the same call with a table that names two blocks again and again 
 takes here); `mm_of_read` is the share of the read's rate that the arithmetic would leave at the rate of torch.mm, of
 float32: below 1 it and not the memory is what bounds; prefill, a matrix product (torch.mm); copies, the
 faster of a memcpy block by block and of one around the caches (non-temporal stores), and beside it one memcpy of as
-many bytes that lie together; appends, a memcpy row by row. Peers: torch's gather and attention (scaled_dot_product_attention, FlexAttention), index_select
+many bytes that lie together, all from memory, and of 1 MiB also `again`, as much as the core's own cache holds; appends, a memcpy row by row. Peers: torch's gather and attention (scaled_dot_product_attention, FlexAttention), index_select
 and indexing.
 """
 

@@ -33,14 +33,14 @@ std::optional<HostArray> of_numpy(py::handle array, bool written) {
                    kNumPy | static_cast<uint32_t>(dtype.num())};
 }
 
-// How torch.Tensor's objects are looked at, or null where this is not their class: a subclass may
-// mean something else.
+// How torch.Tensor's objects are looked at; null: this torch has no such table, and their
+// attributes are asked.
 struct TensorClass {
   PyTypeObject* type = nullptr;
-  DlTensorFromObject look =
-      nullptr;  // null: this torch has no such table, and its attributes are asked
+  DlTensorFromObject look = nullptr;
 };
 
+// Null where this is not torch.Tensor itself: a subclass may mean something else.
 const TensorClass* tensor_class(PyTypeObject* type) {
   static TensorClass known;  // under the GIL
   if (type == known.type) return &known;

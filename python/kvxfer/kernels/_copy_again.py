@@ -36,15 +36,16 @@ class WholeCopy:
 
     def __init__(self, layout: LayoutLike, other: Any, src: Array, dst: Array) -> None:
         self._arrays = arrays = host_arrays(src, dst)
-        self._key = None if arrays is None else (id(layout), other, arrays[1], *arrays[3:])
+        self._key = () if arrays is None else (id(layout), other, arrays[1], *arrays[3:])
 
     def done(self, src_blocks: Any, dst_blocks: Any) -> bool:
         """Does it if it is known; False: nothing was done, and whoever resolves it finds out whether it may be."""
-        if self._arrays is None or self._key not in _known:
+        arrays, known = self._arrays, _known.get(self._key)
+        if arrays is None or known is None:
             return False
-        return _known[self._key][0](*self._arrays[:4], src_blocks, dst_blocks)
+        return known[0](*arrays[:4], src_blocks, dst_blocks)
 
     def keep(self, module: ModuleType, job: CopyJob) -> None:
         """To know it again: ``module`` has done ``job``."""
-        if self._key is not None and not job.blocks.apart and hasattr(module, "copy_again"):
+        if self._arrays is not None and not job.blocks.apart and hasattr(module, "copy_again"):
             remember(_known, self._key, (module.copy_again(job), job.route), _MOST_KNOWN)

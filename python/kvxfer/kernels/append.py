@@ -141,6 +141,6 @@ def append_kv(
         passed = _Passed(
             again=module.append_again(*arrays, **options),
             reach=(reach_of(k_view), reach_of(v_view)),
-            distance=v_cache.data_ptr() - k_cache.data_ptr(),
+            distance=addresses[3] - addresses[2],
         )
         remember(_passed, known, passed, _MOST_PASSED)
